@@ -1,0 +1,1 @@
+"""What every script stands on: data (images), models (networks), metrics, run (folders), draw."""

@@ -1,0 +1,310 @@
+"""Images by path or by name: uint8 on disk and in memory, labels that are true ImageNet indices.
+
+    images = open_images("/data/imagenet/val", split="test")     # names and labels
+    images = images.prepared(224, 1000)                          # size, number
+    for index, x in batches(images, 100, workers=4, skipped=[]): ...    # x (n, C, H, W) uint8
+    images = load(images, workers=4)                             # all of it in memory
+
+Geometry of photographs: shorter side to 256/224 of `size` (bilinear, PIL, antialiased), then the
+central size x size crop, the protocol of the papers' tables.
+"""
+
+import difflib
+import hashlib
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from utils.run import UserError
+
+NAMED = ("digits", "mnist", "cifar10", "imagenette")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+           "truck")
+DIGITS = tuple("0123456789")
+SPLITS = {"train": ("train",), "test": ("val", "test")}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a data set starts from; every field is a flag of the scripts. eps, alpha in [0, 1]."""
+    eps: float
+    alpha: float
+    surrogate: str
+    targets: tuple
+    size: int
+    num_images: int
+
+
+SMALL = ("cnn", "cnn_bn", "mlp", "vgg_small", "resnet_small")  # utils/models.py trains them
+PAPER = Preset(10 / 255, 1 / 255, "vgg16",  # Liu et al. 2023, Table 1
+               ("alexnet", "googlenet", "vgg16", "vgg19", "resnet152"), 224, 10_000)
+PRESETS = {
+    "imagenet": PAPER,
+    "folder": PAPER,  # class folders with names of their own: labels mean nothing to the networks
+    "cifar10": Preset(10 / 255, 1 / 255, "resnet_small", SMALL, 32, 10_000),
+    "mnist": Preset(0.3, 0.03, "cnn", SMALL, 28, 10_000),
+    "digits": Preset(0.3, 0.03, "cnn", SMALL, 28, 10_000),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Images(torch.utils.data.Dataset):
+    """A list of labelled images; item i is (C, H, W) uint8, or None if it cannot be decoded."""
+    kind: str                       # a key of PRESETS
+    names: tuple                    # relative file names, or "train/17"
+    labels: torch.Tensor            # (N,) int64
+    classes: tuple                  # class names, by index
+    size: int                       # H = W
+    root: Path = None               # of the files, or
+    pixels: torch.Tensor = None     # (N, C, H, W) uint8, all in memory
+    skipped: tuple = ()             # names that could not be decoded
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        if self.pixels is not None:
+            return self.pixels[i]
+        return decode(self.root / self.names[i], self.size)
+
+    @property
+    def labelled(self):
+        """Whether the labels are classes of the networks that `kind` goes with."""
+        return self.kind != "folder"
+
+    def listing(self):
+        """The image list as saved with a run, one relative name a line."""
+        return "".join(f"{name}\n" for name in self.names)
+
+    def sha256(self):
+        return hashlib.sha256(self.listing().encode()).hexdigest()
+
+    def prepared(self, size, num):
+        """At most `num` of them, spread evenly over the classes, to be read at `size` pixels."""
+        if self.pixels is not None and size != self.size:
+            raise UserError(f"--image_size {size}: {self.kind} images are {self.size} pixels")
+        images = self if num is None or num >= len(self) else self.select(
+            spread(self.labels.tolist(), num))
+        return replace(images, size=size)
+
+    def pixels_on(self, device):
+        """The pixels, on a CUDA device if they take at most half of its free memory."""
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        return self.pixels.to(device) if self.pixels.nbytes < free / 2 else self.pixels
+
+    def select(self, index):
+        return replace(self, names=tuple(self.names[i] for i in index), labels=self.labels[index],
+                       pixels=None if self.pixels is None else self.pixels[index])
+
+
+# -------------------------------------------------------------------- opening
+
+def open_images(data_dir, *, split, data_root="data"):
+    """The images of a path or of a named data set; nothing but names and labels is read of files.
+
+    data_dir: 'digits', 'mnist', 'cifar10', 'imagenette', or a folder: of class folders, of
+    train/ and val/ with class folders, or one that holds torchvision's MNIST or CIFAR-10.
+    split: 'train' or 'test'. UserError: no such data, no images in it, a download that failed.
+    """
+    if data_dir in NAMED:
+        return _open_named(data_dir, split, data_root)
+    return _open_path(data_dir, split)
+
+
+def _open_named(name, split, data_root):
+    train = split == "train"
+    if name == "digits":
+        return _digits(split)
+    if name == "mnist":
+        data = _torchvision(torchvision.datasets.MNIST, data_root, train=train)
+        return _arrays("mnist", data.data.unsqueeze(1), data.targets, DIGITS, split)
+    if name == "cifar10":
+        data = _torchvision(torchvision.datasets.CIFAR10, data_root, train=train)
+        x = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return _arrays("cifar10", x, torch.tensor(data.targets), CIFAR10, split)
+    _torchvision(torchvision.datasets.Imagenette, data_root, size="320px",
+                 split="train" if train else "val")
+    return _open_path(Path(data_root) / "imagenette2-320", split)
+
+
+def _torchvision(dataset, root, **kwargs):
+    """A torchvision data set, downloaded into `root` if it is not there."""
+    try:
+        return dataset(root, download=False, **kwargs)
+    except RuntimeError:  # torchvision's word for "not found"
+        pass
+    try:
+        return dataset(root, download=True, **kwargs)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{dataset.__name__} is not in '{root}' and its download failed ({error});"
+                        " type --data_root FOLDER that holds it, or --data_dir digits") from None
+
+
+def _digits(split):
+    """scikit-learn's 1797 digits, 8 x 8 grey, upscaled to 28; every fifth one is for testing."""
+    from sklearn.datasets import load_digits  # slow to import, needed for this data set alone
+
+    data = load_digits()
+    x = torch.from_numpy(data.images / 16).float().unsqueeze(1)
+    x = F.interpolate(x, size=28, mode="bilinear", align_corners=False)
+    x = (x * 255).round().to(torch.uint8)
+    held_out = torch.arange(len(x)) % 5 == 4
+    chosen = ~held_out if split == "train" else held_out
+    return _arrays("digits", x[chosen], torch.from_numpy(data.target)[chosen], DIGITS, split)
+
+
+def _arrays(kind, x, y, classes, split):
+    return Images(kind, tuple(f"{split}/{i}" for i in range(len(x))), y.long(), tuple(classes),
+                  x.shape[-1], pixels=x)
+
+
+def _open_path(data_dir, split):
+    root = Path(data_dir)
+    if not root.is_dir():
+        near = difflib.get_close_matches(str(data_dir), NAMED, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--data_dir {data_dir}: no such folder or data set; {hint}type a folder "
+                        f"of class folders, or one of {', '.join(NAMED)}")
+    if (root / "MNIST" / "raw").is_dir():
+        return _open_named("mnist", split, root)
+    if (root / "cifar-10-batches-py").is_dir():
+        return _open_named("cifar10", split, root)
+    root = next((root / sub for sub in SPLITS[split] if (root / sub).is_dir()), root)
+    folders = sorted(entry.name for entry in os.scandir(root)
+                     if entry.is_dir() and not entry.name.startswith("."))
+    kind, classes, index = _classes(root, folders)
+    names, labels = [], []
+    for folder in folders:
+        files = sorted(name for name in os.listdir(root / folder)
+                       if name.lower().endswith(IMG_EXTENSIONS))
+        names += [f"{folder}/{name}" for name in files]
+        labels += [index[folder]] * len(files)
+    if not names:
+        raise UserError(f"{root}: no images there; wanted class folders that hold them, such as "
+                        "n01440764/*.JPEG (a flat folder must be sorted into class folders first)")
+    return Images(kind, tuple(names), torch.tensor(labels), tuple(classes),
+                  PRESETS[kind].size, root=root)
+
+
+def _classes(root, folders):
+    """Kind of data, class names and {folder: class index}, told by the folders' names."""
+    known = wnids()
+    if set(folders) & known.keys():
+        stray = sorted(set(folders) - known.keys())
+        if stray:
+            raise UserError(f"{root}: '{stray[0]}' stands among ImageNet classes and is none of "
+                            "the 1000; move it elsewhere")
+        return "imagenet", imagenet_classes(), known
+    if folders and set(folders) <= set(CIFAR10):
+        return "cifar10", CIFAR10, {name: i for i, name in enumerate(CIFAR10)}
+    return "folder", folders, {name: i for i, name in enumerate(folders)}
+
+
+@cache
+def wnids():
+    """{wnid: class index} of the 1000 ImageNet classes: their WordNet ids, sorted."""
+    lines = (Path(__file__).parent / "imagenet_wnids.txt").read_text().split()
+    return {wnid: i for i, wnid in enumerate(lines)}
+
+
+def imagenet_classes():
+    return torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+
+
+def spread(labels, num):
+    """Indices of `num` items spread evenly over the classes, the first ones of each class.
+
+    10,000 of ImageNet are the first ten of every class; 500 are the first of every second class.
+    """
+    rounds, seen = [], {}
+    for i, label in enumerate(labels):
+        rank = seen[label] = seen.get(label, -1) + 1
+        if rank == len(rounds):
+            rounds.append([])
+        rounds[rank].append(i)
+    chosen = []
+    for members in rounds:
+        left = min(num - len(chosen), len(members))
+        chosen += [members[j * len(members) // left] for j in range(left)]
+    return sorted(chosen)
+
+
+# -------------------------------------------------------------------- reading
+
+def decode(path, size):
+    """An image file as (3, size, size) uint8, or None if it cannot be decoded."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except Exception:  # PIL's decoders raise nearly anything on a broken file
+        return None
+    # 32-pixel data is shown to the networks whole, photographs by the protocol above
+    image = TF.resize(image, round(size * 256 / 224) if size > 64 else size)
+    return TF.pil_to_tensor(TF.center_crop(image, size))
+
+
+def _stack(items):
+    """A batch and the positions in it that could be decoded."""
+    good = [k for k, x in enumerate(items) if x is not None]
+    return good, torch.stack([items[k] for k in good]) if good else None
+
+
+def batches(images, batch_size, *, workers, skipped):
+    """Yields (index (n,), x (n, C, H, W) uint8) in order; decodes in `workers` processes.
+
+    A file that cannot be decoded is named on stderr, appended to the list `skipped` and left out.
+    UserError at the end if that was every one of them.
+    """
+    loader = torch.utils.data.DataLoader(
+        images, batch_size, collate_fn=_stack, num_workers=0 if images.pixels is not None
+        else workers, generator=torch.Generator())  # its own: the global one stays untouched
+    for start, (good, x) in zip(range(0, len(images), batch_size), loader, strict=True):
+        for k in sorted(set(range(min(batch_size, len(images) - start))) - set(good)):
+            skipped.append(images.names[start + k])
+            tqdm.write(f"warning: {images.root / images.names[start + k]}: cannot be decoded, "
+                       "skipped", file=sys.stderr)
+        if good:
+            yield start + torch.tensor(good), x
+    if len(skipped) == len(images):
+        raise UserError(f"{images.root}: not one of its {len(images)} images can be decoded")
+
+
+def load(images, *, workers):
+    """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), broken files left out.
+    """
+    if images.pixels is not None:
+        return images
+    pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
+    keep, skipped = [], []
+    with tqdm(total=len(images), desc="decode", unit="img", disable=None) as bar:
+        for index, x in batches(images, 32, workers=workers, skipped=skipped):
+            pixels[len(keep):len(keep) + len(x)] = x  # in place: never twice in memory
+            keep += index.tolist()
+            bar.update(len(x))
+    return replace(images.select(keep), pixels=pixels[:len(keep)], skipped=tuple(skipped))
+
+
+def to_float(x):
+    """uint8 -> float32 in [0, 1], exactly k/255."""
+    return x.to(torch.float32).div_(255)
+
+
+def default_workers():
+    return min(8, os.cpu_count() or 1)
+
+
+def as_picture(x):
+    """(C, H, W) in [0, 1] or uint8 -> (H, W, 3) uint8 array for drawing."""
+    x = x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(x.expand(3, *x.shape[1:]).permute(1, 2, 0).cpu().numpy())

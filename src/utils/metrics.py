@@ -1,0 +1,47 @@
+"""What is measured, one name each, always with n; and the tables that show it.
+
+    fooling_ratio       share of ALL images whose predicted class changes; no labels needed
+    clean_acc, adv_acc  top-1 accuracy against the labels, before and after (top-5: _top5)
+    attack_robustness   correct before and after / correct before
+    targeted_success    share of the images not predicted as the target before that are after
+"""
+
+import math
+
+import torch
+
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def wilson(k, n):
+    """95 % Wilson score interval of k successes in n trials, as (low, high) in [0, 1]."""
+    if n == 0:
+        return (0.0, 1.0)
+    p, z2 = k / n, Z95 ** 2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def share(k, n):
+    """k of n as {value, k, n, low, high}, the form of every figure in results.json."""
+    low, high = wilson(k, n)
+    return {"value": k / n if n else 0.0, "k": k, "n": n, "low": low, "high": high}
+
+
+def percent(s, *, interval=False):
+    """'66.0 % (n=300)', or with the interval '66.0 % (60.5-71.1, n=300)'."""
+    between = f"{100 * s['low']:.1f}-{100 * s['high']:.1f}, " if interval else ""
+    return f"{100 * s['value']:.1f} % ({between}n={s['n']})"
+
+
+@torch.no_grad()
+def predictions(models, pixels, device, *, delta=None, batch_size=50):
+    """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8."""
+    found = []
+    for batch in pixels.split(batch_size):
+        x = batch.to(device).float().div_(255)
+        if delta is not None:
+            x = (x + delta.to(device)).clamp_(0, 1)
+        found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
+    return torch.cat(found, 1)

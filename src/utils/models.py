@@ -1,0 +1,286 @@
+"""Networks on [0, 1] pixels: Sequential(Normalize, net), in eval mode, frozen, float32.
+
+    model = load_model("vgg16")                                   # torchvision, IMAGENET1K_V1
+    model = load_model("vgg16", weights="/weights/vgg16.pth")     # a local state dict
+    model = load_model("cnn", kind="digits", data_dir="digits")   # trained on first use, kept
+
+For digits, MNIST and CIFAR-10 there are five small networks of different kinds, so that a
+surrogate and five targets exist without a download.
+"""
+
+import copy
+import difflib
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.models as zoo
+from torch import nn
+from tqdm import tqdm
+
+from utils.data import SMALL, default_workers, load, open_images, to_float
+from utils.run import UserError, load_pth, save_pth
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# epochs and shift (pixels) of the crops that a small network is trained with; flips on photographs
+RECIPES = {"digits": (20, 0), "mnist": (3, 0), "cifar10": (12, 4)}
+RECIPE_VERSION = 1  # part of the cached file's name: a new recipe trains anew
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, so that everything before it, eps too, is in [0, 1] pixels."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x):  # (N, C, H, W)
+        return (x - self.mean) / self.std
+
+
+def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root="data",
+               device="cpu"):
+    """Sequential(Normalize, net) that takes [0, 1] pixels and gives logits; eval mode, frozen.
+
+    name: a torchvision classification network (kind 'imagenet' or 'folder'), or one of SMALL
+    (kind 'digits', 'mnist', 'cifar10', trained on the images of data_dir if not yet cached).
+    weights: 'V1', 'V2', 'random', another name of torchvision's, or a path: a state dict
+    NAME.pth or a folder that holds one. UserError: no such name, no such weights, no fit.
+    """
+    check_name(name, kind)
+    path = weights_path(name, weights)
+    if kind in RECIPES:
+        net, mean, std = _small(name, kind, weights, path, data_dir, data_root, device)
+    else:
+        net, mean, std = _torchvision(name, weights, path)
+    return freeze(nn.Sequential(Normalize(mean, std), net)).to(device)
+
+
+def freeze(model):
+    return model.eval().requires_grad_(False)
+
+
+def check_name(name, kind):
+    """UserError unless `name` is a network that goes with this kind of data."""
+    wanted = SMALL if kind in RECIPES else zoo.list_models(module=zoo)
+    if name in wanted:
+        return
+    near = difflib.get_close_matches(name, wanted, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--model_name {name}: no network for {kind} data; {hint}"
+                    f"wanted one of {', '.join(wanted) if kind in RECIPES else 'torchvision.models.list_models(), such as vgg16'}")  # noqa: E501
+
+
+def num_classes(kind):
+    """How many classes the networks for this kind of data tell apart."""
+    return 10 if kind in RECIPES else 1000
+
+
+def input_size(name, kind, size):
+    """Side in pixels that the network was trained for; `size` where the data decides."""
+    if name in SMALL or kind in RECIPES:
+        return size
+    default = _enum(name, "V1") or next(iter(zoo.get_model_weights(name)))
+    return default.transforms().crop_size[0]
+
+
+# ----------------------------------------------------------------- torchvision
+
+def _torchvision(name, weights, path):
+    enum = None if path or weights == "random" else _enum(name, weights)
+    if enum is None and not path and weights != "random":
+        there = [w.removeprefix("IMAGENET1K_") for w in zoo.get_model_weights(name).__members__]
+        raise UserError(f"--weights {weights}: {name} has {', '.join(there)}; type one of these, "
+                        "random, or the path of a state dict")
+    about = (enum or _enum(name, "V1") or next(iter(zoo.get_model_weights(name)))).transforms()
+    if enum is None:
+        return _local(name, path), about.mean, about.std
+    try:
+        net = zoo.get_model(name, weights=enum, progress=sys.stderr.isatty())
+    except OSError as error:
+        raise UserError(f"{name}: its weights {enum.name} are not cached and the download failed "
+                        f"({error}); type --weights PATH of a state dict, or --weights random"
+                        ) from None
+    return net, about.mean, about.std
+
+
+def _enum(name, weights):
+    """'V1', 'IMAGENET1K_V1', 'DEFAULT' ... -> torchvision's weights, None if there are none."""
+    members = zoo.get_model_weights(name).__members__
+    return members.get(weights) or members.get(f"IMAGENET1K_{weights}")
+
+
+def _local(name, path):
+    """A torchvision architecture with random weights, or with those of the file."""
+    options = {}
+    if name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own weights:
+        # input shifted to the weights' own normalisation, no auxiliary heads
+        options = {"transform_input": True, "aux_logits": False, "init_weights": path is None}
+    net = zoo.get_model(name, weights=None, **options)
+    return load_state(net, path, name) if path else net
+
+
+def weights_path(name, weights):
+    """The file that --weights names (for a folder: NAME.pth in it), None if it names none."""
+    path = Path(weights)
+    if path.is_dir():
+        path = path / f"{name}.pth"
+    if path.is_file():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise UserError(f"--weights {weights}: no file {path}; type the path of a state dict of "
+                        f"{name}, V1, V2 or random")
+    return None
+
+
+def load_state(net, path, name):
+    """The weights of a local file, fp16 or fp32, into `net`; UserError if they do not fit."""
+    state = load_pth(path)
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"{path}: no state dict; wanted the tensors of {name} by name")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    wanted = net.state_dict()
+    extra = [k for k in state if k not in wanted and not k.startswith(("aux", "AuxLogits"))]
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if extra or missing or wrong:
+        raise UserError(f"{path}: not the weights of {name}: {len(missing)} tensors missing, "
+                        f"{len(extra)} unknown, {len(wrong)} of another shape (first: "
+                        f"{(wrong + missing + extra)[0]}); type the --model_name they belong to")
+    net.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+    return net
+
+
+def describe_weights(name, weights, kind):
+    """What a table says of a network's weights: the enum, 'random', or file and SHA-256."""
+    path = weights_path(name, weights)
+    if path:
+        return f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    if weights == "random":
+        return "random"
+    return f"trained on {kind}, recipe {RECIPE_VERSION}" if kind in RECIPES \
+        else _enum(name, weights).name
+
+
+# -------------------------------------------------------------- small networks
+
+class Residual(nn.Module):
+    """Basic block of a pre-2016 ResNet: two 3 x 3 convolutions and a shortcut."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(),
+            nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout))
+        self.shortcut = nn.Identity() if cin == cout and stride == 1 else nn.Sequential(
+            nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def _conv(cin, cout, *, norm, stride=1):
+    layers = [nn.Conv2d(cin, cout, 3, stride, 1, bias=not norm)]
+    return layers + ([nn.BatchNorm2d(cout)] if norm else []) + [nn.ReLU()]
+
+
+def build_small(name, channels, size):
+    """One of the five small networks with random weights; 10 classes, (N, channels, size, size)."""
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if name == "cnn":
+        layers = [*_conv(channels, 32, norm=False), nn.MaxPool2d(2), *_conv(32, 64, norm=False),
+                  nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, 128), nn.ReLU(),
+                  nn.Linear(128, 10)]
+    elif name == "cnn_bn":
+        layers = [*_conv(channels, 32, norm=True), *_conv(32, 64, norm=True, stride=2),
+                  *_conv(64, 128, norm=True, stride=2), *pool, nn.Linear(128, 10)]
+    elif name == "mlp":
+        layers = [nn.Flatten(), nn.Linear(channels * size * size, 256), nn.ReLU(),
+                  nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    elif name == "vgg_small":
+        layers = [*_conv(channels, 32, norm=False), *_conv(32, 32, norm=False), nn.MaxPool2d(2),
+                  *_conv(32, 64, norm=False), *_conv(64, 64, norm=False), nn.MaxPool2d(2),
+                  *_conv(64, 128, norm=False), *pool, nn.Linear(128, 10)]
+    else:
+        layers = [*_conv(channels, 16, norm=True), Residual(16, 16, 1), Residual(16, 32, 2),
+                  Residual(32, 64, 2), *pool, nn.Linear(64, 10)]
+    return nn.Sequential(*layers)
+
+
+def _small(name, kind, weights, path, data_dir, data_root, device):
+    channels, size = (3, 32) if kind == "cifar10" else (1, 28)
+    half = (0.5,) * channels
+    cached = Path(torch.hub.get_dir()) / "small" / f"{kind}_{name}_{RECIPE_VERSION}.pth"
+    with torch.random.fork_rng(devices=[]):  # nn.Module draws from the global RNG: lend it one
+        torch.manual_seed(0)
+        net = build_small(name, channels, size)
+    if weights == "random":
+        return net, half, half
+    if path or cached.is_file():
+        return load_state(net, path or cached, name), half, half
+    if weights != "V1":
+        raise UserError(f"--weights {weights}: {name} has V1 (trained here on first use), random, "
+                        "or the path of a state dict")
+    model = nn.Sequential(Normalize(half, half), net).to(device)
+    _train_small(model, name, kind, data_dir, data_root)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    save_pth(cached, copy.deepcopy(net).cpu().state_dict())
+    return net, half, half
+
+
+def _train_small(model, name, kind, data_dir, data_root):
+    """Trains in place: Adam, one-cycle, cross-entropy; prints accuracy on the test split."""
+    start = time.time()
+    epochs, shift = RECIPES[kind]
+    train, test = (load(open_images(_parent(data_dir), split=split, data_root=data_root),
+                        workers=default_workers()) for split in ("train", "test"))
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    batch = 64 if kind == "digits" else 128
+    steps = epochs * (len(train) // batch)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    model.train()
+    with tqdm(total=steps, desc=f"train {name}", leave=False, disable=None) as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(train), generator=generator)
+            for index in order[:len(order) // batch * batch].split(batch):
+                x = _jitter(to_float(train.pixels[index]), shift, generator)
+                loss = F.cross_entropy(model(x.to(device)), train.labels[index].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    freeze(model)
+    with torch.inference_mode():
+        right = sum((model(to_float(x).to(device)).argmax(1).cpu() == y).sum().item()
+                    for x, y in zip(test.pixels.split(500), test.labels.split(500), strict=True))
+    print(f"trained {name} on {kind}: accuracy {100 * right / len(test):.1f} % "
+          f"(n={len(test)}), {time.time() - start:.0f} s", flush=True)
+
+
+def _parent(data_dir):
+    """.../test or .../val -> the folder that holds it and train/ beside it."""
+    path = Path(data_dir)
+    if path.name in ("train", "val", "test") and path.is_dir():
+        if not (path.parent / "train").is_dir():
+            raise UserError(f"--data_dir {data_dir}: no train/ beside it to train a network on")
+        return path.parent
+    return data_dir
+
+
+def _jitter(x, shift, generator):
+    """One random flip and shift (zeros come in) for the batch; nothing when shift is 0."""
+    if not shift:
+        return x
+    dy, dx = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+    x = F.pad(x, (shift,) * 4)[..., shift + dy:x.shape[-2] + shift + dy,
+                               shift + dx:x.shape[-1] + shift + dx]
+    return x.flip(-1) if torch.rand((), generator=generator) < 0.5 else x

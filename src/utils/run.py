@@ -1,0 +1,224 @@
+"""Runs: one-line errors, devices, seeds, files that are whole or not there, folders that resume.
+
+A run is a folder (design of the repo: README, "What a run leaves"). Everything in it is written
+to a temporary file, flushed to disk and renamed, so that a kill at any moment leaves either the
+old file or the new one. Everything is read without ever executing a pickle.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torchvision
+
+
+class UserError(Exception):
+    """Bad input: one line that says what was given, what was wanted and what to type."""
+
+
+def run_script(get_args, main):
+    """main(get_args()), where bad input or a full disk is one line on stderr and exit status 2."""
+    try:
+        main(get_args())
+    except UserError as error:
+        sys.exit(_complain(error))
+    except OSError as error:  # disk full, permission denied: what is on disk is whole
+        sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
+    except KeyboardInterrupt:
+        print("\ninterrupted; a run goes on with the same command and --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message):
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------- command line
+
+def radius(text):
+    """argparse type: '10/255' or '0.3', as the paper prints it; pixels live in [0, 1]."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no number: type a fraction such as 10/255, or 0.04") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is outside (0, 1]: pixels are on the [0, 1] scale, for 10 of 255 levels "
+            "type 10/255 (what the published SGA script calls alpha is eps)")
+    return value
+
+
+def at_least(low, kind=int):
+    """argparse type: a number that is no smaller than `low`."""
+    def number(text):
+        value = kind(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is too small: at least {low}")
+        return value
+    number.__name__ = kind.__name__  # argparse prints it when kind(text) fails
+    return number
+
+
+def names(text):
+    """argparse type: 'a,b' -> ['a', 'b']."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+# ------------------------------------------------------------ device and seed
+
+def resolve_device(name):
+    """'auto' -> cuda, mps or cpu, whichever is there first; an absent one is a UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, ok in there.items() if ok))
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine has none; type --device auto")
+    return torch.device(name)
+
+
+def make_generator(seed):
+    """The one source of randomness of a run: on the CPU, so that every device draws the same."""
+    return torch.Generator().manual_seed(seed)
+
+
+def provenance(device):
+    """What else decides a figure: versions, device, threads, commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    name = (torch.cuda.get_device_name() if device.type == "cuda"
+            else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)")
+    return {"device": name, "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "python": platform.python_version(), "commit": commit}
+
+
+# ---------------------------------------------------------------------- files
+
+def write_atomic(path, content):
+    """Writes the bytes beside `path`, flushes them to disk, renames: old file or new, never half.
+
+    OSError (disk full, no permission) leaves the old file as it was and no temporary one.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private, open() would not
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_pth(path, value):
+    """torch.save; the same value gives the same bytes, whatever the file is called."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_pth(path):
+    """torch.load of tensors and plain containers; a pickle with code in it is refused, not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, wanted a .pth file") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors (code or a whole module) and was not "
+                        "executed; save it again as a plain tensor or state dict") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
+        raise UserError(f"{path}: truncated, or no .pth file ({reason})") from None
+
+
+def save_json(path, value):
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def load_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise UserError(f"{path}: not JSON; remove it or restore it") from None
+
+
+def save_csv(path, rows):
+    """rows: list of dicts with the same keys, in order."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+# ---------------------------------------------------------------- run folders
+
+class RunFolder:
+    """A folder that one process at a time may write; a kill frees it."""
+
+    def __init__(self, path):
+        import fcntl  # POSIX, like the shell scripts
+
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until exit)
+        except OSError as error:
+            raise UserError(f"{path}: cannot write there ({error.strerror}); "
+                            "choose another folder") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another run is writing this folder; wait for it or choose "
+                            "another one") from None
+        for left_by_a_kill in self.path.glob(".*.tmp"):
+            left_by_a_kill.unlink()
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def load_checkpoint(self, flags, *, resume, overwrite):
+        """The checkpoint to go on from, or None; refuses to lose a run or to mix two.
+
+        flags: dict of what decides the result; with `resume` they must equal the saved ones.
+        """
+        path = self.path / "checkpoint.pth"
+        if not path.exists() or overwrite:
+            return None
+        if not resume:
+            raise UserError(f"{self.path}: holds a run already; type --resume to go on with it, "
+                            "--overwrite to start again, or choose another folder")
+        saved = load_pth(path)
+        for name in sorted(flags.keys() | saved["flags"].keys()):
+            was, now = saved["flags"].get(name), flags.get(name)
+            if was != now:
+                raise UserError(f"--resume with another --{name}: the run in {self.path} has "
+                                f"{was}, given {now}; give the same flags or another folder")
+        return saved
