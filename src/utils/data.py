@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -301,10 +300,7 @@ def to_float(x):
 
 
 def default_workers():
-    return min(8, os.cpu_count() or 1)
+    """A process for each processor this one may use, eight at most."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return min(8, len(mine))
 
-
-def as_picture(x):
-    """(C, H, W) in [0, 1] or uint8 -> (H, W, 3) uint8 array for drawing."""
-    x = x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)
-    return np.ascontiguousarray(x.expand(3, *x.shape[1:]).permute(1, 2, 0).cpu().numpy())

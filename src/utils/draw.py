@@ -70,3 +70,45 @@ def curves(rows, title):
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid(alpha=0.3)
     return _png(figure)
+
+
+def heatmap(values, rows, columns):
+    """Fooling ratios in [0, 1], a row for every perturbation, a column for every target."""
+    figure = _figure(2.5 + 0.9 * len(columns), 1.2 + 0.45 * len(rows))
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * np.array(values), vmin=0, vmax=100, cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center",
+                      color="black" if value > 0.6 else "white")
+    figure.colorbar(image, label="fooling ratio, % of all images")
+    return _png(figure)
+
+
+def examples(x, x_adv, delta, before, after, title):
+    """Images (n, C, H, W) clean and perturbed, their classes, and the perturbation amplified."""
+    largest = delta.abs().max().item() or 1
+    amplified = delta / (2 * largest) + 0.5
+    figure = _figure(1.8 * len(x) + 1.8, 4.2)
+    axes = figure.subplots(2, len(x) + 1, squeeze=False)
+    for i in range(len(x)):
+        for line, picture, name in ((0, x[i], before[i]), (1, x_adv[i], after[i])):
+            _show(axes[line, i], picture)
+            axes[line, i].set_title(name[:22], fontsize=8,
+                                    color=ORANGE if name != before[i] else "black")
+    axes[0, 0].set_ylabel("clean")
+    axes[1, 0].set_ylabel("perturbed")
+    _show(axes[0, -1], amplified)
+    axes[0, -1].set_title(f"{title}\n{0.5 / largest:.1f} times amplified", fontsize=8)
+    axes[1, -1].axis("off")
+    return _png(figure)
+
+
+def _show(axes, x):
+    """(C, H, W) in [0, 1], without ticks."""
+    array = x.expand(3, *x.shape[1:]).permute(1, 2, 0).numpy()
+    axes.imshow(array, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -45,3 +45,9 @@ def predictions(models, pixels, device, *, delta=None, batch_size=50):
             x = (x + delta.to(device)).clamp_(0, 1)
         found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
     return torch.cat(found, 1)
+
+
+def markdown(head, rows):
+    """A table as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

@@ -170,9 +170,10 @@ def load_json(path):
 
 
 def save_csv(path, rows):
-    """rows: list of dicts with the same keys, in order."""
+    """rows: list of dicts; the columns are their keys in order, empty where a row has none."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue().encode())

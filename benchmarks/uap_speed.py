@@ -1,0 +1,150 @@
+"""Speed and memory of the inner step of SGA, side by side in one process, alternating.
+
+    (a) ours      train_sga.sga_gradient on the precision and layout that were asked for
+    (b) plain     the step as the published code runs it: weights that require gradients, float32,
+                  contiguous, one copy of delta per image and a gradient for each, then averaged;
+                  clean labels recomputed every epoch (their share of the forward passes included)
+    (c) bare      forward and backward to the input alone, precision and layout of (a): the limit
+
+    PYTHONPATH=src python benchmarks/uap_speed.py --model_name squeezenet1_0 vgg16 --weights random
+
+Nothing else may run on the machine meanwhile. Images/s count gradients of one image.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train_sga import clamped_ce, input_gradient, sga_gradient
+from utils.metrics import markdown
+from utils.models import input_size, load_model
+from utils.precision import Fast, choose, synchronize, to_layout
+from utils.run import at_least, provenance, resolve_device, run_script, save_json
+
+EPS, ALPHA, BETA, K = 10 / 255, 1 / 255, 9.0, 4
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model_name", nargs="+", default=["squeezenet1_0", "vgg16"], help="networks")
+    add("--weights", default="random", help="random, or a folder of NAME.pth")
+    add("--minibatch", type=at_least(1), default=10, help="images of an inner step")
+    add("--steps", type=at_least(1), default=4, help="inner steps a turn")
+    add("--rounds", type=at_least(1), default=5, help="turns of each; the median counts")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where")
+    add("--results", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+def ours(fast, x, y, delta, draws):
+    def gradient(batch, inner, labels):
+        return input_gradient([fast], batch, inner, labels, lambda z, t: clamped_ce(z, t, BETA))
+    return sga_gradient(gradient, x, y[None], delta, draws, eps=EPS, alpha=ALPHA)[1]
+
+
+def plain(model, x, y, delta, draws):
+    with torch.no_grad():  # the labels of this share of the epoch's images
+        y[:len(draws) * len(draws[0]) // K] = model(
+            x[:len(draws) * len(draws[0]) // K]).argmax(1)
+    inner, gradients = delta.clone(), []
+    for index in draws:
+        batch_delta = inner.repeat(len(index), 1, 1, 1).requires_grad_()
+        loss = clamped_ce(model((x[index] + batch_delta).clamp(0, 1)), y[index], BETA)
+        loss.backward()
+        g = batch_delta.grad.mean(0, keepdim=True)
+        gradients.append(g)
+        inner = (inner + ALPHA * g.sign()).clamp(-EPS, EPS)
+    model.zero_grad()
+    return torch.stack(gradients).mean(0)
+
+
+def bare(fast, x, y, delta, draws):
+    batch, labels = x[draws[0]].clone(), y[draws[0]]
+    for _ in draws:
+        batch.requires_grad_()
+        loss = clamped_ce(fast(batch), labels, BETA)
+        torch.autograd.grad(loss, batch)
+        batch = batch.detach()
+
+
+def memory(device, reset=False):
+    """Peak memory since the last reset in MB: of tensors on CUDA, of the process on Linux."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1e3
+    return float("nan")
+
+
+def measure(name, amp, args, device):
+    """A row: images/s of the three, the ratios of their turns, what was run."""
+    model = load_model(name, weights=args.weights, device=device)
+    size = input_size(name, "imagenet", None)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((max(50, args.minibatch), 3, size, size), generator=generator).to(device)
+    y = model(x[:1]).argmax(1).repeat(len(x))
+    delta = torch.zeros((1, 3, size, size), device=device)
+    draws = torch.stack([torch.randperm(len(x), generator=generator)[:args.minibatch]
+                         for _ in range(args.steps)]).to(device)
+    _, layout = choose([model], lambda fast, batch: input_gradient(
+        fast, batch, delta, y[None, :len(batch)], lambda z, t: clamped_ce(z, t, BETA)),
+        x[:args.minibatch], amp=amp)
+    fast, trainable = Fast(model, amp, layout), copy.deepcopy(model).requires_grad_()
+    laid, laid_delta = to_layout(x, layout), to_layout(delta, layout)
+    runs = {"ours": lambda: ours(fast, laid, y, laid_delta, draws),
+            "plain": lambda: plain(trainable, x, y, delta, draws),
+            "bare": lambda: bare(fast, laid, y, laid_delta, draws)}
+    seconds, peak = {key: [] for key in runs}, {}
+    for turn in tqdm(range(args.rounds + 1), desc=f"{name} {amp}", leave=False, disable=None):
+        for key, work in runs.items():
+            memory(device, reset=True)
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            if turn:  # the first one warms up
+                seconds[key].append(time.perf_counter() - start)
+            peak[key] = memory(device)
+    per_s = {key: args.steps * args.minibatch / statistics.median(s) for key, s in seconds.items()}
+
+    def ratio(other):
+        return statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other],
+                                                       strict=True))
+    return {"model": name, "precision": "float32" if amp == "off" else amp, "layout": layout,
+            "images_per_s": per_s, "ours/plain": ratio("plain"), "ours/bare": ratio("bare"),
+            "peak_mb": peak}
+
+
+def main(args):
+    device = resolve_device(args.device)
+    rows = [measure(name, amp, args, device) for name in args.model_name
+            for amp in ("off", "bf16")]
+    head = ["model", "precision, layout", "(a) ours, img/s", "(b) plain, img/s", "(c) bare, img/s",
+            "(a)/(b)", "(a)/(c)", "peak MB a", "peak MB b"]
+    print(markdown(head, [[
+        row["model"], f"{row['precision']}, {row['layout']}",
+        *(f"{row['images_per_s'][key]:.1f}" for key in ("ours", "plain", "bare")),
+        f"{row['ours/plain']:.2f}", f"{row['ours/bare']:.2f}",
+        *(f"{row['peak_mb'][key]:.0f}" for key in ("ours", "plain"))] for row in rows]), end="")
+    about = {"minibatch": args.minibatch, "rounds": args.rounds, "steps": args.steps,
+             **provenance(device)}
+    print(f"minibatch {args.minibatch}, median of {args.rounds} turns of {args.steps} steps; "
+          f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+    if args.results:
+        save_json(args.results, {"about": about, "rows": rows})
+
+
+if __name__ == "__main__":
+    run_script(get_args, main)

@@ -1,0 +1,172 @@
+"""Universal perturbations from files: ours and everybody else's, without trusting any of them.
+
+    .pth   a plain tensor (C, H, W) or (1, C, H, W), or a dict that holds one
+    .npy   the same, also (H, W, C)
+    .png   grey level 128 is zero; one of 1/255 is `delta_gain` levels if the file says so
+    folder every perturbation below it that has its facts NAME.json beside it
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils import draw
+from utils.run import UserError, load_json, load_pth
+
+TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, which fp16 rounding stays below
+
+
+@dataclass(frozen=True, eq=False)
+class Uap:
+    """A perturbation on the [0, 1] scale, float32 (C, H, W), and what its run said of it."""
+    name: str
+    path: Path
+    delta: torch.Tensor
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def largest(self):
+        """max |delta|, in steps of 1/255."""
+        return self.delta.abs().max().item() * 255
+
+    def rounded(self):
+        """delta on the 8-bit grid k/255."""
+        return (self.delta * 255).round() / 255
+
+    @property
+    def on_grid(self):
+        return (self.delta - self.rounded()).abs().max().item() < 1e-6
+
+
+def find_uaps(paths, kind):
+    """Files as given; a folder stands for the perturbations below it made on this kind of data."""
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        below = [p.with_suffix(".pth") for p in sorted(path.rglob("*.json"))
+                 if p.with_suffix(".pth").is_file() and load_json(p).get("kind") == kind]
+        if not below:
+            raise UserError(f"--uaps_save {path}: no perturbation for {kind} images below it; make "
+                            "one with train_sga.py, or name the file")
+        found += below
+    return list(dict.fromkeys(found))
+
+
+def read_uaps(paths, *, scale, eps):
+    """Perturbations with names that tell them apart; see read_uap."""
+    uaps = [read_uap(path, scale=scale, eps=eps) for path in paths]
+    stems = [path.stem for path in paths]
+    return [Uap(stem if stems.count(stem) == 1 else f"{uap.path.parent.name}/{stem}", uap.path,
+                uap.delta, uap.facts) for uap, stem in zip(uaps, stems, strict=True)]
+
+
+def read_uap(path, *, scale, eps):
+    """One perturbation. scale: 'auto', '1' or '255'; eps in [0, 1].
+
+    UserError: no file, truncated, holds code, wrong shape, NaN, scale in doubt, over eps.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    facts = load_json(beside) if beside.is_file() else {}
+    known = str(facts["scale"]) if "scale" in facts else None
+    if path.suffix == ".npy":
+        values = _load_npy(path)
+    elif path.suffix == ".png":
+        values, marked = _load_png(path)
+        if not marked and scale == "auto":
+            raise UserError(f"{path}: a PNG that does not say what its grey levels mean; type "
+                            "--scale 255 if 128 is zero and one level is 1/255")
+        known, scale = "1", "auto"  # decoded to [0, 1] already
+    elif path.suffix in (".pth", ".pt"):
+        values = _tensor_in(load_pth(path), path)
+    else:
+        raise UserError(f"{path}: no format that is read here; wanted .pth, .npy or .png")
+    values = _to_chw(values, path)
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise UserError(f"{path}: {bad} of {values.numel()} values are NaN or infinite")
+    factor = _decide_scale(values, known if scale == "auto" else scale, path)
+    uap = Uap(path.stem, path, values / factor, facts)
+    if uap.delta.abs().max() > eps + TOLERANCE:
+        raise UserError(f"{path}: largest |delta| is {uap.largest:.2f}/255, over --eps "
+                        f"{eps * 255:g}/255; type --eps {uap.largest:.4g}/255 to allow it")
+    return uap
+
+
+def _load_npy(path):
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as error:
+        reason = str(error).split("\n")[0][:80]
+        raise UserError(f"{path}: truncated, or holds more than numbers ({reason})") from None
+    if values.dtype.kind not in "fi":
+        raise UserError(f"{path}: values of type {values.dtype}; wanted signed numbers")
+    return torch.from_numpy(values)
+
+
+def _load_png(path):
+    try:
+        return draw.decode_delta(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: truncated, or no PNG ({error})") from None
+
+
+def _tensor_in(value, path):
+    """The tensor itself, or the only one with the shape of a perturbation in a dict."""
+    if isinstance(value, dict):
+        fit = {k: v for k, v in value.items()
+               if torch.is_tensor(v) and v.ndim in (3, 4) and 1 not in v.shape[-2:]}
+        if len(fit) != 1:
+            raise UserError(f"{path}: a dict with {len(fit)} tensors that could be a perturbation "
+                            f"({', '.join(map(str, fit)) or 'none'}); save the one as a tensor")
+        value = next(iter(fit.values()))
+    if not torch.is_tensor(value) or value.dtype in (torch.uint8, torch.bool) \
+            or value.is_complex():
+        raise UserError(f"{path}: holds {getattr(value, 'dtype', type(value).__name__)}; wanted a "
+                        "tensor of signed numbers (3, H, W)")
+    return value
+
+
+def _to_chw(values, path):
+    shape = tuple(values.shape)
+    values = values[0] if values.ndim == 4 and len(values) == 1 else values
+    if values.ndim == 3 and values.shape[0] not in (1, 3) and values.shape[-1] in (1, 3):
+        values = values.permute(2, 0, 1)  # as TensorFlow saves it
+    if values.ndim != 3 or values.shape[0] not in (1, 3) or 0 in values.shape:
+        raise UserError(f"{path}: shape {shape}; wanted (3, H, W) or (1, 3, H, W)")
+    return values.detach().float().contiguous()
+
+
+def _decide_scale(values, scale, path):
+    """What to divide by; refuses where both scales would make sense."""
+    largest = values.abs().max().item()
+    if scale is None:  # nobody sends half a grey level, and nothing in [0, 1] is over 1
+        scale = "255" if largest > 1 else "1" if largest <= 0.5 else None
+    if scale is None:
+        raise UserError(f"{path}: largest |value| is {largest:.3g}, which may be on the [0, 1] or "
+                        "on the 0-255 scale; type --scale 1 or --scale 255")
+    return int(scale)
+
+
+def fit_size(uap, size, channels, eps, resize):
+    """delta as (C, size, size), resized only if asked to; UserError where it does not fit."""
+    c, h, w = uap.delta.shape
+    if c != channels:
+        raise UserError(f"{uap.path}: {c} channels; these images have {channels}")
+    if (h, w) == (size, size):
+        return uap.delta
+    if not resize:
+        raise UserError(f"{uap.path}: {h} x {w} pixels, the target takes {size} x {size}; type "
+                        "--resize to scale the perturbation, or --image_size to scale the images")
+    delta = F.interpolate(uap.delta[None], size=(size, size), mode="bilinear",
+                          align_corners=False, antialias=True)[0]
+    return delta.clamp(-eps, eps)

@@ -1,0 +1,289 @@
+"""eval_uap.py: its figures against naive loops, its files, what it refuses."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import eval_uap
+from utils import data, draw, metrics, models, uaps
+from utils.run import UserError, save_json, save_pth
+
+EPS = 0.3
+FEW = ("--num_images", 40, "--eps", EPS, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def deltas(tmp_path_factory):
+    """Two perturbations for digits, on and off the 8-bit grid, as files."""
+    folder = tmp_path_factory.mktemp("uaps")
+    generator = torch.Generator().manual_seed(0)
+    free = (torch.rand((1, 28, 28), generator=generator) * 2 - 1) * EPS
+    grid = (torch.randint(-70, 71, (1, 28, 28), generator=generator)) / 255
+    save_pth(folder / "free.pth", free)
+    save_pth(folder / "grid.pth", grid)
+    return {"free": free, "grid": grid, "folder": folder}
+
+
+def naive(name, delta, count):
+    """Every figure by a loop over single images, written from the definitions."""
+    model = models.load_model(name, kind="digits", data_dir="digits")
+    images = data.open_images("digits", split="test").prepared(28, count)
+    n = {key: 0 for key in ("fooled", "clean", "adv", "both", "clean5", "adv5")}
+    for i in range(len(images)):
+        x, label = images[i][None] / 255, int(images.labels[i])
+        before, after = model(x)[0], model((x + delta).clamp(0, 1))[0]
+        n["fooled"] += int(before.argmax() != after.argmax())
+        n["clean"] += int(before.argmax() == label)
+        n["adv"] += int(after.argmax() == label)
+        n["both"] += int(before.argmax() == label and after.argmax() == label)
+        n["clean5"] += label in before.argsort(descending=True)[:5].tolist()
+        n["adv5"] += label in after.argsort(descending=True)[:5].tolist()
+    return n
+
+
+def test_every_figure_equals_a_loop_over_single_images(run_here, deltas, tmp_path):
+    done = run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "free.pth",
+                    deltas["folder"] / "grid.pth", "--model_name", "cnn", "mlp", *FEW)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"]
+    assert [(r["uap"], r["target"]) for r in rows] == [
+        ("free", "cnn"), ("free", "mlp"), ("grid", "cnn"), ("grid", "mlp")]
+    for row in rows:
+        n = naive(row["target"], deltas[row["uap"]], 40)
+        got = {k: row[k]["k"] for k in ("fooling_ratio", "clean_acc", "adv_acc",
+                                        "attack_robustness", "clean_acc_top5", "adv_acc_top5")}
+        assert list(got.values()) == list(n.values())[:3] + [n["both"], n["clean5"], n["adv5"]]
+        assert row["n"] == row["fooling_ratio"]["n"] == 40
+        assert row["attack_robustness"]["n"] == n["clean"]
+
+
+def test_tables_are_written_as_json_csv_markdown_and_pictures(run_here, deltas, tmp_path):
+    done = run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "free.pth",
+                    deltas["folder"] / "grid.pth", "--model_name", "cnn", "mlp", *FEW)
+    folder = tmp_path / "runs/eval"
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert len(rows) == 4
+    assert float(rows[0]["fooling_ratio_low"]) <= float(rows[0]["fooling_ratio"])
+    assert (folder / "results.md").read_text() in done.stdout
+    assert "| UAP | cnn | mlp |" in done.stdout
+    for picture in ("examples.png", "heatmap.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_audit_says_when_rounding_to_8_bits_changes_the_ratio(run_here, deltas, tmp_path):
+    done = run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "free.pth",
+                    deltas["folder"] / "grid.pth", "--model_name", "cnn", *FEW)
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("grid: largest |delta| 70.00/255, 0 NaN of 784, 8-bit rounding "
+                               "changes nothing") for line in lines)
+    assert any(line.startswith("free: ") and "8-bit rounding changes" in line for line in lines)
+    rounded = naive("cnn", (deltas["free"] * 255).round() / 255, 40)
+    rows = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"]
+    assert rows[0]["fooling_ratio_rounded"]["k"] == rounded["fooled"]
+
+
+def logits(*classes):
+    return torch.eye(10)[list(classes)] - 0.01 * torch.arange(10)  # the runners-up: 0, 1, 2, 3
+
+
+def test_a_tally_by_hand():
+    tally = eval_uap.Tally(10, target=3)
+    # before 0 1 2 3, after 3 1 3 3, labels 0 1 5 3
+    tally.add(logits(0, 1, 2, 3), logits(3, 1, 3, 3), logits(3, 1, 2, 3),
+              torch.tensor([0, 1, 5, 3]))
+    figures = tally.figures(True, "abcdefghij")
+    assert {k: (v["k"], v["n"]) for k, v in figures.items()} == {
+        "fooling_ratio": (2, 4), "targeted_success": (2, 3), "clean_acc": (3, 4),
+        "adv_acc": (2, 4), "attack_robustness": (2, 3), "clean_acc_top5": (3, 4),
+        "adv_acc_top5": (3, 4), "dominant_class": (2, 2), "fooling_ratio_rounded": (1, 4)}
+    assert figures["dominant_class"]["name"] == "d"
+
+
+def test_wilson_intervals_are_those_of_the_formula():
+    assert metrics.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    assert metrics.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    low, high = metrics.wilson(198, 300)
+    for bound in (low, high):  # its defining property: p lies z standard errors from the bound
+        assert abs(0.66 - bound) == pytest.approx(
+            1.959964 * math.sqrt(bound * (1 - bound) / 300), rel=1e-5)
+
+
+def test_no_perturbation_fools_nobody(run_here, tmp_path):
+    save_pth(tmp_path / "zero.pth", torch.zeros(1, 28, 28))
+    run_here("eval_uap.py", "--uaps_save", "zero.pth", "--model_name", "cnn", *FEW)
+    row = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"][0]
+    assert row["fooling_ratio"]["k"] == 0
+    assert row["clean_acc"] == row["adv_acc"]
+
+
+def test_images_are_decoded_once_and_clean_predictions_computed_once(monkeypatch, tmp_path,
+                                                                     picture):
+    for i in range(6):
+        picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", 48, 40, seed=i)
+    decoded, calls = [], []
+    real = data.decode
+    monkeypatch.setattr(data, "decode", lambda path, size: decoded.append(path) or real(path, size))
+
+    class Counted(torch.nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            return torch.cat([x.mean((2, 3)), torch.zeros(len(x), 997)], 1)
+    images = data.open_images(str(tmp_path / "val"), split="test").prepared(32, None)
+    args = type("Args", (), {"batch_size": 4, "workers": 0})
+    pairs = {name: (torch.full((3, 32, 32), value), None)
+             for name, value in (("a", 0.1), ("b", -0.1), ("c", 0.05))}
+    eval_uap.evaluate({"one": Counted(), "two": Counted()}, pairs, images, skipped=[], args=args,
+                      targets=dict.fromkeys(pairs), device=torch.device("cpu"))
+    assert len(decoded) == 6
+    assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)
+
+
+def test_broken_images_are_named_counted_and_left_out(run_here, tmp_path, picture):
+    for i in range(3):
+        picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", seed=i)
+    (tmp_path / "val" / "n01440764" / "1.jpg").write_bytes(b"\xff\xd8 not a picture")
+    save_pth(tmp_path / "u.pth", torch.full((3, 64, 64), 2 / 255))
+    done = run_here("eval_uap.py", "--uaps_save", "u.pth", "--data_dir", "val", "--workers", 0,
+                    "--model_name", "squeezenet1_1", "--weights", "random", "--image_size", 64)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning:") == 1
+    assert "1.jpg" in done.stderr
+    result = json.loads((tmp_path / "runs/eval/results.json").read_text())
+    assert result["protocol"]["skipped"] == ["n01440764/1.jpg"]
+    assert result["rows"][0]["n"] == 2
+
+
+def test_folders_of_other_classes_give_no_accuracies(run_here, tmp_path, picture):
+    picture(tmp_path / "mine" / "cats" / "0.jpg")
+    save_pth(tmp_path / "u.pth", torch.full((3, 64, 64), 2 / 255))
+    done = run_here("eval_uap.py", "--uaps_save", "u.pth", "--data_dir", "mine", "--workers", 0,
+                    "--model_name", "squeezenet1_1", "--weights", "random", "--image_size", 64)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"][0]
+    assert "fooling_ratio" in row
+    assert "clean_acc" not in row
+
+
+# ------------------------------------------------------------------ reading files
+
+DELTA = torch.linspace(-10, 10, 3 * 6 * 7).round().view(3, 6, 7) / 255
+READ = {"scale": "auto", "eps": 10 / 255}
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: save_pth(p / "u.pth", DELTA),
+    lambda p: save_pth(p / "u.pth", DELTA[None].half()),
+    lambda p: save_pth(p / "u.pth", {"uap": DELTA.double(), "eps": torch.tensor(0.04)}),
+    lambda p: save_pth(p / "u.pth", DELTA * 255),
+    lambda p: np.save(p / "u.npy", DELTA.numpy()[None]),
+    lambda p: np.save(p / "u.npy", (DELTA * 255).round().numpy().astype(np.int8)),
+    lambda p: np.save(p / "u.npy", (DELTA * 255).permute(1, 2, 0)[None].numpy()),
+    lambda p: (p / "u.png").write_bytes(draw.encode_delta(DELTA)),
+], ids=["plain", "batch of one, fp16", "in a dict", "0-255", "npy", "npy int8", "npy HWC", "png"])
+def test_every_format_reads_as_the_same_perturbation(write, tmp_path):
+    write(tmp_path)
+    path = next(tmp_path.glob("u.*"))
+    delta = uaps.read_uap(path, **READ).delta
+    assert delta.shape == (3, 6, 7)
+    assert delta.dtype == torch.float32
+    assert torch.allclose(delta, DELTA, atol=2e-5)
+
+
+def test_the_facts_decide_the_scale_where_the_values_cannot(tmp_path):
+    save_pth(tmp_path / "u.pth", DELTA * 25.5)  # up to 1: on either scale
+    with pytest.raises(UserError, match="--scale 1 or --scale 255"):
+        uaps.read_uap(tmp_path / "u.pth", **READ)
+    assert uaps.read_uap(tmp_path / "u.pth", scale="255", eps=1).largest == pytest.approx(1)
+    save_json(tmp_path / "u.json", {"scale": 255})
+    assert uaps.read_uap(tmp_path / "u.pth", **READ).largest == pytest.approx(1)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (exec, ("open('executed', 'w')",))
+
+
+def truncated(path, content):
+    np.save(path, content)
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(("name", "write", "words"), [
+    ("gone.pth", lambda p: None, "no such file"),
+    ("gone.npy", lambda p: None, "no such file"),
+    ("a.txt", lambda p: p.write_text("x"), "no format"),
+    ("a.pth", lambda p: p.write_bytes(b"PK\x03\x04 cut"), "truncated"),
+    ("a.pth", lambda p: p.write_bytes(b""), "truncated"),
+    ("a.npy", lambda p: truncated(p, DELTA.numpy()), "truncated"),
+    ("a.png", lambda p: p.write_bytes(draw.encode_delta(DELTA)[:60]), "truncated"),
+    ("a.pth", lambda p: torch.save(Dangerous(), p), "not executed"),
+    ("a.npy", lambda p: np.save(p, np.array([Dangerous()]), allow_pickle=True), "more than num"),
+    ("a.pth", lambda p: save_pth(p, torch.zeros(4, 6, 7)), "wanted (3, H, W)"),
+    ("a.pth", lambda p: save_pth(p, torch.zeros(2, 3, 6, 7)), "wanted (3, H, W)"),
+    ("a.pth", lambda p: save_pth(p, torch.full((3, 6, 7), math.nan)), "126 of 126 values are NaN"),
+    ("a.pth", lambda p: save_pth(p, DELTA * 1.6), "over --eps 10/255; type --eps 16/255"),
+    ("a.pth", lambda p: save_pth(p, {"a": DELTA, "b": DELTA}), "2 tensors"),
+    ("a.pth", lambda p: save_pth(p, [DELTA]), "holds list"),
+    ("a.npy", lambda p: np.save(p, np.full((3, 6, 7), 200, np.uint8)), "wanted signed"),
+])
+def test_a_bad_file_is_one_clear_line_and_is_never_executed(name, write, words, tmp_path,
+                                                            monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name)
+    with pytest.raises(UserError) as refusal:
+        uaps.read_uap(tmp_path / name, **READ)
+    assert words in str(refusal.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_bad_perturbation_stops_the_script_before_any_figure(run_script, refused, tmp_path,
+                                                               deltas):
+    torch.save(Dangerous(), tmp_path / "evil.pth")
+    done = run_script("eval_uap.py", "--uaps_save", deltas["folder"] / "grid.pth", "evil.pth", *FEW)
+    refused(done, "evil.pth", "not executed")
+    assert "|" not in done.stdout
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--eps", "0.2"), "over --eps"),
+    (("--model_name", "cnm"), "did you mean cnn"),
+    (("--model_name", "vgg16"), "no network for digits data"),
+    (("--data_dir", "digit"), "did you mean digits"),
+    (("--uaps_save", "nowhere"), "no format"),
+    (("--uaps_save", "."), "no perturbation for digits images"),
+    (("--weights", "a.pth"), "no file a.pth"),
+    (("--weights", "V1", "V1", "V1"), "3 given for 1 targets"),
+    (("--image_size", "32"), "digits images are 28 pixels"),
+])
+def test_bad_flags_are_one_clear_line(flags, words, run_here, refused, deltas):
+    refused(run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "grid.pth", "--model_name",
+                     "cnn", *FEW, *flags), words)
+
+
+def test_another_size_is_refused_unless_resized_within_eps(run_here, refused, tmp_path, deltas):
+    save_pth(tmp_path / "small.pth", torch.full((1, 14, 14), 0.25))
+    flags = ("--uaps_save", "small.pth", "--model_name", "cnn", *FEW)
+    refused(run_here("eval_uap.py", *flags), "14 x 14", "28 x 28", "--resize")
+    assert run_here("eval_uap.py", *flags, "--resize").returncode == 0
+    uap = uaps.read_uap(deltas["folder"] / "free.pth", scale="auto", eps=EPS)
+    larger = uaps.fit_size(uap, 57, 1, EPS, True)
+    assert larger.shape == (1, 57, 57)
+    assert larger.abs().max() <= EPS
+
+
+def test_a_folder_stands_for_the_perturbations_made_on_this_kind_of_data(tmp_path, deltas):
+    for kind in ("digits", "imagenet"):
+        (tmp_path / kind).mkdir()
+        save_pth(tmp_path / kind / "sga.pth", deltas["grid"])
+        save_pth(tmp_path / kind / "checkpoint.pth", {})
+        save_json(tmp_path / kind / "sga.json", {"kind": kind, "scale": 1})
+    assert uaps.find_uaps([tmp_path], "digits") == [tmp_path / "digits" / "sga.pth"]
+    both = uaps.read_uaps([tmp_path / k / "sga.pth" for k in ("digits", "imagenet")],
+                          scale="auto", eps=EPS)
+    assert [uap.name for uap in both] == ["digits/sga", "imagenet/sga"]
