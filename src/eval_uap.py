@@ -11,6 +11,7 @@ perturbations there are. Names of the figures: utils/metrics.py. Files are never
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from tqdm import tqdm
@@ -183,6 +184,37 @@ def detail_table(rows):
                             f"{100 * row['dominant_class']['value']:.1f}"] for row in rows])
 
 
+SETTINGS = ("epochs", "amp", "method", "model_name", "weights", "eps", "alpha", "loss", "beta",
+            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "images_sha256")
+
+
+def same_but_seed(uaps):
+    """{label: perturbations} for those whose facts differ in the seed alone, two or more."""
+    groups = {}
+    for uap in uaps:
+        if "seed" in uap.facts:
+            groups.setdefault(str([uap.facts.get(k) for k in SETTINGS]), []).append(uap)
+    groups = [group for group in groups.values() if len({u.facts["seed"] for u in group}) > 1]
+    labelled = {}
+    for group in groups:
+        facts = group[0].facts
+        alike = [g[0].facts for g in groups if g[0].facts["name"] == facts["name"]]
+        label = " ".join([facts["name"], *(f"{k}={facts[k]}" for k in SETTINGS if len(
+            {str(other.get(k)) for other in alike}) > 1)])
+        labelled[label] = group
+    return labelled
+
+
+def seed_table(rows, groups, targets):
+    """Markdown: mean and standard deviation of the fooling ratio over seeds, rows settings."""
+    cell = {(row["uap"], row["target"]): 100 * row["fooling_ratio"]["value"] for row in rows}
+    lines = []
+    for label, group in groups.items():
+        values = [[cell[uap.name, t] for uap in group] for t in targets]
+        lines.append([label, len(group), *(f"{mean(v):.1f} ± {stdev(v):.1f}" for v in values)])
+    return markdown(["UAP", "seeds", *targets], lines)
+
+
 def flat(row):
     """A row of results.csv: every figure with its n and interval."""
     result = {"uap": row["uap"], "target": row["target"], "n": row["n"]}
@@ -300,6 +332,10 @@ def report(rows, about, uaps, targets):
         text += (f"\n{metric}, % of {'all ' if metric == 'fooling_ratio' else ''}images "
                  "(95 % Wilson interval)\n\n"
                  + fooling_table(rows, [uap.name for uap in uaps], targets, metric))
+    groups = same_but_seed(uaps)
+    if groups:
+        text += ("\nfooling_ratio, %, mean ± standard deviation over seeds\n\n"
+                 + seed_table(rows, groups, targets))
     text += "\nAll figures, % (95 % Wilson interval)\n\n" + detail_table(rows) + "\n"
     for uap in uaps:
         text += audit(uap, {r["target"]: r for r in rows if r["uap"] == uap.name}) + "\n"

@@ -76,12 +76,14 @@ def get_args():
     add("--minibatch", type=at_least(1), default=10, help="images of an inner step")
     add("--iter", type=at_least(1), default=4, help="K: how often an epoch's inner steps see an "
         "image on average")
-    add("--momentum", type=at_least(0, float), default=0.0, help="mu of the outer step; 0: none")
+    add("--momentum", type=at_least(0, float), help="mu of the outer step, 0: no momentum; None: "
+        "0, the paper's, and 0.9 with --augment")
     add("--target", type=at_least(0), help="class index to steer all images to; None: untargeted")
     add("--augment", action="store_true", help="flip, scale and shift every image of every inner "
-        "step; not in the paper, recommended when images are few")
+        "step, with momentum; not in the paper, recommended when images are few")
     add("--uaps_save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    add("--seed", type=at_least(0), default=0, help="fixes everything random")
+    add("--seed", type=at_least(0, high=2 ** 63 - 1), default=0,
+        help="fixes everything random")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--amp", choices=("auto", "bf16", "off"), default="auto",
         help="precision of the gradients; auto: the faster by timing; figures are float32 always")
@@ -196,6 +198,8 @@ def settle(args):
     args.eps, args.alpha = args.eps or preset.eps, args.alpha or preset.alpha
     args.model_name = args.model_name or [preset.surrogate]
     args.num_images = args.num_images or preset.num_images
+    if args.momentum is None:
+        args.momentum = 0.9 if args.augment else 0.0
     for name in args.model_name:
         check_name(name, images.kind)
     if args.target is not None and args.target >= num_classes(images.kind):
@@ -280,7 +284,8 @@ def train(args, state, models, images, folder, flags, device):
         start = time.perf_counter()
         with tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None) as bar:
             mean_loss, count = run_epoch(args, gradient, state, pixels, generator, device, bar)
-        seconds = time.perf_counter() - start
+        synchronize(device)
+        gradients_took = time.perf_counter() - start
         if not (state["delta"].isfinite().all() and math.isfinite(mean_loss)):
             raise UserError(f"epoch {epoch}: the gradient is not finite (loss {mean_loss}); the "
                             "last checkpoint is kept; look at the weights, or try --amp off")
@@ -288,7 +293,8 @@ def train(args, state, models, images, folder, flags, device):
                         state["labels"][:, watched], device)
         row = {"epoch": epoch, "loss": round(mean_loss, 6),
                **{name: round(value["value"], 6) for name, value in shares.items()},
-               "seconds": round(seconds, 3), "images_per_s": round(count / seconds, 1)}
+               "seconds": round(time.perf_counter() - start, 3),
+               "images_per_s": round(count / gradients_took, 1)}
         state["rows"].append(row)
         state.update(epoch=epoch, generator=generator.get_state())
         save_pth(folder / "checkpoint.pth", {**state, "flags": flags})
@@ -322,6 +328,7 @@ def finish(args, state, models, images, folder, name, device):
         "skipped": list(images.skipped), "images_sha256": images.sha256(), "on_training_images":
         shares, "amp": state["amp"], "layout": state["layout"],
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 1), **provenance(device)}
+    save_csv(folder / "log.csv", state["rows"])  # a kill may have come after the checkpoint
     save_pth(folder / f"{name}.pth", delta)
     save_json(folder / f"{name}.json", facts)
     write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
@@ -348,12 +355,18 @@ def main(args):
     print(f"{len(images)} images of {args.data_dir}, {args.image_size} pixels, list sha256 "
           f"{images.sha256()[:16]}; surrogate {', '.join(args.model_name)}", flush=True)
     images = load(images, workers=args.workers)
-    write_atomic(folder / "images.txt", images.listing().encode())
     if state is None:
+        (folder / "checkpoint.pth").unlink(missing_ok=True)  # --overwrite: nothing can fail now
         y = predictions(models, images.pixels, device)
         state = new_state(args, models, images.pixels, y, device)
+        write_atomic(folder / "images.txt", images.listing().encode())
+        save_pth(folder / "checkpoint.pth", {**state, "flags": flags})  # what auto chose holds
         print(f"gradients in {'float32' if state['amp'] == 'off' else state['amp']}, "
-              f"{state['layout']} (to repeat: --amp {state['amp']} --layout {state['layout']})")
+              f"{state['layout']} (to repeat: --amp {state['amp']} --layout {state['layout']})",
+              flush=True)
+    if state["labels"].shape[1] != len(images):
+        raise UserError(f"--resume: the run has {state['labels'].shape[1]} images, {len(images)} "
+                        "can be read now; bring the missing ones back or start again (--overwrite)")
     train(args, state, models, images, folder, flags, device)
     finish(args, state, models, images, folder, name, device)
 

@@ -29,7 +29,7 @@ def encode_delta(delta):
     """A perturbation (C, H, W) on the [0, 1] scale as an 8-bit PNG that can be read back.
 
     Grey level 128 is zero; one step of 1/255 is `delta_gain` levels, as the file's text says, so
-    that the picture can be seen by eye and loses nothing but the rounding to 8 bits.
+    that the picture can be seen by eye and, up to 127/255, loses nothing but rounding to 8 bits.
     """
     steps = (delta * 255).round()
     gain = max(1, int(127 // max(1, steps.abs().max().item())))
@@ -84,6 +84,31 @@ def heatmap(values, rows, columns):
             axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center",
                       color="black" if value > 0.6 else "white")
     figure.colorbar(image, label="fooling ratio, % of all images")
+    return _png(figure)
+
+
+def compare(deltas, ratios, targets):
+    """Perturbations {name: (C, H, W)} amplified, beside their fooling ratios with intervals.
+
+    ratios {name: [share per target]}; the README's picture.
+    """
+    figure = _figure(3 * len(deltas) + 4.5, 3.2)
+    axes = figure.subplots(1, len(deltas) + 1, width_ratios=[1] * len(deltas) + [1.6])
+    for ax, (name, delta) in zip(axes, deltas.items(), strict=False):
+        largest = delta.abs().max().item() or 1
+        _show(ax, delta / (2 * largest) + 0.5)
+        ax.set_title(f"{name}\n(at most {255 * largest:.0f}/255, shown amplified)", fontsize=9)
+    width = 0.8 / len(deltas)
+    for k, (name, shares) in enumerate(ratios.items()):
+        x = np.arange(len(targets)) + (k - (len(deltas) - 1) / 2) * width
+        y = 100 * np.array([s["value"] for s in shares])
+        low, high = (100 * np.array([s[key] for s in shares]) for key in ("low", "high"))
+        axes[-1].bar(x, y, 0.92 * width, label=name, color=(BLUE, ORANGE, GREEN)[k % 3])
+        axes[-1].errorbar(x, y, [y - low, high - y], fmt="none", ecolor="black", capsize=3)
+    axes[-1].set_xticks(range(len(targets)), targets)
+    axes[-1].set(ylim=(0, 100), ylabel="fooling ratio, % of all images")
+    axes[-1].legend(fontsize=8)
+    axes[-1].grid(axis="y", alpha=0.3)
     return _png(figure)
 
 

@@ -25,8 +25,9 @@ from utils.data import SMALL, default_workers, load, open_images, to_float
 from utils.run import UserError, load_pth, save_pth
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# epochs and shift (pixels) of the crops that a small network is trained with; flips on photographs
-RECIPES = {"digits": (20, 0), "mnist": (3, 0), "cifar10": (12, 4)}
+# how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
+# which the networks with BatchNorm change their mind at any pattern on the black of digits
+RECIPES = {"digits": (12, 0, 0.1), "mnist": (3, 0, 0.1), "cifar10": (12, 4, 0.0)}
 RECIPE_VERSION = 1  # part of the cached file's name: a new recipe trains anew
 
 
@@ -71,8 +72,8 @@ def check_name(name, kind):
         return
     near = difflib.get_close_matches(name, wanted, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"--model_name {name}: no network for {kind} data; {hint}"
-                    f"wanted one of {', '.join(wanted) if kind in RECIPES else 'torchvision.models.list_models(), such as vgg16'}")  # noqa: E501
+    some = ", ".join(wanted) if kind in RECIPES else "torchvision's classifiers, such as vgg16"
+    raise UserError(f"--model_name {name}: no network for {kind} data; {hint}wanted one of {some}")
 
 
 def num_classes(kind):
@@ -84,34 +85,40 @@ def input_size(name, kind, size):
     """Side in pixels that the network was trained for; `size` where the data decides."""
     if name in SMALL or kind in RECIPES:
         return size
-    default = _enum(name, "V1") or next(iter(zoo.get_model_weights(name)))
-    return default.transforms().crop_size[0]
+    return _transforms(name).crop_size[0]
 
 
 # ----------------------------------------------------------------- torchvision
 
 def _torchvision(name, weights, path):
-    enum = None if path or weights == "random" else _enum(name, weights)
-    if enum is None and not path and weights != "random":
-        there = [w.removeprefix("IMAGENET1K_") for w in zoo.get_model_weights(name).__members__]
-        raise UserError(f"--weights {weights}: {name} has {', '.join(there)}; type one of these, "
-                        "random, or the path of a state dict")
-    about = (enum or _enum(name, "V1") or next(iter(zoo.get_model_weights(name)))).transforms()
-    if enum is None:
+    if path or weights == "random":
+        about = _transforms(name)
         return _local(name, path), about.mean, about.std
+    enum = _enum(name, weights)
     try:
         net = zoo.get_model(name, weights=enum, progress=sys.stderr.isatty())
     except OSError as error:
         raise UserError(f"{name}: its weights {enum.name} are not cached and the download failed "
                         f"({error}); type --weights PATH of a state dict, or --weights random"
                         ) from None
-    return net, about.mean, about.std
+    return net, enum.transforms().mean, enum.transforms().std
 
 
 def _enum(name, weights):
-    """'V1', 'IMAGENET1K_V1', 'DEFAULT' ... -> torchvision's weights, None if there are none."""
+    """'V1', 'IMAGENET1K_V1', 'DEFAULT' ... -> torchvision's weights; UserError if there are none.
+    """
     members = zoo.get_model_weights(name).__members__
-    return members.get(weights) or members.get(f"IMAGENET1K_{weights}")
+    found = members.get(weights) or members.get(f"IMAGENET1K_{weights}")
+    if found is None:
+        there = [w.removeprefix("IMAGENET1K_") for w in members]
+        raise UserError(f"--weights {weights}: {name} has {', '.join(there)}; type one of these, "
+                        "random, or the path of a state dict")
+    return found
+
+
+def _transforms(name):
+    """Size and normalisation of the network's first published weights, V1 for nearly all."""
+    return next(iter(zoo.get_model_weights(name))).transforms()
 
 
 def _local(name, path):
@@ -120,7 +127,9 @@ def _local(name, path):
     if name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own weights:
         # input shifted to the weights' own normalisation, no auxiliary heads
         options = {"transform_input": True, "aux_logits": False, "init_weights": path is None}
-    net = zoo.get_model(name, weights=None, **options)
+    with torch.random.fork_rng(devices=[]):  # random weights are the same every time
+        torch.manual_seed(0)
+        net = zoo.get_model(name, weights=None, **options)
     return load_state(net, path, name) if path else net
 
 
@@ -222,11 +231,11 @@ def _small(name, kind, weights, path, data_dir, data_root, device):
         net = build_small(name, channels, size)
     if weights == "random":
         return net, half, half
-    if path or cached.is_file():
-        return load_state(net, path or cached, name), half, half
-    if weights != "V1":
+    if not path and weights != "V1":
         raise UserError(f"--weights {weights}: {name} has V1 (trained here on first use), random, "
                         "or the path of a state dict")
+    if path or cached.is_file():
+        return load_state(net, path or cached, name), half, half
     model = nn.Sequential(Normalize(half, half), net).to(device)
     _train_small(model, name, kind, data_dir, data_root)
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +246,7 @@ def _small(name, kind, weights, path, data_dir, data_root, device):
 def _train_small(model, name, kind, data_dir, data_root):
     """Trains in place: Adam, one-cycle, cross-entropy; prints accuracy on the test split."""
     start = time.time()
-    epochs, shift = RECIPES[kind]
+    epochs, shift, noise = RECIPES[kind]
     train, test = (load(open_images(_parent(data_dir), split=split, data_root=data_root),
                         workers=default_workers()) for split in ("train", "test"))
     device = next(model.parameters()).device
@@ -251,7 +260,7 @@ def _train_small(model, name, kind, data_dir, data_root):
         for _ in range(epochs):
             order = torch.randperm(len(train), generator=generator)
             for index in order[:len(order) // batch * batch].split(batch):
-                x = _jitter(to_float(train.pixels[index]), shift, generator)
+                x = _jitter(to_float(train.pixels[index]), shift, noise, generator)
                 loss = F.cross_entropy(model(x.to(device)), train.labels[index].to(device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -276,8 +285,10 @@ def _parent(data_dir):
     return data_dir
 
 
-def _jitter(x, shift, generator):
-    """One random flip and shift (zeros come in) for the batch; nothing when shift is 0."""
+def _jitter(x, shift, noise, generator):
+    """One random flip and shift (zeros come in) for the batch, and noise for every pixel."""
+    if noise:
+        x = (x + noise * torch.randn(x.shape, generator=generator)).clamp_(0, 1)
     if not shift:
         return x
     dy, dx = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()

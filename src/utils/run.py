@@ -60,12 +60,13 @@ def radius(text):
     return value
 
 
-def at_least(low, kind=int):
-    """argparse type: a number that is no smaller than `low`."""
+def at_least(low, kind=int, high=float("inf")):
+    """argparse type: a number from `low` to `high`."""
     def number(text):
         value = kind(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: at least {low}")
+        if not low <= value <= high:  # NaN is neither
+            most = "" if high == float("inf") else f", at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low}{most}")
         return value
     number.__name__ = kind.__name__  # argparse prints it when kind(text) fails
     return number
@@ -73,13 +74,17 @@ def at_least(low, kind=int):
 
 def names(text):
     """argparse type: 'a,b' -> ['a', 'b']."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' names nothing: type a name, or several: a,b")
+    return found
 
 
 # ------------------------------------------------------------ device and seed
 
 def resolve_device(name):
     """'auto' -> cuda, mps or cpu, whichever is there first; an absent one is a UserError."""
+    torch.backends.cudnn.allow_tf32 = False  # "float32" in a table means float32
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if name == "auto":
@@ -211,13 +216,15 @@ class RunFolder:
         flags: dict of what decides the result; with `resume` they must equal the saved ones.
         """
         path = self.path / "checkpoint.pth"
-        if not path.exists() or overwrite:
-            return None
+        if not path.exists() or (overwrite and not resume):
+            return None  # the old one stays until the new run has something to keep
         if not resume:
             raise UserError(f"{self.path}: holds a run already; type --resume to go on with it, "
                             "--overwrite to start again, or choose another folder")
         saved = load_pth(path)
-        for name in sorted(flags.keys() | saved["flags"].keys()):
+        either = sorted(flags.keys() | saved["flags"].keys())
+        # data_dir last: its image list changes with num_images too
+        for name in sorted(either, key=lambda name: name == "data_dir"):
             was, now = saved["flags"].get(name), flags.get(name)
             if was != now:
                 raise UserError(f"--resume with another --{name}: the run in {self.path} has "

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from utils import draw
 from utils.run import UserError, load_json, load_pth
@@ -49,7 +50,7 @@ def find_uaps(paths, kind):
             found.append(path)
             continue
         below = [p.with_suffix(".pth") for p in sorted(path.rglob("*.json"))
-                 if p.with_suffix(".pth").is_file() and load_json(p).get("kind") == kind]
+                 if p.with_suffix(".pth").is_file() and _facts(p).get("kind") == kind]
         if not below:
             raise UserError(f"--uaps_save {path}: no perturbation for {kind} images below it; make "
                             "one with train_sga.py, or name the file")
@@ -71,14 +72,13 @@ def read_uap(path, *, scale, eps):
     UserError: no file, truncated, holds code, wrong shape, NaN, scale in doubt, over eps.
     """
     path = Path(path)
-    beside = path.with_suffix(".json")
-    facts = load_json(beside) if beside.is_file() else {}
-    known = str(facts["scale"]) if "scale" in facts else None
+    facts = _facts(path.with_suffix(".json"))
+    known = str(facts["scale"]) if facts.get("scale") in (1, 255) else None
     if path.suffix == ".npy":
         values = _load_npy(path)
     elif path.suffix == ".png":
         values, marked = _load_png(path)
-        if not marked and scale == "auto":
+        if not marked and scale != "255":
             raise UserError(f"{path}: a PNG that does not say what its grey levels mean; type "
                             "--scale 255 if 128 is zero and one level is 1/255")
         known, scale = "1", "auto"  # decoded to [0, 1] already
@@ -96,6 +96,12 @@ def read_uap(path, *, scale, eps):
         raise UserError(f"{path}: largest |delta| is {uap.largest:.2f}/255, over --eps "
                         f"{eps * 255:g}/255; type --eps {uap.largest:.4g}/255 to allow it")
     return uap
+
+
+def _facts(path):
+    """What NAME.json says of a perturbation; nothing if it is not there or says something else."""
+    facts = load_json(path) if path.is_file() else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _load_npy(path):
@@ -116,7 +122,7 @@ def _load_png(path):
         return draw.decode_delta(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: truncated, or no PNG ({error})") from None
 
 

@@ -1,0 +1,45 @@
+"""Draws the pictures of imgs/ from what runs left on disk; trains and evaluates nothing.
+
+    python figures.py --results runs/eval --rows sga_0:SGA spgd_0:SPGD --out imgs/uaps.png
+"""
+
+import argparse
+from pathlib import Path
+
+from utils import draw
+from utils.run import UserError, load_json, run_script, write_atomic
+from utils.uaps import read_uap
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description="Perturbations beside their fooling ratios.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("runs/eval"), help="folder that eval_uap.py wrote")
+    add("--rows", nargs="+", help="which of its perturbations, as NAME or NAME:LABEL; None: all")
+    add("--out", type=Path, default=Path("imgs/uaps.png"), help="PNG file to write")
+    return parser.parse_args()
+
+
+def main(args):
+    path = args.results / "results.json"
+    if not path.is_file():
+        raise UserError(f"--results {args.results}: no results.json there; run eval_uap.py first")
+    results = load_json(path)
+    targets = list(results["protocol"]["targets"])
+    chosen = [row.partition(":") for row in args.rows or results["uaps"]]
+    deltas, ratios = {}, {}
+    for name, _, label in chosen:
+        if name not in results["uaps"]:
+            raise UserError(f"--rows {name}: not in {path}, which has {', '.join(results['uaps'])}")
+        uap = read_uap(results["uaps"][name]["path"], scale="auto", eps=1)
+        deltas[label or name] = uap.delta
+        ratios[label or name] = [row["fooling_ratio"] for row in results["rows"]
+                                 if row["uap"] == name]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out, draw.compare(deltas, ratios, targets))
+    print(f"drew {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(get_args, main)

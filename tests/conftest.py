@@ -1,0 +1,88 @@
+"""What every test may use: scripts run here or in their own process, pictures, ../shared.
+
+The only place that puts src on the path. Small networks are kept in one folder for the session, so
+that no test trains what another one has trained, and none touches the user's own cache.
+"""
+
+import gc
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+sys.path.insert(0, str(SRC))
+
+_torch_home = tempfile.TemporaryDirectory(prefix="torch_home_")  # removed when the session ends
+os.environ["TORCH_HOME"] = _torch_home.name
+
+
+@pytest.fixture
+def shared():
+    """../shared, which holds photographs and weights too large for the repository."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder ../shared beside the repository")
+    return folder
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script(name, *args): a script of src/ in a process of its own, in tmp_path."""
+    def run(name, *args, **options):
+        return subprocess.run([sys.executable, str(SRC / name), *map(str, args)], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300, check=False, **options)
+    return run
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """The same, without the seconds that a new process needs to import torch."""
+    from utils.run import run_script as entry
+
+    def run(name, *args):
+        module = importlib.import_module(name.removesuffix(".py"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            entry(module.get_args, module.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        gc.collect()  # a folder's lock goes with the objects of the run, as in a process that ends
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([name, *args], code, said.out, said.err)
+    return run
+
+
+@pytest.fixture
+def refused():
+    """refused(result, *words): exit status 2 and one clear line that holds the words."""
+    def check(result, *words):
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr
+        lines = [line for line in result.stderr.splitlines()
+                 if line.strip() and not line.startswith(("usage:", " ", "warning:"))]
+        assert len(lines) == 1, result.stderr
+        assert not [word for word in words if str(word) not in lines[0]], lines[0]
+        return lines[0]
+    return check
+
+
+@pytest.fixture
+def picture():
+    """picture(path, width, height, seed): a smooth coloured photograph, as JPEG or PNG."""
+    def draw(path, width=40, height=40, seed=0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.BICUBIC).save(path, quality=95)
+        return path
+    return draw

@@ -1,0 +1,101 @@
+"""Bad input to train_sga.py: exit status 2 and one line that says what to type, no traceback."""
+
+import os
+
+import pytest
+import torch
+
+from utils.models import build_small
+from utils.run import save_pth
+
+SCRIPT = "train_sga.py"
+QUICK = ("--epochs", 1, "--num_images", 20, "--weights", "random", "--amp", "off", "--layout",
+         "contiguous")
+
+WRONG = {  # name: (arguments, words of the line)
+    "missing folder": (["--data_dir", "nowhere"], ["nowhere", "no such folder", "digits"]),
+    "missing path": (["--data_dir", "/no/such/place"], ["/no/such/place"]),
+    "a file": (["--data_dir", "file.txt"], ["file.txt"]),
+    "empty folder": (["--data_dir", "empty"], ["empty", "no images", "class folders"]),
+    "no images": (["--data_dir", "texts"], ["texts", "no images"]),
+    "flat folder": (["--data_dir", "flat"], ["flat", "class folders", "flat folder"]),
+    "all corrupt": (["--data_dir", "corrupt", "--model_name", "squeezenet1_1"],
+                    ["corrupt", "not one of its 1 images"]),
+    "unknown data": (["--data_dir", "digit"], ["digit", "did you mean digits?"]),
+    "unknown model": (["--model_name", "cnn_bnn"], ["cnn_bnn", "did you mean cnn_bn?"]),
+    "one unknown": (["--model_name", "cnn,rezet_small"], ["did you mean resnet_small?"]),
+    "other kind": (["--model_name", "vgg16"], ["vgg16", "digits", "vgg_small"]),
+    "other architecture": (["--model_name", "mlp", "--weights", "cnn.pth"],
+                           ["cnn.pth", "not the weights of mlp", "--model_name"]),
+    "pickle": (["--weights", "bomb.pth"], ["bomb.pth", "not executed"]),
+    "missing weights": (["--weights", "none.pth"], ["none.pth", "no file"]),
+    "NaN weights": (["--weights", "nan.pth"], ["not finite"]),
+    "no V2": (["--weights", "V2"], ["V2", "cnn"]),
+    "no V2 of torchvision's": (["--data_dir", "good", "--model_name", "squeezenet1_1",
+                                "--weights", "V2"], ["V2", "squeezenet1_1"]),
+    "too many weights": (["--weights", "V1,random"], ["--weights", "2 given for 1"]),
+    "sizes differ": (["--data_dir", "good", "--model_name", "vgg16,inception_v3"],
+                     ["[224, 299]", "--image_size"]),
+    "other size": (["--image_size", 32], ["--image_size 32", "28"]),
+    "eps": (["--eps", 10], ["--eps", "10/255"]),
+    "alpha": (["--alpha", 10], ["--alpha", "10/255", "calls alpha is eps"]),
+    "eps 0": (["--eps", 0], ["--eps"]),
+    "eps below 0": (["--eps=-1/255"], ["--eps"]),
+    "eps no number": (["--eps", "ten"], ["--eps", "10/255"]),
+    "eps over 0": (["--eps", "1/0"], ["--eps"]),
+    "minibatch": (["--minibatch", 11, "--batch_size", 10], ["--minibatch 11", "--batch_size 10"]),
+    "no images wanted": (["--num_images", 0], ["--num_images", "at least 1"]),
+    "target": (["--target", 10], ["--target 10", "0 to 9"]),
+    "target below 0": (["--target", -1], ["--target"]),
+    "epochs": (["--epochs", 0], ["--epochs"]),
+    "iter": (["--iter", "4.5"], ["--iter"]),
+    "seed": (["--seed", -1], ["--seed"]),
+    "seed too large": (["--seed", 10 ** 20], ["--seed"]),
+    "momentum": (["--momentum", "nan"], ["--momentum"]),
+    "method": (["--method", "pgd"], ["--method", "spgd"]),
+    "not writable": (["--uaps_save", "file.txt/run"], ["file.txt/run", "cannot write there"]),
+    "a file as folder": (["--uaps_save", "file.txt"], ["file.txt", "cannot write there"]),
+    "no such flag": (["--epoch_size", 3], ["--epoch_size"]),
+}
+BY_PROCESS = ("missing folder", "alpha", "not writable")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.fixture
+def here(tmp_path, picture):
+    """What the wrong arguments name."""
+    for folder in ("empty", "texts/class", "flat", "corrupt/class"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "texts" / "class" / "a.txt").write_text("")
+    (tmp_path / "corrupt" / "class" / "a.jpg").write_text("")
+    picture(tmp_path / "flat" / "a.jpg")
+    picture(tmp_path / "good" / "class" / "a.jpg")
+    save_pth(tmp_path / "cnn.pth", build_small("cnn", 1, 28).state_dict())
+    save_pth(tmp_path / "nan.pth", {name: value * float("nan") for name, value in
+                                    build_small("cnn", 1, 28).state_dict().items()})
+    torch.save({"weight": Bomb()}, tmp_path / "bomb.pth")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_clear_line_and_exit_status_2(case, here, run_here, refused):
+    args, words = WRONG[case]
+    refused(run_here(SCRIPT, *QUICK, *args), *words)
+    assert not (here / "ran").exists()
+    assert not list(here.rglob("sga_*"))  # and nothing to go on from, unless it came to gradients
+    assert case == "NaN weights" or not list(here.rglob("checkpoint.pth"))
+
+
+@pytest.mark.parametrize("case", BY_PROCESS)
+def test_the_same_holds_in_a_process_of_its_own(case, here, run_script, refused):
+    args, words = WRONG[case]
+    refused(run_script(SCRIPT, *QUICK, *args), *words)
+
+
+def test_the_arguments_that_all_of_these_add_to_are_good_ones(run_here):
+    assert run_here(SCRIPT, *QUICK).returncode == 0

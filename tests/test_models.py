@@ -1,0 +1,276 @@
+"""Networks: [0, 1] pixels in, logits out, frozen; weights from files that are never executed."""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from utils import models, precision
+from utils.data import SMALL
+from utils.models import Normalize, build_small, load_model
+from utils.run import UserError, save_pth
+
+KINDS = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def pixels(n, *shape, seed=0):
+    x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
+    x[:, :, 0], x[:, :, 1] = 0, 1  # exactly black and exactly white rows
+    return x
+
+
+@pytest.fixture
+def state():
+    """The state dict of a small network with BatchNorm that has seen data."""
+    net = build_small("cnn_bn", 1, 28)
+    net(torch.rand(8, 1, 28, 28))
+    return net.state_dict()
+
+
+def load_small(path, name="cnn_bn"):
+    return load_model(name, weights=str(path), kind="digits")
+
+
+# ------------------------------------------------------------------------- the model
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
+def test_a_torchvision_model_is_normalize_then_net_frozen_in_eval_mode(name):
+    model = load_model(name, weights="random")
+    assert len(model) == 2 and isinstance(model[0], Normalize)
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    x = pixels(2, 3, 64, 64)
+    normalised = torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
+    assert torch.equal(model(x), model[1](normalised))
+    assert model(x).shape == (2, 1000) and model(x).dtype == torch.float32
+    assert not torch.equal(model(x), model[1](x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_networks_take_the_images_of_each_kind_and_tell_ten_classes(name, kind):
+    rng = torch.get_rng_state()
+    model = load_model(name, weights="random", kind=kind)
+    assert torch.equal(torch.get_rng_state(), rng)
+    x = pixels(2, *KINDS[kind])
+    assert model(x).shape == (2, 10)
+    assert torch.equal(model(x), model[1](2 * x - 1))  # [-1, 1] inside
+    assert not any(p.requires_grad or m.training for m in model.modules() for p in m.parameters())
+
+
+def test_the_five_small_networks_differ_in_kind():
+    built = {name: build_small(name, 1, 28) for name in SMALL}
+    kinds = {name: {type(m).__name__ for m in net.modules()} for name, net in built.items()}
+    assert "Conv2d" not in kinds["mlp"] and "BatchNorm2d" not in kinds["cnn"]
+    assert "BatchNorm2d" in kinds["cnn_bn"] and "Residual" in kinds["resnet_small"]
+    assert len({sum(p.numel() for p in net.parameters()) for net in built.values()}) == 5
+
+
+def test_a_small_network_is_trained_on_first_use_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    first = load_model("mlp", kind="digits", data_dir="digits")
+    said = capsys.readouterr().out
+    assert "trained mlp on digits" in said
+    assert float(said.split("accuracy ")[1].split(" %")[0]) > 95
+    monkeypatch.setattr(models, "_train_small", lambda *a: pytest.fail("trained again"))
+    again = load_model("mlp", kind="digits", data_dir="digits")
+    x = pixels(4, 1, 28, 28)
+    assert torch.equal(first(x), again(x))
+    kept = list(tmp_path.rglob("*.pth"))
+    assert [path.name for path in kept] == [f"digits_mlp_{models.RECIPE_VERSION}.pth"]
+
+
+def test_inception_is_for_299_pixels_and_the_others_for_224():
+    sizes = [models.input_size(name, "imagenet", 224)
+             for name in ("inception_v3", "vgg16", "googlenet")]
+    assert sizes == [299, 224, 224]
+
+
+# ------------------------------------------------------------------ weights of a file
+
+def test_half_precision_weights_load_as_float32(tmp_path, state):
+    save_pth(tmp_path / "w.pth", {k: v.half() if v.is_floating_point() else v
+                                  for k, v in state.items()})
+    net = load_small(tmp_path / "w.pth")[1]
+    for name, value in net.state_dict().items():
+        assert value.dtype == state[name].dtype
+        if value.is_floating_point():
+            assert torch.equal(value, state[name].half().float())
+
+
+@pytest.mark.parametrize("form", ["plain", "module", "state_dict", "model", "both", "no batches"])
+def test_a_state_dict_loads_however_it_was_wrapped(tmp_path, state, form):
+    prefixed = {f"module.{k}": v for k, v in state.items()}
+    save_pth(tmp_path / "w.pth", {
+        "plain": state, "module": prefixed, "state_dict": {"state_dict": state, "epoch": 3},
+        "model": {"model": state}, "both": {"state_dict": prefixed},
+        "no batches": {k: v for k, v in state.items() if "num_batches" not in k}}[form])
+    net = load_small(tmp_path / "w.pth")[1]
+    reference = build_small("cnn_bn", 1, 28)
+    reference.load_state_dict(state)
+    x = pixels(2, 1, 28, 28)
+    assert torch.equal(net(x), reference.eval()(x))
+
+
+def test_a_folder_of_weights_holds_one_file_a_network(tmp_path, state):
+    save_pth(tmp_path / "cnn_bn.pth", state)
+    assert torch.equal(load_small(tmp_path)[1][0].weight, state["0.weight"])
+    with pytest.raises(UserError, match="cnn.pth"):
+        load_small(tmp_path, "cnn")
+
+
+def test_googlenet_of_a_local_file_is_built_as_torchvision_builds_it(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
+    theirs.transform_input = True  # what torchvision sets when it loads its own weights
+    save_pth(tmp_path / "googlenet.pth", theirs.state_dict())
+    ours = load_model("googlenet", weights=str(tmp_path))
+    assert ours[1].transform_input and ours[1].aux1 is None and ours[1].aux2 is None
+    x = pixels(2, 3, 64, 64)
+    wanted = theirs.eval()((x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))
+    torch.testing.assert_close(ours(x), wanted)
+    theirs.transform_input = False
+    assert not torch.allclose(ours(x), theirs((x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)))
+
+
+# ---------------------------------------------------------------------------- refused
+
+@pytest.mark.parametrize(("name", "kind", "near"), [
+    ("vgg_16", "imagenet", "vgg16"), ("resnet-50", "folder", "resnet50"),
+    ("cnn_bm", "digits", "cnn_bn")])
+def test_an_unknown_name_suggests_the_nearest(name, kind, near):
+    with pytest.raises(UserError, match=f"{name}.*did you mean {near}"):
+        load_model(name, weights="random", kind=kind)
+
+
+def test_networks_that_are_no_classifiers_of_this_kind_are_unknown():
+    for name, kind in (("fcn_resnet50", "imagenet"), ("vgg16", "digits"), ("cnn", "imagenet")):
+        with pytest.raises(UserError, match=name):
+            load_model(name, weights="random", kind=kind)
+
+
+def one_line(error, *words):
+    text = str(error.value)
+    assert "\n" not in text and all(str(word) in text for word in words), text
+
+
+def test_weights_of_another_architecture_are_one_clear_line(tmp_path, state):
+    save_pth(tmp_path / "w.pth", state)
+    for name in ("mlp", "resnet_small", "vgg_small"):
+        with pytest.raises(UserError) as error:
+            load_small(tmp_path / "w.pth", name)
+        one_line(error, "w.pth", name, "--model_name")
+    wider = build_small("mlp", 3, 32).state_dict()  # same names, other shapes
+    save_pth(tmp_path / "wider.pth", wider)
+    with pytest.raises(UserError) as error:
+        load_small(tmp_path / "wider.pth", "mlp")
+    one_line(error, "1 of another shape")
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("save", ["torch", "legacy", "pickle"])
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path, save, state):
+    bad, path = {**state, "0.bias": Bomb(tmp_path / "ran")}, tmp_path / "w.pth"
+    if save == "pickle":
+        path.write_bytes(pickle.dumps(bad, protocol=2))
+    else:
+        torch.save(bad, path, _use_new_zipfile_serialization=save == "torch")
+    with pytest.raises(UserError) as error:
+        load_small(path)
+    one_line(error, "w.pth")
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False) if save != "pickle" else pickle.loads(path.read_bytes())
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+def test_a_whole_module_a_bare_tensor_and_a_list_are_no_state_dict(tmp_path):
+    for value in (nn.Linear(2, 2), torch.zeros(3), [1, 2], {"a": {"b": 1}}):
+        torch.save(value, tmp_path / "w.pth")
+        with pytest.raises(UserError) as error:
+            load_small(tmp_path / "w.pth")
+        one_line(error, "w.pth")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_one_clear_line(tmp_path, state, share):
+    path = tmp_path / "w.pth"
+    save_pth(path, state)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(share * len(whole))])
+    with pytest.raises(UserError) as error:
+        load_small(path)
+    one_line(error, "w.pth")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("kind", ["imagenet", "digits"])
+def test_missing_weights_and_weights_that_no_one_made_are_one_clear_line(tmp_path, monkeypatch,
+                                                                         kind, cached):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "cnn" if kind == "digits" else "squeezenet1_1"
+    if cached:  # V1, trained before, must not stand in for what was asked for
+        folder = tmp_path / "hub" / "small"
+        folder.mkdir(parents=True)
+        save_pth(folder / f"digits_cnn_{models.RECIPE_VERSION}.pth",
+                 build_small("cnn", 1, 28).state_dict())
+    for weights in (tmp_path / "none.pth", "V2", "none.pth", "V3"):
+        with pytest.raises(UserError) as error:
+            load_model(name, weights=str(weights), kind=kind, data_dir="digits")
+        one_line(error, "--weights", weights, name)
+
+
+# ------------------------------------------------------------------------- precision
+
+@pytest.mark.parametrize("layout", precision.LAYOUTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_logits_are_near_those_of_float32_and_the_model_is_untouched(name, layout):
+    model = load_model(name, weights="random", kind="cifar10")
+    before = copy.deepcopy(model.state_dict())
+    x = precision.to_layout(pixels(8, 3, 32, 32), layout)
+    wanted = model(x)
+    half, whole = (precision.Fast(model, amp, layout)(x) for amp in ("bf16", "off"))
+    assert half.dtype == whole.dtype == torch.float32
+    torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
+    assert 0 < (half - wanted).abs().max() < 0.05 * wanted.abs().max()
+    for key, value in model.state_dict().items():
+        assert value.dtype == before[key].dtype and torch.equal(value, before[key])
+        assert value.is_contiguous()
+
+
+def test_a_choice_that_is_fixed_is_kept_and_a_free_one_is_the_fastest():
+    model = load_model("mlp", weights="random", kind="digits")
+    x = pixels(2, 1, 28, 28)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_time", lambda work, device: pytest.fail("timed for nothing"))
+        for pair in (("off", "contiguous"), ("bf16", "channels_last")):
+            assert precision.choose([model], None, x, amp=pair[0], layout=pair[1]) == pair
+    cost = {("off", "contiguous"): 1.0, ("off", "channels_last"): 0.9,
+            ("bf16", "contiguous"): 2.0, ("bf16", "channels_last"): 0.5}
+    for amp, layout, wanted in (("auto", "auto", ("bf16", "channels_last")),
+                                ("off", "auto", ("off", "contiguous")),  # 0.9 is too near to 1.0
+                                ("auto", "contiguous", ("off", "contiguous")),
+                                ("bf16", "auto", ("bf16", "channels_last"))):
+        assert _chosen(model, x, cost, amp, layout) == wanted
+
+
+def _chosen(model, x, cost, amp, layout):
+    """What choose() takes when the candidates cost what the table says."""
+    asked = iter([(a, b) for a in (["off", "bf16"] if amp == "auto" else [amp])
+                  for b in (list(precision.LAYOUTS) if layout == "auto" else [layout])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_time", lambda work, device: cost[next(asked)])
+        return precision.choose([model], None, x, amp=amp, layout=layout)

@@ -1,0 +1,386 @@
+"""A run: the same bytes twice, whole files or none, a kill at any moment, and who may go on."""
+
+import csv
+import gc
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SRC
+
+from utils import draw
+from utils.data import PRESETS, open_images
+from utils.models import build_small, load_model
+from utils.run import RunFolder, UserError, save_pth, write_atomic
+
+SCRIPT = "train_sga.py"
+TINY = ("--num_images", 60, "--epochs", 2, "--weights", "random", "--model_name", "mlp",
+        "--amp", "off", "--layout", "contiguous", "--uaps_save", "run")
+
+
+def rows(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def changed(args, **flags):
+    """The command line with other values: an argument given twice counts the last time."""
+    return (*args, *(part for name, value in flags.items() for part in (f"--{name}", value)))
+
+
+# ------------------------------------------------------------------------ same bytes
+
+def test_two_runs_give_the_same_bytes_and_another_seed_gives_others(run_here, run_script,
+                                                                     tmp_path):
+    flags = changed(TINY, momentum=0.9, model_name="cnn,mlp")
+    made = []
+    for i, run in enumerate((run_here, run_here, run_script)):
+        result = run(SCRIPT, *changed(flags, uaps_save=i), "--augment")
+        assert result.returncode == 0, result.stderr
+        made.append((tmp_path / str(i) / "sga_cnn+mlp_augment.pth").read_bytes())
+    assert made[0] == made[1] == made[2]
+    assert run_here(SCRIPT, *changed(flags, uaps_save="other", seed=1), "--augment").returncode == 0
+    assert (tmp_path / "other" / "sga_cnn+mlp_augment.pth").read_bytes() != made[0]
+
+
+def test_what_auto_chose_is_said_saved_and_repeats_the_bytes_when_it_is_typed(run_here, tmp_path):
+    result = run_here(SCRIPT, *changed(TINY, amp="auto", layout="auto"))
+    assert result.returncode == 0, result.stderr
+    facts = json.loads((tmp_path / "run" / "sga_mlp.json").read_text())
+    assert f"--amp {facts['amp']} --layout {facts['layout']}" in result.stdout
+    pinned = changed(TINY, amp=facts["amp"], layout=facts["layout"], uaps_save="pinned")
+    assert run_here(SCRIPT, *pinned).returncode == 0
+    same = [(tmp_path / folder / "sga_mlp.pth").read_bytes() for folder in ("run", "pinned")]
+    assert same[0] == same[1]
+
+
+# ------------------------------------------------------------------- kill and resume
+
+@pytest.mark.parametrize("more", [(), ("--momentum", "0.9", "--augment")], ids=["paper", "both"])
+def test_kill_9_in_the_middle_and_resume_end_in_the_bytes_of_an_uninterrupted_run(
+        run_here, run_script, tmp_path, more):
+    flags = (*changed(TINY, epochs=10, model_name="cnn", uaps_save="whole"), *more)
+    assert run_here(SCRIPT, *flags).returncode == 0
+    killed = tmp_path / "killed"
+    flags = tuple(map(str, (*flags, "--uaps_save", "killed")))
+    process = subprocess.Popen([sys.executable, str(SRC / SCRIPT), *flags], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (killed / "log.csv").exists():
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert 1 <= len(rows(killed)) < 10
+    (killed / ".checkpoint.pth.left.tmp").write_bytes(b"half")  # as a kill inside a write leaves
+    result = (run_here if more else run_script)(SCRIPT, *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    name = "sga_cnn_augment.pth" if more else "sga_cnn.pth"
+    assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [row["epoch"] for row in rows(killed)] == [str(i) for i in range(1, 11)]
+    for mine, whole in zip(rows(killed), rows(tmp_path / "whole"), strict=True):
+        assert [mine[key] for key in ("loss", "fooling_ratio")] \
+            == [whole[key] for key in ("loss", "fooling_ratio")]
+    assert not list(killed.glob(".*.tmp"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL between two writes: nothing of the script may catch it."""
+
+
+def test_a_kill_after_any_write_of_a_run_resumes_to_the_same_files(run_here, tmp_path,
+                                                                   monkeypatch):
+    assert run_here(SCRIPT, *TINY).returncode == 0
+    whole = tmp_path / "run"
+    real, names = os.replace, []
+    for at in range(1, 30):
+        count, folder = 0, tmp_path / f"killed{at}"
+
+        def replace(old, new, at=at):
+            nonlocal count
+            count += 1
+            real(old, new)
+            names.append(os.path.basename(new))
+            if count == at:
+                raise Killed
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                run_here(SCRIPT, *changed(TINY, uaps_save=folder))
+                break  # it wrote fewer than `at` files
+            except Killed:
+                pass
+        gc.collect()
+        result = run_here(SCRIPT, *changed(TINY, uaps_save=folder), "--resume")
+        assert result.returncode == 0, (at, names[-1], result.stderr)
+        assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
+        assert (folder / "sga_mlp.pth").read_bytes() == (whole / "sga_mlp.pth").read_bytes()
+        assert [row["epoch"] for row in rows(folder)] == ["1", "2"], f"killed after {names[-1]}"
+    assert {"checkpoint.pth", "log.csv", "sga_mlp.pth", "sga_mlp.json"} <= set(names)
+
+
+def test_resume_of_a_finished_run_changes_nothing_and_of_no_run_starts_one(run_here, tmp_path):
+    assert run_here(SCRIPT, *TINY, "--resume").returncode == 0
+    before = (tmp_path / "run" / "sga_mlp.pth").read_bytes()
+    assert run_here(SCRIPT, *TINY, "--resume").returncode == 0
+    assert (tmp_path / "run" / "sga_mlp.pth").read_bytes() == before
+    assert len(rows(tmp_path / "run")) == 2
+
+
+@pytest.fixture
+def made(run_here, tmp_path):
+    """A finished run in tmp_path/run."""
+    result = run_here(SCRIPT, *TINY)
+    assert result.returncode == 0, result.stderr
+    return tmp_path / "run"
+
+
+def test_resume_with_another_flag_is_refused_and_the_flag_is_named(made, run_here, refused,
+                                                                   tmp_path):
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    weights = tmp_path / "mlp.pth"
+    save_pth(weights, build_small("mlp", 1, 28).state_dict())
+    for name, value in {
+            "eps": "0.11", "alpha": "0.011", "epochs": 3, "seed": 7, "minibatch": 5, "iter": 2,
+            "momentum": 0.5, "method": "spgd", "loss": "logit", "beta": 4, "batch_size": 30,
+            "target": 3, "amp": "bf16", "layout": "channels_last", "model_name": "cnn",
+            "weights": weights, "num_images": 50}.items():
+        refused(run_here(SCRIPT, *changed(TINY, **{name: value}), "--resume"), f"--{name}",
+                "--resume")
+    refused(run_here(SCRIPT, *TINY, "--resume", "--augment"), "--augment")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+
+
+def test_a_flag_that_cannot_change_the_result_may_change_on_resume(made, run_here):
+    assert run_here(SCRIPT, *TINY, "--workers", 1, "--resume").returncode == 0
+
+
+def test_a_run_again_without_resume_is_refused_and_overwrite_starts_again(made, run_here, refused):
+    before = (made / "sga_mlp.pth").read_bytes()
+    refused(run_here(SCRIPT, *TINY), "--resume", "--overwrite", "run")
+    assert run_here(SCRIPT, *changed(TINY, epochs=1), "--overwrite").returncode == 0
+    assert len(rows(made)) == 1
+    assert (made / "sga_mlp.pth").read_bytes() != before
+    assert run_here(SCRIPT, *TINY, "--overwrite").returncode == 0
+    assert (made / "sga_mlp.pth").read_bytes() == before
+
+
+def test_a_run_that_was_overwriting_another_and_was_killed_goes_on_as_itself(made, run_here,
+                                                                           tmp_path, monkeypatch):
+    other = changed(TINY, seed=5)
+    assert run_here(SCRIPT, *changed(other, uaps_save="whole")).returncode == 0
+    real = os.replace
+
+    def replace(old, new):  # the list of images is written before the first checkpoint
+        real(old, new)
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace)
+        run_here(SCRIPT, *other, "--overwrite")
+    gc.collect()
+    result = run_here(SCRIPT, *other, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (made / "sga_mlp.pth").read_bytes() \
+        == (tmp_path / "whole" / "sga_mlp.pth").read_bytes()
+
+
+def test_a_broken_checkpoint_is_one_line_and_is_left_alone(made, run_here, refused):
+    path = made / "checkpoint.pth"
+    for content in (path.read_bytes()[:1000], b""):
+        path.write_bytes(content)
+        refused(run_here(SCRIPT, *TINY, "--resume"), "checkpoint.pth")
+        assert path.read_bytes() == content
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path, run_script,
+                                                                          run_here, refused):
+    first = RunFolder(tmp_path / "run")
+    (tmp_path / "run" / ".x.tmp").write_text("the first one is writing this")
+    refused(run_script(SCRIPT, *TINY), "another run", "run")
+    refused(run_here(SCRIPT, *TINY, "--resume"), "another run", "run")
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".x.tmp"]
+    del first
+    gc.collect()
+    assert run_here(SCRIPT, *TINY).returncode == 0
+    assert not (tmp_path / "run" / ".x.tmp").exists()
+
+
+# ------------------------------------------------------------------ whole files or none
+
+@pytest.fixture
+def disk_of():
+    """disk_of(n): from here on a file of more than n bytes cannot be written; None: it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if n is None else n, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_when_the_disk_is_full_the_old_file_survives_and_nothing_is_left_over(tmp_path, disk_of):
+    path = tmp_path / "checkpoint.pth"
+    save_pth(path, torch.arange(10))
+    before = path.read_bytes()
+    disk_of(10_000)
+    for write in (lambda: save_pth(path, torch.zeros(100_000)),
+                  lambda: write_atomic(path, b"x" * 10_001)):
+        with pytest.raises(OSError) as error:
+            write()
+        assert error.value.filename == str(path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
+        run_here, refused, tmp_path, disk_of, monkeypatch):
+    assert run_here(SCRIPT, *changed(TINY, uaps_save="whole")).returncode == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    real = os.replace
+
+    def replace(old, new):
+        real(old, new)
+        if os.path.basename(new) == "log.csv":
+            disk_of(4000)  # after the first epoch; a checkpoint of this run takes more
+    monkeypatch.setattr(os, "replace", replace)
+    result = run_here(SCRIPT, *TINY)
+    disk_of(None)
+    monkeypatch.setattr(os, "replace", real)
+    refused(result, "checkpoint.pth")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    assert not list(checkpoint.parent.glob(".*.tmp"))
+    assert run_here(SCRIPT, *TINY, "--resume").returncode == 0
+    assert (tmp_path / "run" / "sga_mlp.pth").read_bytes() \
+        == (tmp_path / "whole" / "sga_mlp.pth").read_bytes()
+
+
+def test_a_write_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (done.append(name),
+                                                                        real(*a))[1])
+    write_atomic(tmp_path / "file", b"content")
+    assert done == ["fsync", "replace"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_file_of_a_run_may_be_read_by_whom_the_umask_allows(tmp_path):
+    write_atomic(tmp_path / "ours", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_temporary_files_that_a_kill_left_are_removed_and_others_are_not(tmp_path):
+    for name in (".checkpoint.pth.ab12.tmp", ".log.csv.x.tmp", "notes.tmp", "mine.txt"):
+        (tmp_path / name).write_text("")
+    RunFolder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "mine.txt", "notes.tmp"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):  # root may write anywhere else
+        with pytest.raises(UserError, match="cannot write there"):
+            RunFolder(path)
+
+
+# ---------------------------------------------------------------------- what a run leaves
+
+def test_the_facts_say_what_made_the_perturbation(made):
+    facts, preset = json.loads((made / "sga_mlp.json").read_text()), PRESETS["digits"]
+    wanted = {"method": "sga", "model_name": ["mlp"], "weights": ["random"], "eps": preset.eps,
+              "alpha": preset.alpha, "loss": "ce", "beta": 9.0, "epochs": 2, "batch_size": 250,
+              "minibatch": 10, "iter": 4, "momentum": 0.0, "target": None, "augment": False,
+              "seed": 0, "num_images": 60, "skipped": [], "kind": "digits", "shape": [1, 28, 28],
+              "amp": "off", "layout": "contiguous", "torch": torch.__version__}
+    assert {key: facts[key] for key in wanted} == wanted
+    listing = (made / "images.txt").read_bytes()
+    assert facts["images_sha256"] == hashlib.sha256(listing).hexdigest()
+    assert len(listing.split()) == 60
+    assert {"device", "seconds", "commit", "torchvision", "python"} <= facts.keys()
+    assert facts["device"].startswith("cpu") and facts["seconds"] >= 0
+    assert facts["on_training_images"]["fooling_ratio"]["n"] == 60
+
+
+def test_the_facts_tell_the_file_of_weights_by_name_and_hash(run_here, tmp_path):
+    save_pth(tmp_path / "own.pth", build_small("mlp", 1, 28).state_dict())
+    assert run_here(SCRIPT, *changed(TINY, weights="own.pth")).returncode == 0
+    digest = hashlib.sha256((tmp_path / "own.pth").read_bytes()).hexdigest()
+    facts = json.loads((tmp_path / "run" / "sga_mlp.json").read_text())
+    assert facts["weights"] == [f"own.pth sha256 {digest[:16]}"]
+
+
+def test_the_log_has_a_header_and_a_row_an_epoch_with_the_printed_values(run_here, tmp_path):
+    result = run_here(SCRIPT, *TINY, "--target", 3)
+    lines = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,fooling_ratio,targeted_success,seconds,images_per_s"
+    assert len(lines) == 3
+    printed = [line for line in result.stdout.splitlines() if line.startswith("epoch")]
+    for row, line in zip(rows(tmp_path / "run"), printed, strict=True):
+        assert f"loss {float(row['loss']):.4f}" in line
+        assert f"fooling_ratio {100 * float(row['fooling_ratio']):.1f} %" in line
+        assert f"targeted_success {100 * float(row['targeted_success']):.1f} %" in line
+
+
+def test_the_logged_fooling_ratio_is_that_of_the_saved_perturbation(made):
+    delta = torch.load(made / "sga_mlp.pth", weights_only=True)
+    model = load_model("mlp", weights="random", kind="digits")
+    x = open_images("digits", split="train").prepared(28, 60).pixels / 255
+    changed_class = model(x).argmax(1) != model((x + delta).clamp(0, 1)).argmax(1)
+    share = json.loads((made / "sga_mlp.json").read_text())["on_training_images"]["fooling_ratio"]
+    assert share["k"] == changed_class.sum().item()
+    assert float(rows(made)[-1]["fooling_ratio"]) == pytest.approx(share["value"], abs=1e-6)
+
+
+def test_the_targeted_success_counts_images_that_were_not_the_target_before(run_here, tmp_path):
+    model = load_model("mlp", kind="digits", data_dir="digits")
+    x = open_images("digits", split="train").prepared(28, 60).pixels / 255
+    before, target = model(x).argmax(1), 3
+    result = run_here(SCRIPT, *changed(TINY, weights="V1", epochs=8, target=target))
+    assert result.returncode == 0, result.stderr
+    folder, name = tmp_path / "run", f"sga_mlp_target{target}"
+    after = model((x + torch.load(folder / f"{name}.pth", weights_only=True)).clamp(0, 1)).argmax(1)
+    pairs = [(b, a) for b, a in zip(before.tolist(), after.tolist(), strict=True) if b != target]
+    shares = json.loads((folder / f"{name}.json").read_text())["on_training_images"]
+    assert 0 < len(pairs) < 60
+    assert shares["targeted_success"]["n"] == len(pairs)
+    assert shares["targeted_success"]["k"] == sum(a == target for _, a in pairs) > 0
+    assert shares["fooling_ratio"]["n"] == 60
+
+
+def test_augment_brings_momentum_unless_another_is_typed(run_here, tmp_path):
+    for folder, args, mu in (("a", ["--augment"], 0.9), ("b", ["--augment", "--momentum", 0], 0.0)):
+        assert run_here(SCRIPT, *changed(TINY, uaps_save=folder, epochs=1), *args).returncode == 0
+        facts = json.loads((tmp_path / folder / "sga_mlp_augment.json").read_text())
+        assert (facts["momentum"], facts["augment"]) == (mu, True)
+
+
+def test_the_perturbation_is_a_plain_tensor_within_eps_that_anybody_can_load(made):
+    delta = torch.load(made / "sga_mlp.pth", weights_only=True)
+    assert type(delta) is torch.Tensor and delta.dtype == torch.float32
+    assert delta.shape == (1, 28, 28) and delta.is_contiguous() and not delta.requires_grad
+    assert 0 < delta.abs().max() <= PRESETS["digits"].eps + 1e-7
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 9), (1, 8, 9)])
+@pytest.mark.parametrize("eps", [1, 4, 10, 76, 127])
+def test_a_perturbation_on_the_grid_survives_its_png(tmp_path, shape, eps):
+    steps = torch.randint(-eps, eps + 1, shape, generator=torch.Generator().manual_seed(eps))
+    steps.view(-1)[:2] = torch.tensor([-eps, eps])
+    path = tmp_path / "delta.png"
+    path.write_bytes(draw.encode_delta(steps / 255))
+    delta, ours = draw.decode_delta(path)
+    assert ours
+    torch.testing.assert_close(delta, steps / 255, rtol=0, atol=1e-6)
+
+
+def test_the_png_of_a_run_holds_its_perturbation_to_8_bits(made):
+    delta = torch.load(made / "sga_mlp.pth", weights_only=True)
+    again, _ = draw.decode_delta(made / "sga_mlp.png")
+    assert again.shape == delta.shape
+    assert (again - delta).abs().max() <= 0.5 / 255 + 1e-6
