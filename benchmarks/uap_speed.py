@@ -80,6 +80,8 @@ def memory(device, reset=False):
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -91,7 +93,7 @@ def memory(device, reset=False):
 def measure(name, amp, args, device):
     """A row: images/s of the three, the ratios of their turns, what was run."""
     model = load_model(name, weights=args.weights, device=device)
-    size = input_size(name, "imagenet", None)
+    size = input_size(name, "imagenet", None, args.weights)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((max(50, args.minibatch), 3, size, size), generator=generator).to(device)
     y = model(x[:1]).argmax(1).repeat(len(x))

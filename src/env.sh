@@ -2,16 +2,21 @@
 # The caller's Python if it has torch, torchvision and the rest; else .venv beside src/, made once
 # from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if there is one.
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname "$0")/.." && pwd)
 modules="torch torchvision numpy tqdm PIL matplotlib sklearn ${MODULES:-}"
 
-has() {  # has PYTHON MODULE...: whether all of them are installed
+has() {  # has PYTHON MODULE...: whether all of them are installed and new enough
     python=$1
     shift
     command -v "$python" >/dev/null 2>&1 && "$python" -c '
 import sys
+if sys.version_info < (3, 10):
+    sys.exit(1)
+from importlib.metadata import version
 from importlib.util import find_spec
-sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))' "$@"
+if any(find_spec(name) is None for name in sys.argv[1:]):
+    sys.exit(1)
+sys.exit([int(n) for n in version("torch").split(".")[:2]] < [2, 11])' "$@"
 }
 
 choose_python() {
@@ -20,14 +25,14 @@ choose_python() {
         # shellcheck disable=SC2086  # a list of names
         if has "$PYTHON" $modules; then return 0; fi
     done
-    if ! command -v "$base" >/dev/null 2>&1; then
-        echo "error: no $base here; install Python 3.10 or newer, or type PYTHON=/path/to/python3" >&2
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "error: $base is no Python 3.10 or newer; type PYTHON=/path/to/python3 before sh" >&2
         exit 2
     fi
-    if [ ! -x "$PYTHON" ]; then
-        echo "making $root/.venv from ${REQUIREMENTS:-requirements.txt} (once)" >&2
+    echo "$base lacks one of: $modules; installing them into $root/.venv (once)" >&2
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         if has "$base" torch torchvision; then site=--system-site-packages; else site=; fi
-        if ! "$base" -m venv $site "$root/.venv"; then
+        if ! "$base" -m venv --clear $site "$root/.venv"; then
             echo "error: $base cannot make an environment; on Debian: apt install python3-venv" >&2
             exit 2
         fi

@@ -27,7 +27,14 @@ from utils.data import (
     to_float,
 )
 from utils.metrics import markdown, share
-from utils.models import check_name, describe_weights, input_size, load_model, num_classes
+from utils.models import (
+    check_name,
+    check_takes,
+    describe_weights,
+    input_size,
+    load_model,
+    num_classes,
+)
 from utils.precision import Fast
 from utils.run import (
     RunFolder,
@@ -42,7 +49,7 @@ from utils.run import (
     save_json,
     write_atomic,
 )
-from utils.uaps import find_uaps, fit_size, read_uaps
+from utils.uaps import find_uaps, fit_size, read_uaps, rounded
 
 
 def get_args():
@@ -83,14 +90,14 @@ class Tally:
     counts: dict = field(default_factory=dict)
     became: torch.Tensor = None     # how often a fooled image became each class
 
-    def add(self, clean, adv, rounded, y):
+    def add(self, clean, adv, adv8, y):
         """Logits (N, K) before, after, and after 8-bit rounding (None: same); labels (N,)."""
         before, after = clean.argmax(1), adv.argmax(1)
         fooled = after != before
         right, still = before == y, after == y
         found = {"fooled": fooled, "clean": right, "adv": still, "both": right & still,
                  "clean_top5": top5(clean, y), "adv_top5": top5(adv, y),
-                 "fooled_rounded": fooled if rounded is None else rounded.argmax(1) != before}
+                 "fooled_rounded": fooled if adv8 is None else adv8.argmax(1) != before}
         if self.target is not None:
             found["others"] = before != self.target
             found["hit"] = found["others"] & (after == self.target)
@@ -136,9 +143,9 @@ def evaluate(models, deltas, images, *, targets, args, device, skipped):
             x, y = to_float(pixels.to(device)), images.labels[index].to(device)
             for m, model in models.items():
                 clean = model(x)
-                for u, (delta, rounded) in deltas.items():
+                for u, (delta, delta8) in deltas.items():
                     adv = model((x + delta).clamp_(0, 1))
-                    adv8 = None if rounded is None else model((x + rounded).clamp_(0, 1))
+                    adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
                     tallies[u, m].add(clean, adv, adv8, y)
             bar.update(len(x))
     return tallies
@@ -146,9 +153,9 @@ def evaluate(models, deltas, images, *, targets, args, device, skipped):
 
 # -------------------------------------------------------------------- tables
 
-def audit(uap, figures):
-    """One line that a reader can check a perturbation by."""
-    if uap.on_grid:
+def audit(uap, figures, resized):
+    """One line that a reader can check a perturbation by; figures {target: row}."""
+    if rounded(uap.delta) is None and not resized:
         rounding = "8-bit rounding changes nothing (it is on the grid k/255)"
     else:
         pairs = [f"{100 * f['fooling_ratio']['value']:.1f} -> "
@@ -157,8 +164,8 @@ def audit(uap, figures):
                  if f["fooling_ratio"]["k"] != f["fooling_ratio_rounded"]["k"]]
         rounding = "8-bit rounding " + ("changes fooling_ratio " + ", ".join(pairs) if pairs
                                         else "changes no fooling_ratio (measured)")
-    return (f"{uap.name}: largest |delta| {uap.largest:.2f}/255, 0 NaN of {uap.delta.numel()}, "
-            f"{rounding}")
+    return (f"{uap.name}: largest |delta| {uap.largest:.2f}/255"
+            f"{' (before resizing)' if resized else ''}, 0 NaN of {uap.delta.numel()}, {rounding}")
 
 
 def fooling_table(rows, uaps, targets, metric="fooling_ratio"):
@@ -192,14 +199,15 @@ def same_but_seed(uaps):
     """{label: perturbations} for those whose facts differ in the seed alone, two or more."""
     groups = {}
     for uap in uaps:
-        if "seed" in uap.facts:
+        if {"seed", "name"} <= uap.facts.keys():
             groups.setdefault(str([uap.facts.get(k) for k in SETTINGS]), []).append(uap)
-    groups = [group for group in groups.values() if len({u.facts["seed"] for u in group}) > 1]
+    groups = [list({u.facts["seed"]: u for u in group}.values()) for group in groups.values()]
+    groups = [group for group in groups if len(group) > 1]
     labelled = {}
     for group in groups:
         facts = group[0].facts
         alike = [g[0].facts for g in groups if g[0].facts["name"] == facts["name"]]
-        label = " ".join([facts["name"], *(f"{k}={facts[k]}" for k in SETTINGS if len(
+        label = " ".join([facts["name"], *(f"{k}={facts.get(k)}" for k in SETTINGS if len(
             {str(other.get(k)) for other in alike}) > 1)])
         labelled[label] = group
     return labelled
@@ -247,13 +255,20 @@ def settle(args):
     return images, uaps
 
 
+def target_sizes(args, images):
+    """Input sizes of all targets, each once."""
+    return sorted({args.image_size or input_size(name, images.kind, images.size, weights)
+                   for name, weights in zip(args.model_name, args.weights, strict=True)})
+
+
 def load_targets(args, images, device):
     """{input size: {name: model}}; the images are decoded once for every size."""
     by_size = {}
     for name, weights in zip(args.model_name, args.weights, strict=True):
         model = load_model(name, weights=weights, kind=images.kind, data_dir=args.data_dir,
                            data_root=args.data_root, device=device)
-        size = args.image_size or input_size(name, images.kind, images.size)
+        size = args.image_size or input_size(name, images.kind, images.size, weights)
+        check_takes(model, name, images.channels, size, device)
         by_size.setdefault(size, {})[name] = (
             model if args.amp == "off" else Fast(model, args.amp, "contiguous"))
     return by_size
@@ -262,14 +277,22 @@ def load_targets(args, images, device):
 def examples(args, images, model, uap, delta, device):
     """PNG of a few images, evenly spaced, before and after on one target."""
     chosen = torch.linspace(0, len(images) - 1, min(args.show, len(images))).long().tolist()
-    x = torch.stack([p for p in (images[i] for i in chosen) if p is not None])
-    x = to_float(x).to(device)
+    found = [p for p in (images[i] for i in chosen) if p is not None]
+    if not found:
+        return None
+    x = to_float(torch.stack(found)).to(device)
     x_adv = (x + delta.to(device)).clamp(0, 1)
     with torch.no_grad():
         before, after = (model(z).argmax(1).tolist() for z in (x, x_adv))
     named = class_names(images)
     return draw.examples(x.cpu(), x_adv.cpu(), delta, [named[i] for i in before],
                          [named[i] for i in after], uap.name)
+
+
+def aim(uap, kind):
+    """Class that the facts say a perturbation was made towards, or None."""
+    target = uap.facts.get("target")
+    return target if type(target) is int and 0 <= target < num_classes(kind) else None
 
 
 def class_names(images):
@@ -279,23 +302,19 @@ def class_names(images):
 
 def measure(args, images, uaps, device):
     """-> list of rows {uap, target, n, metric: share ...}, names of skipped files, PNG or None"""
-    channels = 3 if images.pixels is None else images.pixels.shape[1]
-    sizes = sorted({args.image_size or input_size(name, images.kind, images.size)
-                    for name in args.model_name})
+    sizes = target_sizes(args, images)
     lists = {size: images.prepared(size, args.num_images) for size in sizes}
-    fitted = {size: {uap.name: fit_size(uap, size, channels, args.eps, args.resize)
+    fitted = {size: {uap.name: fit_size(uap, size, images.channels, args.eps, args.resize)
                      for uap in uaps} for size in sizes}  # refused before anything slow starts
     by_size, tallies, skipped, picture = load_targets(args, images, device), {}, [], None
     for size, models in by_size.items():
         sized, deltas = lists[size], {}
         for uap in uaps:
             delta = fitted[size][uap.name]
-            rounded = (delta * 255).round() / 255
-            deltas[uap.name] = (delta, None if torch.allclose(delta, rounded, atol=1e-6, rtol=0)
-                                else rounded)
+            deltas[uap.name] = (delta, rounded(delta))
         lost = []
         tallies |= evaluate(models, deltas, sized, args=args, device=device, skipped=lost,
-                            targets={uap.name: uap.facts.get("target") for uap in uaps})
+                            targets={uap.name: aim(uap, images.kind) for uap in uaps})
         skipped = lost  # the same files at every size
         if picture is None and args.show:
             picture = examples(args, sized, next(iter(models.values())), uaps[0],
@@ -310,13 +329,12 @@ def measure(args, images, uaps, device):
 def protocol(args, images, skipped, device):
     """What every figure stands on, said once above the tables."""
     images = images.prepared(images.size, args.num_images)
-    size = args.image_size or "/".join(map(str, sorted(
-        {input_size(name, images.kind, images.size) for name in args.model_name})))
+    sizes = target_sizes(args, images)
+    crop = "" if min(sizes) <= 64 else "shorter side to 256/224, centre crop "
     return {
         "data": str(args.data_dir), "n": len(images) - len(skipped), "skipped": skipped,
         "images_sha256": images.sha256(), "clamp": "x + delta to [0, 1]",
-        "geometry": f"shorter side to 256/224, centre crop {size}" if images.root else
-        f"{size} x {size} as they are", "eps": args.eps,
+        "sizes": sizes, "geometry": f"{crop}{'/'.join(map(str, sizes))} pixels", "eps": args.eps,
         "precision": "float32" if args.amp == "off" else args.amp,
         "targets": dict(zip(args.model_name, args.weights_are, strict=True)), **provenance(device)}
 
@@ -338,7 +356,8 @@ def report(rows, about, uaps, targets):
                  + seed_table(rows, groups, targets))
     text += "\nAll figures, % (95 % Wilson interval)\n\n" + detail_table(rows) + "\n"
     for uap in uaps:
-        text += audit(uap, {r["target"]: r for r in rows if r["uap"] == uap.name}) + "\n"
+        resized = any(size != uap.delta.shape[-1] for size in about["sizes"])
+        text += audit(uap, {r["target"]: r for r in rows if r["uap"] == uap.name}, resized) + "\n"
     return text
 
 
@@ -350,10 +369,14 @@ def main(args):
     about = protocol(args, images, skipped, device)
     text = report(rows, about, uaps, args.model_name)
     save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
-        uap.name: {"path": str(uap.path), "largest": uap.largest, "on_grid": uap.on_grid,
+        uap.name: {"path": str(uap.path.resolve()), "scale": args.scale, "largest": uap.largest,
                    "facts": uap.facts} for uap in uaps}})
     save_csv(folder / "results.csv", [flat(row) for row in rows])
     write_atomic(folder / "results.md", text.encode())
+    write_atomic(folder / "images.txt", images.prepared(images.size, args.num_images)
+                 .listing().encode())
+    for name in ("examples.png", "heatmap.png"):  # of an earlier evaluation
+        (folder / name).unlink(missing_ok=True)
     if picture:
         write_atomic(folder / "examples.png", picture)
     if len(uaps) > 1:

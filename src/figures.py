@@ -32,7 +32,8 @@ def main(args):
     for name, _, label in chosen:
         if name not in results["uaps"]:
             raise UserError(f"--rows {name}: not in {path}, which has {', '.join(results['uaps'])}")
-        uap = read_uap(results["uaps"][name]["path"], scale="auto", eps=1)
+        saved = results["uaps"][name]
+        uap = read_uap(saved["path"], scale=saved["scale"], eps=1)
         deltas[label or name] = uap.delta
         ratios[label or name] = [row["fooling_ratio"] for row in results["rows"]
                                  if row["uap"] == name]

@@ -19,6 +19,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,14 @@ from tqdm import tqdm
 from utils import draw
 from utils.data import NAMED, PRESETS, default_workers, load, open_images, to_float
 from utils.metrics import percent, predictions, share
-from utils.models import check_name, describe_weights, input_size, load_model, num_classes
+from utils.models import (
+    check_name,
+    check_takes,
+    describe_weights,
+    input_size,
+    load_model,
+    num_classes,
+)
 from utils.precision import Fast, choose, synchronize, to_layout
 from utils.run import (
     RunFolder,
@@ -45,7 +53,7 @@ from utils.run import (
     write_atomic,
 )
 
-WATCHED = 200     # images of the training set whose fooling ratio is logged every epoch
+WATCHED = 100     # images of the training set whose fooling ratio is logged every epoch
 SPGD_CHUNK = 50   # images per backward pass of SPGD: 250 at once need 27 GB on VGG16
 NOT_THE_RESULT = {"workers", "resume", "overwrite", "uaps_save", "data_root", "data_dir"}
 
@@ -212,7 +220,8 @@ def settle(args):
         raise UserError(f"--weights: {len(args.weights)} given for {len(args.model_name)} "
                         "surrogates; type one for all, or one for each, separated by commas")
     args.weights = args.weights * (len(args.model_name) // len(args.weights))
-    sizes = {input_size(name, images.kind, images.size) for name in args.model_name}
+    sizes = {input_size(name, images.kind, images.size, weights)
+             for name, weights in zip(args.model_name, args.weights, strict=True)}
     if not args.image_size and len(sizes) > 1:
         raise UserError(f"--model_name {','.join(args.model_name)}: trained for images of "
                         f"{sorted(sizes)} pixels; type the one to use, as --image_size 224")
@@ -292,7 +301,8 @@ def train(args, state, models, images, folder, flags, device):
         shares = fooled(args, models, images.select(watched), state["delta"],
                         state["labels"][:, watched], device)
         row = {"epoch": epoch, "loss": round(mean_loss, 6),
-               **{name: round(value["value"], 6) for name, value in shares.items()},
+               **{metric: round(fmean(s[metric]["value"] for s in shares), 6)
+                  for metric in shares[0]},
                "seconds": round(time.perf_counter() - start, 3),
                "images_per_s": round(count / gradients_took, 1)}
         state["rows"].append(row)
@@ -300,19 +310,22 @@ def train(args, state, models, images, folder, flags, device):
         save_pth(folder / "checkpoint.pth", {**state, "flags": flags})
         save_csv(folder / "log.csv", state["rows"])
         print(f"epoch {epoch:2d}/{args.epochs}  loss {mean_loss:.4f}  "
-              + "".join(f"{name} {percent(value)}  " for name, value in shares.items())
+              + "".join(f"{m} {100 * row[m]:.1f} % (n={shares[0][m]['n']})  " for m in shares[0])
               + f"{row['seconds']:.1f} s  {row['images_per_s']:.0f} img/s", flush=True)
 
 
 def fooled(args, models, images, delta, y, device):
-    """{metric: share} of the images in memory, in float32, over all surrogates; y (S, N)"""
-    after = predictions(models, images.pixels, device, delta=delta.contiguous())
-    shares = {"fooling_ratio": share((after != y).sum().item(), y.numel())}
-    if args.target is not None:
-        others = y != args.target
-        shares["targeted_success"] = share((after[others] == args.target).sum().item(),
-                                           others.sum().item())
-    return shares
+    """[{metric: share}, one for each surrogate], in float32; y (S, N) clean predictions"""
+    found = []
+    for before, after in zip(y, predictions(models, images.pixels, device,
+                                            delta=delta.contiguous()), strict=True):
+        shares = {"fooling_ratio": share((after != before).sum().item(), len(before))}
+        if args.target is not None:
+            others = before != args.target
+            shares["targeted_success"] = share((after[others] == args.target).sum().item(),
+                                               others.sum().item())
+        found.append(shares)
+    return found
 
 
 def finish(args, state, models, images, folder, name, device):
@@ -325,16 +338,18 @@ def finish(args, state, models, images, folder, name, device):
             "method", "model_name", "eps", "alpha", "loss", "beta", "epochs", "batch_size",
             "minibatch", "iter", "momentum", "target", "augment", "seed")},
         "weights": args.weights_are, "data_dir": str(args.data_dir), "num_images": len(images),
-        "skipped": list(images.skipped), "images_sha256": images.sha256(), "on_training_images":
-        shares, "amp": state["amp"], "layout": state["layout"],
+        "skipped": list(images.skipped), "images_sha256": images.sha256(),
+        "on_training_images": dict(zip(args.model_name, shares, strict=True)),
+        "amp": state["amp"], "layout": state["layout"],
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 1), **provenance(device)}
     save_csv(folder / "log.csv", state["rows"])  # a kill may have come after the checkpoint
     save_pth(folder / f"{name}.pth", delta)
     save_json(folder / f"{name}.json", facts)
     write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
     write_atomic(folder / "curve.png", draw.curves(state["rows"], name))
-    for metric, value in shares.items():
-        print(f"{metric} {percent(value, interval=True)} on the training images")
+    for surrogate, found in zip(args.model_name, shares, strict=True):
+        for metric, value in found.items():
+            print(f"{metric} {percent(value)} on the training images, {surrogate}")
     print(f"saved {folder / name}.pth (.json, .png), {facts['seconds']:.0f} s")
 
 
@@ -352,13 +367,15 @@ def main(args):
     models = [load_model(name, weights=weights, kind=images.kind, data_dir=args.data_dir,
                          data_root=args.data_root, device=device)
               for name, weights in zip(args.model_name, args.weights, strict=True)]
+    for surrogate, model in zip(args.model_name, models, strict=True):
+        check_takes(model, surrogate, images.channels, args.image_size, device)
     print(f"{len(images)} images of {args.data_dir}, {args.image_size} pixels, list sha256 "
           f"{images.sha256()[:16]}; surrogate {', '.join(args.model_name)}", flush=True)
     images = load(images, workers=args.workers)
     if state is None:
-        (folder / "checkpoint.pth").unlink(missing_ok=True)  # --overwrite: nothing can fail now
         y = predictions(models, images.pixels, device)
         state = new_state(args, models, images.pixels, y, device)
+        (folder / "checkpoint.pth").unlink(missing_ok=True)  # --overwrite: the old run ends here
         write_atomic(folder / "images.txt", images.listing().encode())
         save_pth(folder / "checkpoint.pth", {**state, "flags": flags})  # what auto chose holds
         print(f"gradients in {'float32' if state['amp'] == 'off' else state['amp']}, "

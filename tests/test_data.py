@@ -104,22 +104,24 @@ def test_a_stray_folder_among_imagenet_classes_is_refused_by_name(tmp_path, pict
 
 
 def test_cifar10_class_folders_get_cifar10_indices_at_32_pixels(tmp_path, picture):
-    for name in ("truck", "cat", "airplane"):
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+             "truck"]
+    for name in names[::-1]:
         picture(tmp_path / name / "x.png", 32, 32)
     images = open_images(tmp_path, split="train")
     assert (images.kind, images.size) == ("cifar10", 32)
     assert dict(zip(images.names, images.labels.tolist(), strict=True)) \
-        == {"airplane/x.png": 0, "cat/x.png": 3, "truck/x.png": 9}
+        == {f"{name}/x.png": i for i, name in enumerate(names)}
     whole = np.asarray(Image.open(tmp_path / "cat" / "x.png"))
-    assert torch.equal(images[1], torch.from_numpy(whole.copy()).permute(2, 0, 1))  # uncropped
+    assert torch.equal(images[3], torch.from_numpy(whole.copy()).permute(2, 0, 1))  # uncropped
 
 
 def test_folders_of_other_names_are_images_without_labels_of_the_networks(tmp_path, picture):
-    for name in ("mine", "yours", ".hidden"):
+    for name in ("cat", "dog", ".hidden"):  # two of CIFAR-10's ten are somebody's photographs
         picture(tmp_path / name / "x.png")
     images = open_images(tmp_path, split="train")
     assert images.kind == "folder" and not images.labelled
-    assert (images.names, images.classes) == (("mine/x.png", "yours/x.png"), ("mine", "yours"))
+    assert (images.names, images.classes) == (("cat/x.png", "dog/x.png"), ("cat", "dog"))
 
 
 def test_train_is_read_for_training_and_val_or_test_for_testing(tmp_path, picture):

@@ -286,4 +286,8 @@ def test_a_folder_stands_for_the_perturbations_made_on_this_kind_of_data(tmp_pat
     assert uaps.find_uaps([tmp_path], "digits") == [tmp_path / "digits" / "sga.pth"]
     both = uaps.read_uaps([tmp_path / k / "sga.pth" for k in ("digits", "imagenet")],
                           scale="auto", eps=EPS)
+    np.save(tmp_path / "digits" / "sga.npy", deltas["free"].numpy())
+    same = uaps.read_uaps([tmp_path / "digits" / f"sga.{end}" for end in ("pth", "npy")],
+                          scale="auto", eps=EPS)
+    assert len({uap.name for uap in same}) == 2  # one folder, one stem: still two rows
     assert [uap.name for uap in both] == ["digits/sga", "imagenet/sga"]

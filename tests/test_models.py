@@ -86,7 +86,7 @@ def test_a_small_network_is_trained_on_first_use_and_kept(tmp_path, monkeypatch,
 
 
 def test_inception_is_for_299_pixels_and_the_others_for_224():
-    sizes = [models.input_size(name, "imagenet", 224)
+    sizes = [models.input_size(name, "imagenet", 224, "V1")
              for name in ("inception_v3", "vgg16", "googlenet")]
     assert sizes == [299, 224, 224]
 

@@ -304,7 +304,7 @@ def test_the_facts_say_what_made_the_perturbation(made):
     assert len(listing.split()) == 60
     assert {"device", "seconds", "commit", "torchvision", "python"} <= facts.keys()
     assert facts["device"].startswith("cpu") and facts["seconds"] >= 0
-    assert facts["on_training_images"]["fooling_ratio"]["n"] == 60
+    assert facts["on_training_images"]["mlp"]["fooling_ratio"]["n"] == 60
 
 
 def test_the_facts_tell_the_file_of_weights_by_name_and_hash(run_here, tmp_path):
@@ -332,7 +332,8 @@ def test_the_logged_fooling_ratio_is_that_of_the_saved_perturbation(made):
     model = load_model("mlp", weights="random", kind="digits")
     x = open_images("digits", split="train").prepared(28, 60).pixels / 255
     changed_class = model(x).argmax(1) != model((x + delta).clamp(0, 1)).argmax(1)
-    share = json.loads((made / "sga_mlp.json").read_text())["on_training_images"]["fooling_ratio"]
+    share = json.loads((made / "sga_mlp.json").read_text())[
+        "on_training_images"]["mlp"]["fooling_ratio"]
     assert share["k"] == changed_class.sum().item()
     assert float(rows(made)[-1]["fooling_ratio"]) == pytest.approx(share["value"], abs=1e-6)
 
@@ -346,7 +347,7 @@ def test_the_targeted_success_counts_images_that_were_not_the_target_before(run_
     folder, name = tmp_path / "run", f"sga_mlp_target{target}"
     after = model((x + torch.load(folder / f"{name}.pth", weights_only=True)).clamp(0, 1)).argmax(1)
     pairs = [(b, a) for b, a in zip(before.tolist(), after.tolist(), strict=True) if b != target]
-    shares = json.loads((folder / f"{name}.json").read_text())["on_training_images"]
+    shares = json.loads((folder / f"{name}.json").read_text())["on_training_images"]["mlp"]
     assert 0 < len(pairs) < 60
     assert shares["targeted_success"]["n"] == len(pairs)
     assert shares["targeted_success"]["k"] == sum(a == target for _, a in pairs) > 0

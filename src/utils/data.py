@@ -6,7 +6,8 @@
     images = load(images, workers=4)                             # all of it in memory
 
 Geometry of photographs: shorter side to 256/224 of `size` (bilinear, PIL, antialiased), then the
-central size x size crop, the protocol of the papers' tables.
+central size x size crop, the protocol of the papers' tables. Up to 64 pixels: shorter side to
+`size`, for such data is shown to the networks whole.
 """
 
 import difflib
@@ -76,6 +77,10 @@ class Images(torch.utils.data.Dataset):
         if self.pixels is not None:
             return self.pixels[i]
         return decode(self.root / self.names[i], self.size)
+
+    @property
+    def channels(self):
+        return 3 if self.pixels is None else self.pixels.shape[1]
 
     @property
     def labelled(self):
@@ -189,7 +194,7 @@ def _open_path(data_dir, split):
     names, labels = [], []
     for folder in folders:
         files = sorted(name for name in os.listdir(root / folder)
-                       if name.lower().endswith(IMG_EXTENSIONS))
+                       if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
         names += [f"{folder}/{name}" for name in files]
         labels += [index[folder]] * len(files)
     if not names:
@@ -208,7 +213,7 @@ def _classes(root, folders):
             raise UserError(f"{root}: '{stray[0]}' stands among ImageNet classes and is none of "
                             "the 1000; move it elsewhere")
         return "imagenet", imagenet_classes(), known
-    if folders and set(folders) <= set(CIFAR10):
+    if set(folders) == set(CIFAR10):
         return "cifar10", CIFAR10, {name: i for i, name in enumerate(CIFAR10)}
     return "folder", folders, {name: i for i, name in enumerate(folders)}
 
@@ -251,7 +256,6 @@ def decode(path, size):
             image = file.convert("RGB")
     except Exception:  # PIL's decoders raise nearly anything on a broken file
         return None
-    # 32-pixel data is shown to the networks whole, photographs by the protocol above
     image = TF.resize(image, round(size * 256 / 224) if size > 64 else size)
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
@@ -271,7 +275,7 @@ def batches(images, batch_size, *, workers, skipped):
     loader = torch.utils.data.DataLoader(
         images, batch_size, collate_fn=_stack, num_workers=0 if images.pixels is not None
         else workers, generator=torch.Generator())  # its own: the global one stays untouched
-    for start, (good, x) in zip(range(0, len(images), batch_size), loader, strict=True):
+    for start, (good, x) in zip(range(0, len(images), batch_size), _alive(loader), strict=True):
         for k in sorted(set(range(min(batch_size, len(images) - start))) - set(good)):
             skipped.append(images.names[start + k])
             tqdm.write(f"warning: {images.root / images.names[start + k]}: cannot be decoded, "
@@ -280,6 +284,16 @@ def batches(images, batch_size, *, workers, skipped):
             yield start + torch.tensor(good), x
     if len(skipped) == len(images):
         raise UserError(f"{images.root}: not one of its {len(images)} images can be decoded")
+
+
+def _alive(loader):
+    """The loader's batches; a worker that dies (a container with little /dev/shm) is a UserError.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise UserError(f"the processes that decode images died ({error}); type --workers 0, or "
+                        "give the container more shared memory") from None
 
 
 def load(images, *, workers):

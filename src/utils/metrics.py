@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from utils.data import to_float
+
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -20,7 +22,7 @@ def wilson(k, n):
     p, z2 = k / n, Z95 ** 2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (max(0.0, centre - half), min(1.0, centre + half))
+    return (max(0.0, centre - half) if k else 0.0, min(1.0, centre + half) if k < n else 1.0)
 
 
 def share(k, n):
@@ -29,10 +31,10 @@ def share(k, n):
     return {"value": k / n if n else 0.0, "k": k, "n": n, "low": low, "high": high}
 
 
-def percent(s, *, interval=False):
-    """'66.0 % (n=300)', or with the interval '66.0 % (60.5-71.1, n=300)'."""
-    between = f"{100 * s['low']:.1f}-{100 * s['high']:.1f}, " if interval else ""
-    return f"{100 * s['value']:.1f} % ({between}n={s['n']})"
+def percent(s):
+    """A share with its interval: '66.0 % (60.5-71.1, n=300)'."""
+    return (f"{100 * s['value']:.1f} % ({100 * s['low']:.1f}-{100 * s['high']:.1f}, "
+            f"n={s['n']})")
 
 
 @torch.no_grad()
@@ -40,7 +42,7 @@ def predictions(models, pixels, device, *, delta=None, batch_size=50):
     """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8."""
     found = []
     for batch in pixels.split(batch_size):
-        x = batch.to(device).float().div_(255)
+        x = to_float(batch.to(device))
         if delta is not None:
             x = (x + delta.to(device)).clamp_(0, 1)
         found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from utils.data import SMALL, default_workers, load, open_images, to_float
 from utils.run import UserError, load_pth, save_pth
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
 # which the networks with BatchNorm change their mind at any pattern on the black of digits
 RECIPES = {"digits": (12, 0, 0.1), "mnist": (3, 0, 0.1), "cifar10": (12, 4, 0.0)}
@@ -81,11 +80,23 @@ def num_classes(kind):
     return 10 if kind in RECIPES else 1000
 
 
-def input_size(name, kind, size):
-    """Side in pixels that the network was trained for; `size` where the data decides."""
-    if name in SMALL or kind in RECIPES:
+def input_size(name, kind, size, weights):
+    """Side in pixels that the weights were trained for; `size` where the data decides."""
+    if kind in RECIPES:
         return size
-    return _transforms(name).crop_size[0]
+    if weights == "random" or weights_path(name, weights):
+        return _transforms(name).crop_size[0]
+    return _enum(name, weights).transforms().crop_size[0]
+
+
+def check_takes(model, name, channels, size, device):
+    """UserError if the network cannot take images of that size, before anything slow starts."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros((1, channels, size, size), device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:80]
+        raise UserError(f"--image_size {size}: {name} cannot take such images ({reason})") from None
 
 
 # ----------------------------------------------------------------- torchvision
@@ -97,10 +108,10 @@ def _torchvision(name, weights, path):
     enum = _enum(name, weights)
     try:
         net = zoo.get_model(name, weights=enum, progress=sys.stderr.isatty())
-    except OSError as error:
-        raise UserError(f"{name}: its weights {enum.name} are not cached and the download failed "
-                        f"({error}); type --weights PATH of a state dict, or --weights random"
-                        ) from None
+    except (OSError, RuntimeError, EOFError) as error:  # no network, or half a file in the cache
+        raise UserError(f"{name}: its weights {enum.name} are not cached whole and cannot be "
+                        f"downloaded ({error}); type --weights PATH of a state dict, or --weights "
+                        f"random; downloads are kept in {torch.hub.get_dir()}") from None
     return net, enum.transforms().mean, enum.transforms().std
 
 
@@ -252,6 +263,9 @@ def _train_small(model, name, kind, data_dir, data_root):
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     batch = 64 if kind == "digits" else 128
+    if len(train) < batch:
+        raise UserError(f"--data_dir {data_dir}: {len(train)} training images are too few to train "
+                        f"{name} on; type --weights PATH")
     steps = epochs * (len(train) // batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)

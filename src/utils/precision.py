@@ -10,6 +10,8 @@ import time
 import torch
 from torch import nn
 
+from utils.run import UserError
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MARGIN = 1.15  # by how much a candidate must win: near ties must not be decided by noise
 
@@ -62,9 +64,11 @@ def choose(models, step, x, *, amp="auto", layout="auto"):
         except (RuntimeError, NotImplementedError):  # no bf16 kernel for this device
             if a == "off":
                 raise
-    best = pairs[0]
-    for pair in pairs[1:]:
-        if seconds.get(pair, float("inf")) * MARGIN < seconds[best]:
+    if not seconds:
+        raise UserError(f"--amp {amp}: this device cannot; type --amp off")
+    best = next(iter(seconds))
+    for pair, taken in seconds.items():
+        if taken * MARGIN < seconds[best]:
             best = pair
     return best
 

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,10 +33,12 @@ def run_script(get_args, main):
         main(get_args())
     except UserError as error:
         sys.exit(_complain(error))
+    except torch.OutOfMemoryError:
+        sys.exit(_complain("out of memory on the device; type a smaller --batch_size, --minibatch"))
     except OSError as error:  # disk full, permission denied: what is on disk is whole
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
     except KeyboardInterrupt:
-        print("\ninterrupted; a run goes on with the same command and --resume", file=sys.stderr)
+        print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -85,6 +88,7 @@ def names(text):
 def resolve_device(name):
     """'auto' -> cuda, mps or cpu, whichever is there first; an absent one is a UserError."""
     torch.backends.cudnn.allow_tf32 = False  # "float32" in a table means float32
+    torch.backends.cudnn.deterministic = True
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if name == "auto":
@@ -155,10 +159,13 @@ def load_pth(path):
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, wanted a .pth file") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # not even a pickle
+            raise UserError(f"{path}: no .pth file; wanted tensors saved by torch.save") from None
         raise UserError(f"{path}: holds more than tensors (code or a whole module) and was not "
                         "executed; save it again as a plain tensor or state dict") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError,
+            AssertionError, struct.error) as error:
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
         raise UserError(f"{path}: truncated, or no .pth file ({reason})") from None
 
@@ -201,7 +208,7 @@ class RunFolder:
                             "choose another folder") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{path}: another run is writing this folder; wait for it or choose "
                             "another one") from None
         for left_by_a_kill in self.path.glob(".*.tmp"):
@@ -222,6 +229,8 @@ class RunFolder:
             raise UserError(f"{self.path}: holds a run already; type --resume to go on with it, "
                             "--overwrite to start again, or choose another folder")
         saved = load_pth(path)
+        if not isinstance(saved, dict) or "flags" not in saved:
+            raise UserError(f"{path}: not a checkpoint of this script; choose another folder")
         either = sorted(flags.keys() | saved["flags"].keys())
         # data_dir last: its image list changes with num_images too
         for name in sorted(either, key=lambda name: name == "data_dir"):

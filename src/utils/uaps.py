@@ -6,7 +6,7 @@
     folder every perturbation below it that has its facts NAME.json beside it
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +33,11 @@ class Uap:
         """max |delta|, in steps of 1/255."""
         return self.delta.abs().max().item() * 255
 
-    def rounded(self):
-        """delta on the 8-bit grid k/255."""
-        return (self.delta * 255).round() / 255
 
-    @property
-    def on_grid(self):
-        return (self.delta - self.rounded()).abs().max().item() < 1e-6
+def rounded(delta):
+    """delta on the 8-bit grid k/255, or None if it is there already."""
+    grid = (delta * 255).round() / 255
+    return None if torch.allclose(delta, grid, rtol=0, atol=1e-6) else grid
 
 
 def find_uaps(paths, kind):
@@ -61,9 +59,11 @@ def find_uaps(paths, kind):
 def read_uaps(paths, *, scale, eps):
     """Perturbations with names that tell them apart; see read_uap."""
     uaps = [read_uap(path, scale=scale, eps=eps) for path in paths]
-    stems = [path.stem for path in paths]
-    return [Uap(stem if stems.count(stem) == 1 else f"{uap.path.parent.name}/{stem}", uap.path,
-                uap.delta, uap.facts) for uap, stem in zip(uaps, stems, strict=True)]
+    for form in (lambda p: p.stem, lambda p: f"{p.parent.name}/{p.stem}", str):
+        names = [form(path) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [replace(uap, name=name) for uap, name in zip(uaps, names, strict=True)]
 
 
 def read_uap(path, *, scale, eps):
@@ -73,7 +73,7 @@ def read_uap(path, *, scale, eps):
     """
     path = Path(path)
     facts = _facts(path.with_suffix(".json"))
-    known = str(facts["scale"]) if facts.get("scale") in (1, 255) else None
+    known = str(int(facts["scale"])) if facts.get("scale") in (1, 255) else None
     if path.suffix == ".npy":
         values = _load_npy(path)
     elif path.suffix == ".png":
