@@ -286,3 +286,21 @@ def test_a_run_on_photographs_skips_the_broken_ones_and_says_so_in_its_facts(
     listing = (tmp_path / ".run" / "images.txt").read_bytes()
     assert facts["images_sha256"] == hashlib.sha256(listing).hexdigest()
     assert len(listing.split()) == 67
+
+
+def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_path, picture):
+    root = tmp_path / "imagenette2-320"
+    for split in ("train", "val"):
+        for wnid in ("n01440764", "n03888257"):  # tench 0, parachute 701
+            picture(root / split / wnid / f"{split}_0.JPEG")
+    images = open_images("imagenette", split="test", data_root=tmp_path)
+    assert images.kind == "imagenet" and images.labels.tolist() == [0, 701]
+    assert images.names[0] == "n01440764/val_0.JPEG"
+
+
+def test_a_download_that_fails_is_one_line_that_says_what_to_type(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torchvision.datasets.imagenette, "download_and_extract_archive", offline)
+    with pytest.raises(UserError, match="download failed.*no route.*--data_root"):
+        open_images("imagenette", split="train", data_root=tmp_path)
