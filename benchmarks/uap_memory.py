@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 import train_sga
 from utils.data import default_workers, load, open_images, wnids
-from utils.run import at_least, make_generator, run_script
+from utils.run import Parser, at_least, make_generator, run_script
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--num_images", type=at_least(1), default=10_000, help="photographs")
     parser.add_argument("--layout", choices=("contiguous", "channels_last"),
                         default="channels_last", help="memory order of the batches")

@@ -11,7 +11,6 @@
 Nothing else may run on the machine meanwhile. Images/s count gradients of one image.
 """
 
-import argparse
 import copy
 import statistics
 import time
@@ -24,14 +23,13 @@ from train_sga import clamped_ce, input_gradient, sga_gradient
 from utils.metrics import markdown
 from utils.models import input_size, load_model
 from utils.precision import Fast, choose, synchronize, to_layout
-from utils.run import at_least, provenance, resolve_device, run_script, save_json
+from utils.run import Parser, at_least, provenance, resolve_device, run_script, save_json
 
 EPS, ALPHA, BETA, K = 10 / 255, 1 / 255, 9.0, 4
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model_name", nargs="+", default=["squeezenet1_0", "vgg16"], help="networks")
     add("--weights", default="random", help="random, or a folder of NAME.pth")

@@ -8,7 +8,6 @@ Every image is decoded once and every target's clean prediction computed once, h
 perturbations there are. Names of the figures: utils/metrics.py. Files are never unpickled.
 """
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -37,6 +36,7 @@ from utils.models import (
 )
 from utils.precision import Fast
 from utils.run import (
+    Parser,
     RunFolder,
     UserError,
     at_least,
@@ -53,9 +53,7 @@ from utils.uaps import find_uaps, fit_size, read_uaps, rounded
 
 
 def get_args():
-    parser = argparse.ArgumentParser(
-        description="Measure universal perturbations on target models.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Measure universal perturbations on target models.")
     add = parser.add_argument
     add("--data_dir", default="digits", help="folder of class folders, or " + ", ".join(NAMED))
     add("--data_root", default="data", help="where named data sets are kept or downloaded to")

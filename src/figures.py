@@ -3,17 +3,15 @@
     python figures.py --results runs/eval --rows sga_0:SGA spgd_0:SPGD --out imgs/uaps.png
 """
 
-import argparse
 from pathlib import Path
 
 from utils import draw
-from utils.run import UserError, load_json, run_script, write_atomic
+from utils.run import Parser, UserError, load_json, run_script, write_atomic
 from utils.uaps import read_uap
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description="Perturbations beside their fooling ratios.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Perturbations beside their fooling ratios.")
     add = parser.add_argument
     add("--results", type=Path, default=Path("runs/eval"), help="folder that eval_uap.py wrote")
     add("--rows", nargs="+", help="which of its perturbations, as NAME or NAME:LABEL; None: all")

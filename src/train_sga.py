@@ -15,7 +15,6 @@ The loss is ascended. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve
 checkpoint.pth in its folder; killed at any moment, it goes on with --resume to the same bytes.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -38,6 +37,7 @@ from utils.models import (
 )
 from utils.precision import Fast, choose, synchronize, to_layout
 from utils.run import (
+    Parser,
     RunFolder,
     UserError,
     at_least,
@@ -59,9 +59,7 @@ NOT_THE_RESULT = {"workers", "resume", "overwrite", "uaps_save", "data_root", "d
 
 
 def get_args():
-    parser = argparse.ArgumentParser(
-        description="Make a universal adversarial perturbation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Make a universal adversarial perturbation.")
     add = parser.add_argument
     add("--data_dir", default="digits", help="folder of class folders, or " + ", ".join(NAMED))
     add("--data_root", default="data", help="where named data sets are kept or downloaded to")

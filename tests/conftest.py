@@ -70,7 +70,7 @@ def refused():
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stderr
         lines = [line for line in result.stderr.splitlines()
-                 if line.strip() and not line.startswith(("usage:", " ", "warning:"))]
+                 if line.strip() and not line.startswith("warning:")]
         assert len(lines) == 1, result.stderr
         assert not [word for word in words if str(word) not in lines[0]], lines[0]
         return lines[0]

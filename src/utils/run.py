@@ -49,6 +49,17 @@ def _complain(message):
 
 # ---------------------------------------------------------------- command line
 
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults, and of a bad flag one line instead of the whole usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (all flags: --help)\n")
+
+
 def radius(text):
     """argparse type: '10/255' or '0.3', as the paper prints it; pixels live in [0, 1]."""
     try:
