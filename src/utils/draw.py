@@ -65,7 +65,7 @@ def curves(rows, title):
     left.set(xlabel="epoch", title=title)
     left.set_ylabel("loss (ascended)", color=BLUE)
     right.plot(epochs, [100 * row["fooling_ratio"] for row in rows], color=ORANGE, marker="s", ms=3)
-    right.set_ylabel("fooling ratio, % of watched training images", color=ORANGE)
+    right.set_ylabel("fooling ratio, % (watched images)", color=ORANGE)
     right.set_ylim(0, 100)
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid(alpha=0.3)
@@ -74,7 +74,7 @@ def curves(rows, title):
 
 def heatmap(values, rows, columns):
     """Fooling ratios in [0, 1], a row for every perturbation, a column for every target."""
-    figure = _figure(2.5 + 0.9 * len(columns), 1.2 + 0.45 * len(rows))
+    figure = _figure(3.5 + 0.9 * len(columns), 2 + 0.45 * len(rows))
     axes = figure.add_subplot()
     image = axes.imshow(100 * np.array(values), vmin=0, vmax=100, cmap="cividis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
@@ -83,7 +83,7 @@ def heatmap(values, rows, columns):
         for j, value in enumerate(line):
             axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center",
                       color="black" if value > 0.6 else "white")
-    figure.colorbar(image, label="fooling ratio, % of all images")
+    figure.colorbar(image, label="fooling ratio, %")
     return _png(figure)
 
 
