@@ -291,3 +291,31 @@ def test_a_folder_stands_for_the_perturbations_made_on_this_kind_of_data(tmp_pat
                           scale="auto", eps=EPS)
     assert len({uap.name for uap in same}) == 2  # one folder, one stem: still two rows
     assert [uap.name for uap in both] == ["digits/sga", "imagenet/sga"]
+
+
+def made_with(name, **facts):
+    return uaps.Uap(name, None, torch.zeros(1, 2, 2),
+                    {"name": "sga_cnn", "method": "sga", "epochs": 20, **facts})
+
+
+def test_seeds_are_averaged_only_where_nothing_else_differs():
+    found = [made_with("a", seed=0), made_with("b", seed=1), made_with("again", seed=1),
+             made_with("c", seed=0, epochs=80), made_with("d", seed=5, epochs=80),
+             made_with("alone", seed=0, epochs=5), uaps.Uap("foreign", None, torch.zeros(1, 2, 2))]
+    groups = eval_uap.same_but_seed(found)
+    assert {label: [u.name for u in group] for label, group in groups.items()} == {
+        "sga_cnn epochs=20": ["a", "again"], "sga_cnn epochs=80": ["c", "d"]}
+    rows = [{"uap": name, "target": "t", "fooling_ratio": {"value": value}}
+            for name, value in (("a", 0.5), ("again", 0.7), ("c", 0.2), ("d", 0.2))]
+    table = eval_uap.seed_table(rows, groups, ["t"])
+    assert "| sga_cnn epochs=20 | 2 | 60.0 ± 14.1 |" in table  # sqrt(2 * 10^2 / (2 - 1))
+    assert "| sga_cnn epochs=80 | 2 | 20.0 ± 0.0 |" in table
+
+
+def test_a_network_that_cannot_take_the_size_is_one_clear_line(run_here, refused, tmp_path,
+                                                               picture):
+    picture(tmp_path / "val" / "n01440764" / "0.jpg")
+    save_pth(tmp_path / "u.pth", torch.full((3, 16, 16), 2 / 255))
+    refused(run_here("eval_uap.py", "--uaps_save", "u.pth", "--data_dir", "val", "--workers", 0,
+                     "--model_name", "squeezenet1_1", "--weights", "random", "--image_size", 16),
+            "--image_size 16", "squeezenet1_1 cannot take")
