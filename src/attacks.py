@@ -1,0 +1,338 @@
+"""Per-image attacks: one perturbation for each image, found by the gradient or by queries alone.
+
+    fgsm           one signed step                        Goodfellow et al., arXiv:1412.6572
+    fgv            one step along the gradient itself     Rozsa et al., arXiv:1605.01775
+    bim, pgd       projected gradient steps               arXiv:1607.02533; Madry et al., 1706.06083
+    mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
+    cw_l2          the smallest L2 that fools             Carlini and Wagner, arXiv:1608.04644
+    worst_case     several, each on what the ones before left
+    bpda, eot      how to attack a defence that is known  Athalye et al., arXiv:1802.00420
+    apgd           in utils/apgd.py: step size by itself  Croce and Hein, arXiv:2003.01690
+    square         in utils/square.py: no gradient        Andriushchenko et al., arXiv:1912.00049
+
+    model = load_model("resnet50")                 # [0, 1] pixels -> logits
+    x_adv = pgd(model, x, y, norm="l2", eps=8.0, alpha=0.6, steps=20, generator=generator)
+
+The contract. x (N, ...) float32 or float64 in [0, 1], y (N,) int64: the labels to leave, or with
+targeted=True the classes to reach. The result is detached, within eps and [0, 1], of x's shape,
+dtype and device; x, the weights, every `.grad`, flag, buffer and mode of the model and the global
+RNG are as before (the attack itself runs in eval mode). Losses are summed over images, and every
+image has random numbers of its own, so that its result does not depend on the others in the batch:
+`generator` gives one seed per image (or is itself a list of one generator per image); every attack
+takes one, those that draw nothing leave it alone.
+
+`report`, a dict, is filled with what the result alone does not show: `zero_gradient` (N,), True
+where no gradient that was looked at had a single non-zero entry (such an image was not attacked, it
+was left alone), and how many gradients of one image (`gradients`) or queries (`queries`) it took.
+Bad input and NaN gradients are a UserError.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from utils.apgd import apgd
+from utils.attacking import (
+    Tally,
+    ascend,
+    attack,
+    choose,
+    gradient,
+    is_fooled,
+    margin,
+    measure,
+    own_generators,
+)
+from utils.balls import ORDER, TINY, column, nearest, norm_of, random_point, sparse_sign, unit
+from utils.run import UserError
+from utils.square import square
+
+__all__ = ["apgd", "bim", "bpda", "cw_l2", "eot", "fgsm", "fgv", "mim", "pgd", "square",
+           "worst_case"]
+
+
+# ------------------------------------------------------------------------ one step: direction, move
+
+STEPS = {"linf": "sign", "l2": "normalized", "l1": "sparse"}
+
+
+def _direction(step, q):
+    rules = {"sign": torch.sign, "normalized": lambda g: unit(g, "l2"),
+             "dense": lambda g: unit(g, "l1"), "sparse": lambda g: sparse_sign(g, float(q))}
+    return rules[choose("step", step, rules)]
+
+
+def _climb(model, x, y, x_adv, *, steps, alpha, direction, into_ball, loss, targeted, stop_early,
+           tally):
+    """x_adv after `steps` of x_adv <- into_ball(x_adv + alpha * direction(g, who)).
+
+    who: indices of the images still in the batch; with stop_early fooled ones leave it.
+    """
+    result, who = x_adv.clone(), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        logits, _, g = gradient(model, x_adv, y, loss, tally, who)
+        if stop_early:
+            left = ~is_fooled(logits, y, targeted)
+            if not bool(left.all()):
+                result[who] = x_adv
+                x, y, x_adv, g, who = (t[left] for t in (x, y, x_adv, g, who))
+                if not len(who):
+                    break
+        x_adv = into_ball(x_adv + alpha * direction(g, who), x)
+    result[who] = x_adv
+    return result
+
+
+# ----------------------------------------------------------------------------- gradients and a ball
+
+def fgsm(model, x, y, *, eps, targeted=False, loss="ce", generator=None, report=None):
+    """x + eps * sign(gradient of the loss), in the Linf ball of radius eps."""
+    return bim(model, x, y, eps=eps, alpha=eps, steps=1, targeted=targeted, loss=loss,
+               report=report)
+
+
+@attack
+def fgv(model, x, y, *, alpha, targeted=False, loss="ce", generator=None, report=None):
+    """x + alpha * g / max|g|, the maximum per image, in [0, 1]: the gradient itself, no sign."""
+    tally = Tally(x)
+    if len(x):
+        _, _, g = gradient(model, x, y, ascend(loss, targeted), tally, slice(None))
+        x = (x + alpha * g / column(norm_of(g, "linf").clamp_min(TINY), g)).clamp_(0, 1)
+    tally.fill(report)
+    return x
+
+
+def bim(model, x, y, *, eps, alpha, steps, targeted=False, loss="ce", stop_early=False,
+        generator=None, report=None):
+    """Basic iterative method: pgd in Linf from x itself."""
+    return pgd(model, x, y, eps=eps, alpha=alpha, steps=steps, random_start=False,
+               targeted=targeted, loss=loss, stop_early=stop_early, report=report)
+
+
+@attack
+def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", stop_early=False,
+        generator=None, report=None):
+    """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf."""
+    tally, v = Tally(x), torch.zeros_like(x)
+
+    def direction(g, who):
+        v[who] = mu * v[who] + unit(g, "l1")
+        return v[who].sign()
+
+    if len(x):
+        x = _climb(model, x, y, x, steps=steps, alpha=alpha, direction=direction,
+                   into_ball=lambda z, x: nearest(z, x, eps, "linf"), loss=ascend(loss, targeted),
+                   targeted=targeted, stop_early=stop_early, tally=tally)
+    tally.fill(report)
+    return x
+
+
+@attack
+def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, projection="exact",
+        random_start=True, restarts=1, targeted=False, loss="ce", stop_early=False, generator=None,
+        report=None):
+    """Projected gradient descent from a random point of the ball.
+
+    norm: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
+    'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
+    of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
+    then box, as the other libraries do. loss: 'ce', 'margin' (with l2: what a table calls C&W
+    L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to be climbed. restarts: the worst per
+    image is kept: fooled, or else of the highest loss. stop_early: fooled images leave the batch,
+    so that less is computed; without it the result is the textbook attack's, which walks on.
+    """
+    choose("norm", norm, ORDER)
+    choose("projection", projection, ("exact", "rescale"))
+    move, climbed, tally = _direction(step or STEPS[norm], q), ascend(loss, targeted), Tally(x)
+    own = own_generators(generator, len(x)) if random_start and len(x) else []
+    for turn in range(restarts if len(x) else 0):
+        start = nearest(x + random_point(x, eps, norm, own), x, eps, norm) if random_start else x
+        x_adv = _climb(model, x, y, start, steps=steps, alpha=alpha,
+                       direction=lambda g, who: move(g),
+                       into_ball=lambda z, x: nearest(z, x, eps, norm, projection),
+                       loss=climbed, targeted=targeted, stop_early=stop_early, tally=tally)
+        if restarts == 1:
+            best = x_adv
+            break
+        value, fooled = measure(model, x_adv, y, climbed, targeted)
+        if turn == 0:
+            best, best_value, best_fooled = x_adv, value, fooled
+            continue
+        worse = (fooled & ~best_fooled) | ((fooled == best_fooled) & (value > best_value))
+        best = torch.where(column(worse, x), x_adv, best)
+        best_value, best_fooled = torch.where(worse, value, best_value), best_fooled | fooled
+    tally.fill(report)
+    return best if len(x) else x
+
+
+# ----------------------------------------------------------------------------- the smallest L2 norm
+
+SQUEEZE = 0.1  # how far pixels at 0 and 1 start inside the range of tanh, where it has a slope
+
+
+class _Tanh:
+    """x' (n, ...) in [0, 1] as a function of w without bounds; x'(start) = x, at 0 and 1 too.
+
+    u = (tanh(w) + 1) / 2 starts at u0, which is x squeezed into the open interval; [0, u0] is
+    stretched to [0, x] and [u0, 1] to [x, 1]. Unlike the paper, where x' starts beside x and a
+    black pixel sits where tanh is flat, so that it hardly moves.
+    """
+
+    def __init__(self, x):
+        self.x, self.u0 = x, x * (1 - SQUEEZE) + SQUEEZE / 2
+        self.start = torch.atanh(2 * self.u0 - 1)
+
+    def __call__(self, w):
+        """x'(w) and dx'/dw."""
+        u = (w.tanh() + 1) / 2
+        up = (w > self.start) | ((w == self.start) & (self.x < 0.5))
+        slope = torch.where(up, (1 - self.x) / (1 - self.u0), self.x / self.u0)
+        return (self.x + (u - self.u0) * slope).clamp_(0, 1), slope * 2 * u * (1 - u)
+
+    def hold(self, w):
+        """w, but not beyond the start where x' ends there: out there it would have no slope."""
+        w = torch.where(self.x == 0, torch.maximum(w, self.start), w)
+        return torch.where(self.x == 1, torch.minimum(w, self.start), w)
+
+    def __getitem__(self, left):
+        part = object.__new__(_Tanh)
+        part.x, part.u0, part.start = self.x[left], self.u0[left], self.start[left]
+        return part
+
+
+@attack
+def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidence=0.0,
+          targeted=False, abort_early=True, generator=None, report=None):
+    """Carlini and Wagner's attack: Adam on ||x' - x||_2^2 + c * max(z_y - max_j z_j, -confidence).
+
+    c is searched per image: halved between the largest that failed and the smallest that did not,
+    times ten while none did. abort_early: an image whose loss a tenth of the steps did not lower
+    leaves the batch. -> (x_adv, success (N,)); x itself where no image was found.
+    """
+    tally, found = Tally(x), x.clone()
+    norm2 = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
+    low, high = torch.zeros_like(norm2), torch.full_like(norm2, math.inf)
+    c = torch.full_like(norm2, c)
+    for _ in range(binary_steps if len(x) else 0):
+        at, at2, success = _cw_run(model, x, y, c, steps, lr, confidence, targeted, abort_early,
+                                   tally)
+        better = success & (at2 < norm2)
+        found, norm2 = torch.where(column(better, x), at, found), torch.where(better, at2, norm2)
+        low, high = torch.where(success, low, c), torch.where(success, c, high)
+        c = torch.where(high.isinf(), c * 10, (low + high) / 2)
+    tally.fill(report)
+    return found, norm2.isfinite()
+
+
+def _cw_run(model, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
+    """One c (N,): the best images (N, ...), their squared norms (N,), whether there is any (N,)."""
+    found, norm2 = x.clone(), torch.full_like(c, math.inf)
+    who, space = torch.arange(len(x), device=x.device), _Tanh(x)
+    w, m, v = space.start.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    best, best_then = torch.full_like(c, math.inf), torch.full_like(c, math.inf)
+
+    def shortfall(logits, y):  # climbed: 0 where the image is adversarial by the confidence
+        gap = -margin(logits, y) if targeted else margin(logits, y)
+        return gap.clamp(max=confidence)
+
+    for t in range(1, steps + 1):
+        x_adv, slope = space(w)
+        logits, gap, g = gradient(model, x_adv, y, shortfall, tally, who)
+        delta = x_adv - space.x
+        size2 = delta.flatten(1).square().sum(1)
+        good = is_fooled(logits, y, targeted) & (gap >= confidence) & (size2 < norm2[who])
+        found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
+        best = torch.minimum(best, size2 - c * gap)
+        if abort_early and t % max(steps // 10, 1) == 0:
+            left = best < best_then - 1e-4 * best.abs()
+            best_then = best
+            if not bool(left.all()):
+                y, c, w, m, v, g, slope, delta, who, best, best_then, space = (
+                    part[left] for part in (y, c, w, m, v, g, slope, delta, who, best, best_then,
+                                            space))
+                if not len(who):
+                    break
+        g = (2 * delta - column(c, x) * g) * slope
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = space.hold(w - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8))
+    return found, norm2, norm2.isfinite()
+
+
+# ---------------------------------------------------------------------------------- several attacks
+
+@attack
+def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=None):
+    """Every attack on the images that the ones before did not fool; x where none does.
+
+    attacks: {name: attack(model, x, y, generator=, report=)}; functools.partial(pgd, eps=...) is
+    one. The report says of each how many were `tried`, `fooled`, and how many that stood had no
+    gradient at all (`zero_gradient`): robust, or only not attacked?
+    """
+    own, result = own_generators(generator, len(x)), x.clone()
+    alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
+    for name, run in attacks.items():
+        who, one = alive.nonzero()[:, 0], {}
+        fooled = alive[who]
+        if len(who):
+            x_adv = run(model, x[who], y[who], generator=[own[i] for i in who.tolist()], report=one)
+            x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 gives a mask as well
+            fooled = measure(model, x_adv, y[who], margin, targeted)[1]
+            result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
+        if report is not None:
+            blind = one.pop("zero_gradient", torch.zeros_like(fooled))
+            report[name] = {**one, "tried": len(who), "fooled": int(fooled.sum()),
+                            "zero_gradient": int((blind & ~fooled).sum())}
+    return result
+
+
+# ------------------------------------------------------------------- attackers who know the defence
+
+class bpda(nn.Module):  # noqa: N801  # reads as what it is: bpda(layer)
+    """`layer` forward, another function backward: the identity, or one with its own gradient.
+
+    backward: a differentiable stand-in for the layer; its Jacobian at x is used. UserError where
+    the identity cannot stand in because the layer changes the shape.
+    """
+
+    def __init__(self, layer, backward=None):
+        super().__init__()
+        self.layer, self.backward = layer, backward
+
+    def forward(self, x):
+        return _StandIn.apply(x, self.layer, self.backward)
+
+
+class _StandIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer, backward):
+        out = layer(x)
+        if backward is None and out.shape != x.shape:
+            raise UserError(f"bpda: the layer makes {tuple(out.shape)} of {tuple(x.shape)}, so the "
+                            "identity cannot be its gradient; type bpda(layer, backward=function)")
+        ctx.save_for_backward(x)
+        ctx.stand_in = backward
+        return out.clone() if out is x else out
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.stand_in is None:
+            return g, None, None
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return torch.autograd.grad(ctx.stand_in(x), x, g)[0], None, None
+
+
+class eot(nn.Module):  # noqa: N801
+    """Expectation over transformation: a random model whose gradient the attacks average.
+
+    One call is one draw of the model; the attacks see `draws` and average losses and gradients
+    over as many. What is random must be drawn at every call, from a generator of the model's own.
+    """
+
+    def __init__(self, model, draws):
+        super().__init__()
+        self.model, self.draws = model, draws
+
+    def forward(self, x):
+        return self.model(x)

@@ -1,0 +1,179 @@
+"""What every attack stands on: the contract, one generator per image, losses, gradients.
+
+`attack` is the decorator that keeps the contract of attacks.py; `gradient` is the one place where a
+model is differentiated.
+"""
+
+import functools
+import math
+from contextlib import contextmanager
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.run import UserError
+
+NUMBERS = {"eps": 0, "alpha": 0, "steps": 1, "restarts": 1, "queries": 1, "binary_steps": 1,
+           "targets": 1}  # and their least values
+
+def attack(function):
+    """Checks what goes in; eval mode and gradients on while it runs, all as before when it ends."""
+    @functools.wraps(function)
+    def wrapped(model, x, y, *args, **options):
+        _check(x, y, options)
+        with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            return function(model, x.detach().clone(), y.detach().clone(), *args, **options)
+    return wrapped
+
+
+@contextmanager
+def _evaluating(model):
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        for module in modes:
+            module.training = False  # not .eval(): some networks override train()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check(x, y, options):
+    if x.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"images are {x.dtype}; wanted float32 in [0, 1]: type x.float() / 255")
+    if not bool(((x >= 0) & (x <= 1)).all()):  # NaN is neither
+        raise UserError("images hold pixels outside [0, 1] or NaN; attacks work on pixels: put "
+                        "Normalize into the model")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise UserError(f"labels are {y.dtype} of shape {tuple(y.shape)}; wanted int64 of shape "
+                        f"({len(x)},), one class index per image")
+    for name, least in NUMBERS.items():
+        value = options.get(name, least)
+        if not isinstance(value, Real) or not least <= value < math.inf:
+            raise UserError(f"{name}={value!r}; wanted a number of at least {least}")
+
+
+def choose(name, value, choices):
+    if value not in choices:
+        raise UserError(f"{name}={value!r}; wanted one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def own_generators(generator, n):
+    """One CPU generator per image, seeded by one draw each: nobody's numbers depend on the others'.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != n:
+            raise UserError(f"{len(generator)} generators for {n} images; wanted one per image")
+        return list(generator)
+    generator = generator or torch.Generator().manual_seed(0)
+    seeds = torch.randint(2 ** 63 - 1, (n,), generator=generator, device=generator.device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+class Tally:
+    """What a report says of a batch of n images."""
+
+    def __init__(self, x):
+        self.seen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.nonzero = self.seen.clone()
+        self.gradients = self.queries = 0
+
+    def fill(self, report):
+        if report is not None:
+            report.update(zero_gradient=self.seen & ~self.nonzero, gradients=self.gradients,
+                          queries=self.queries)
+
+
+# ------------------------------------------------------- losses and gradients
+
+def cross_entropy(logits, y):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits, y):
+    """max_{j != y} z_j - z_y (N,): positive where fooled."""
+    label = logits.gather(1, y[:, None])
+    return (logits.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True) - label)[:, 0]
+
+
+def dlr(logits, y):
+    """Difference of logits ratio: the margin in units of z_1 - z_3, so scale does not matter."""
+    top = logits.topk(3).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def dlr_towards(target):
+    """Targeted DLR, untargeted in y: (z_target - z_y) / (z_1 - (z_3 + z_4) / 2)."""
+    def loss(logits, y):
+        top = logits.topk(4).values
+        gain = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
+        return gain / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return loss
+
+
+LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+CLASSES = {"dlr": 3, "dlr_targeted": 4}  # that the loss needs at least
+
+
+def ascend(loss, targeted):
+    """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,)."""
+    function = loss if callable(loss) else LOSSES[choose("loss", loss, LOSSES)]
+    return (lambda logits, y: -function(logits, y)) if targeted else function
+
+
+def is_fooled(logits, y, targeted):
+    return (logits.argmax(1) == y) == targeted
+
+
+def forward(model, x, y):
+    """Float32 logits, or float64; UserError where the labels do not fit them."""
+    logits = model(x).to(x.dtype)
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
+        raise UserError(f"labels go from {int(y.min())} to {int(y.max())}, but the model has "
+                        f"{logits.shape[1]} classes")
+    return logits
+
+
+def gradient(model, x, y, loss, tally, index):
+    """Logits (n, K), losses (n,) and their gradients at x (n, ...), averaged over an eot's draws.
+
+    index: which images of the batch that the tally knows these are.
+    """
+    draws = getattr(model, "draws", 1)
+    total = None
+    for _ in range(draws):
+        x = x.detach().requires_grad_()
+        logits = forward(model, x, y)
+        value = loss(logits, y)
+        g, = torch.autograd.grad(value.sum(), x)
+        one = (logits.detach(), value.detach(), g)
+        total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
+    logits, value, g = total if draws == 1 else [t / draws for t in total]
+    peak = torch.linalg.vector_norm(g.flatten(1), math.inf, dim=1)
+    if not bool(peak.isfinite().all()):
+        raise UserError(_why_not_finite(peak, logits))
+    tally.seen[index] = True
+    tally.nonzero[index] |= peak > 0
+    tally.gradients += draws * len(x)
+    return logits, value, g
+
+
+def _why_not_finite(peak, logits):
+    bad = int((~peak.isfinite()).sum())
+    cause = ("its logits are not finite either: broken weights, or an overflow in half precision; "
+             "run it in float32" if not bool(logits.isfinite().all()) else
+             "its logits are finite: a layer without a finite slope (a root or a logarithm at 0, a "
+             "concealed gradient in half precision); put bpda(layer) in its place, or float32")
+    return f"the model's gradient is NaN or infinite for {bad} of {len(peak)} images, and {cause}"
+
+
+@torch.no_grad()
+def measure(model, x, y, loss, targeted):
+    """Losses and who is fooled, (n,) each, of final images."""
+    logits = forward(model, x, y)
+    return loss(logits, y), is_fooled(logits, y, targeted)

@@ -1,0 +1,143 @@
+"""Balls of perturbations around images: norms, directions, random points, exact projections.
+
+For images x in [0, 1] a perturbation delta is allowed if ||delta|| <= eps in its norm and x + delta
+stays in the box [0, 1]. `project` finds the nearest such delta; ball first and box second, as most
+libraries do it, is kept as how="rescale": the result is allowed too, but it is not the nearest and
+in L1 and L2 it leaves part of the budget unused.
+"""
+
+import torch
+
+ORDER = {"linf": float("inf"), "l2": 2, "l1": 1}
+TINY = 1e-30  # against 0 / 0
+ROUNDS = 100  # of the searches below; each ends far earlier, when nothing changes any more
+
+
+def column(values, like):
+    """(N,) -> (N, 1, 1, ...), to multiply images of the shape of `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def norm_of(delta, norm):
+    """Norm of every perturbation: (N, ...) -> (N,)."""
+    return torch.linalg.vector_norm(delta.flatten(1), ORDER[norm], dim=1)
+
+
+def unit(g, norm):
+    """g at norm 1 per image; by its peak first, since squares of small gradients vanish."""
+    g = g / column(norm_of(g, "linf").clamp_min(TINY), g)
+    return g / column(norm_of(g, norm).clamp_min(TINY), g)
+
+
+def sparse_sign(g, share):
+    """Signs of the largest entries of every image, L1 norm 1: steepest ascent in L1, made wider.
+
+    share: of all entries, one number or (N,).
+    """
+    size = g.abs().flatten(1)
+    n = size.shape[1]
+    if isinstance(share, float):
+        least = size.kthvalue(n - max(1, round(share * n)) + 1, dim=1).values
+    else:
+        rank = ((1 - share) * n).long().clamp(0, n - 1)
+        least = size.sort(1).values.gather(1, rank[:, None])[:, 0]
+    sign = g.sign() * (g.abs() >= column(least, g))
+    return sign / column(norm_of(sign, "l1").clamp_min(1), g)
+
+
+def project(delta, x, eps, norm, how="exact"):
+    """The allowed perturbation next to delta in the Euclidean sense; delta, x (N, ...).
+
+    how='rescale': delta is scaled to the ball and then clipped to the box.
+    """
+    if norm == "linf":
+        return (x + delta.clamp(-eps, eps)).clamp_(0, 1) - x
+    if how == "rescale":
+        size = norm_of(delta, norm)
+        delta = delta * column((eps / size.clamp_min(1e-12)).clamp_max(1), delta)
+        return (x + delta).clamp_(0, 1) - x
+    size, room = delta.abs(), torch.where(delta > 0, 1 - x, x)  # room: to the box, that way
+    outside = norm_of(torch.minimum(size, room), norm) > eps
+    search = _scale_l2 if norm == "l2" else _shrink_l1
+    inside = torch.minimum(size, room)
+    if outside.any():
+        inside[outside] = search(size[outside], room[outside], eps)
+    return inside * delta.sign()
+
+
+def nearest(x_adv, x, eps, norm, how="exact"):
+    """The same for images: the allowed image next to x_adv, in [0, 1] to the last bit."""
+    delta = x_adv - x
+    delta = delta.clamp(-eps, eps) if norm == "linf" else project(delta, x, eps, norm, how)
+    return (x + delta).clamp_(0, 1)
+
+
+def _scale_l2(size, room, eps):
+    """min(t * size, room) of norm eps. KKT: one t scales every coordinate, the box permitting.
+
+    t grows from the value that would do without a box; coordinates that meet the box stay there,
+    so no round can overshoot, and when no new one meets it t is exact.
+    """
+    t = column(eps / norm_of(size, "l2"), size)
+    held = torch.zeros_like(size, dtype=torch.bool)
+    for _ in range(ROUNDS):
+        now = t * size >= room
+        if torch.equal(now, held):
+            break
+        held = now
+        used = (room * held).flatten(1).square().sum(1)
+        free = norm_of(size.masked_fill(held, 0), "l2").clamp_min(TINY)
+        t = torch.maximum(t, column((eps ** 2 - used).clamp_min(0).sqrt() / free, size))
+    return torch.minimum(t * size, room)
+
+
+def _shrink_l1(size, room, eps):
+    """min(max(size - t, 0), room) of norm eps. KKT: every coordinate shrinks by one t, down to 0.
+
+    Newton's method on t (the norm is piecewise linear in it), kept between a t that shrinks too
+    little and one that shrinks too much; where a step leaves them, the middle is taken.
+    """
+    low = torch.zeros_like(size.flatten(1)[:, 0])
+    high, t = size.flatten(1).amax(1), low.clone()
+    for _ in range(ROUNDS):
+        shrunk = size - column(t, size)
+        moving = ((shrunk > 0) & (shrunk < room)).flatten(1).sum(1)
+        excess = torch.minimum(shrunk.clamp_min_(0), room).flatten(1).sum(1) - eps
+        low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
+        t_next = t + excess / moving.clamp_min(1)
+        t_next = torch.where((moving == 0) | (t_next <= low) | (t_next >= high),
+                             (low + high) / 2, t_next)
+        near = excess.abs() <= 16 * torch.finfo(size.dtype).eps * eps
+        t_next = torch.where(near, t, t_next)
+        if torch.equal(t_next, t):
+            break
+        t = t_next
+    return torch.minimum((size - column(t, size)).clamp_min_(0), room)
+
+
+def random_point(x, eps, norm, generators):
+    """A perturbation drawn evenly from the ball for every image; the box is not looked at.
+
+    x (N, ...) -> (N, ...); generators: one CPU torch.Generator per image.
+    """
+    shape = x.shape[1:]
+    if norm == "linf":
+        drawn = [2 * torch.rand(shape, generator=g) - 1 for g in generators]
+    elif norm == "l2":
+        drawn = [_even_l2(shape, g) for g in generators]
+    else:
+        drawn = [_even_l1(shape, g) for g in generators]
+    return eps * torch.stack(drawn).to(x)
+
+
+def _even_l2(shape, generator):
+    direction = torch.randn(shape, generator=generator)
+    radius = torch.rand((), generator=generator) ** (1 / direction.numel())
+    return radius * direction / direction.norm()
+
+
+def _even_l1(shape, generator):
+    """Signed shares of exponential variables are even on the simplex; one more fills the ball."""
+    sign = 2.0 * torch.randint(2, shape, generator=generator) - 1
+    share = torch.empty(sign.numel() + 1).exponential_(generator=generator)
+    return sign * (share[:-1] / share.sum()).view(shape)

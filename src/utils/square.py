@@ -1,0 +1,173 @@
+"""Square attack: random squares, no gradient (Andriushchenko et al., ECCV 2020, arXiv:1912.00049).
+
+    paper                              here
+    Alg. 1, random search              _run
+    Alg. 2, Linf sampling              _stripes, _flip
+    Alg. 3, L2 sampling                _tiles, _move
+    Eq. 2, eta                         _bump, _pair
+"""
+
+import math
+
+import torch
+
+from utils.attacking import (
+    Tally,
+    ascend,
+    attack,
+    choose,
+    measure,
+    own_generators,
+)
+from utils.balls import TINY, column, nearest, unit
+from utils.run import UserError
+
+
+@attack
+@torch.no_grad()
+def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, targeted=False,
+           generator=None, report=None):
+    """Square attack: a random square of the image is changed and kept if the margin grows.
+
+    x (N, C, H, W); p: share of the image that the first squares cover, shrinking as published
+    (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch at once.
+    """
+    choose("norm", norm, ("linf", "l2"))
+    if x.dim() != 4:
+        raise UserError(f"square works on images (N, C, H, W); given {tuple(x.shape)}")
+    tally, own = Tally(x), own_generators(generator, len(x))
+    climbed, result, alive = ascend("margin", targeted), x.clone(), torch.zeros(0)
+    if len(x):
+        best_f, fooled = measure(model, x, y, climbed, targeted)
+        alive = ~fooled
+    for _ in range(restarts):
+        who = alive.nonzero()[:, 0]
+        if not len(who):
+            break
+        end, f, fooled = _run(model, x[who], y[who], [own[i] for i in who.tolist()], eps,
+                                     norm, queries, p, climbed, targeted, tally)
+        better = fooled | (f > best_f[who])
+        result[who[better]], best_f[who[better]] = end[better], f[better]
+        alive[who[fooled]] = False
+    tally.fill(report)
+    return result
+
+
+def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
+    """One start: images (n, C, H, W), margins (n,), who is fooled (n,)."""
+    first, change = (_stripes, _flip) if norm == "linf" else (_tiles, _move)
+    best = first(x, eps, own)
+    drawn = torch.stack([torch.rand((queries, 5 + x.shape[1]), generator=g) for g in own]).to(x)
+    best_f, fooled = measure(model, best, y, climbed, targeted)
+    tally.queries += len(x)
+    end, value, hit = best.clone(), best_f.clone(), fooled.clone()
+    row = torch.arange(len(x), device=x.device)
+    for t in range(1, queries):
+        if bool(fooled.any()):
+            x, y, best, best_f, drawn, row = (part[~fooled] for part in
+                                              (x, y, best, best_f, drawn, row))
+        if not len(row):
+            break
+        trial = change(best, x, eps, _share(p, t, queries), drawn[:, t])
+        f, fooled = measure(model, trial, y, climbed, targeted)
+        tally.queries += len(row)
+        better = fooled | (f > best_f)
+        best, best_f = torch.where(column(better, x), trial, best), torch.where(better, f, best_f)
+        hit[row] = fooled
+        end[row[better]], value[row] = trial[better], best_f
+    return end, value, hit
+
+
+def _share(p, t, queries):
+    """p after t of `queries` queries: halved at 10, 50, 200, 500, 1000, 2000, ... of 10,000."""
+    at = t * 10000 // queries
+    return p / 2 ** sum(at > mark for mark in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+
+
+def _stripes(x, eps, own):
+    """Linf start: vertical stripes of +-eps."""
+    shape = (x.shape[1], 1, x.shape[3])
+    sign = torch.stack([2.0 * torch.randint(2, shape, generator=g) - 1 for g in own]).to(x)
+    return nearest(x + eps * sign, x, eps, "linf")
+
+
+def _side(x, p, least):
+    """Side of a square that covers the share p of the image."""
+    h, w = x.shape[2:]
+    return min(max(round(math.sqrt(p * h * w)), least), h, w)
+
+
+def _window(u, x, s):
+    """Rows (n, s) and columns (n, s) of a window of side s for every image; u (n, 2) in [0, 1)."""
+    room = torch.tensor([x.shape[2] - s + 1, x.shape[3] - s + 1], device=x.device)
+    corner = (u * room).long().minimum(room - 1)
+    inside = corner[:, :, None] + torch.arange(s, device=x.device)
+    return inside[:, 0], inside[:, 1]
+
+
+def _flip(best, x, eps, p, u):
+    """Linf: in one square, +eps or -eps for every channel."""
+    rows, cols = _window(u[:, :2], x, _side(x, p, 1))
+    sign = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).to(x)  # (n, C)
+    n = torch.arange(len(x), device=x.device)[:, None, None]
+    trial = best.clone()
+    at = (n, slice(None), rows[:, :, None], cols[:, None, :])
+    clean = x[at]  # (n, s, s, C)
+    trial[at] = (clean + eps * sign[:, None, None, :]).clamp_(0, 1)
+    return trial
+
+
+def _bump(h, w, x):
+    """Eq. 2 of the paper: a pyramid that falls off as 1 / k^2 summed from the middle, norm 1."""
+    r = (torch.arange(h, device=x.device) - h // 2).abs()[:, None]
+    c = (torch.arange(w, device=x.device) - w // 2).abs()[None]
+    k = torch.arange(1, max(h // 2, w // 2) + 2, device=x.device, dtype=x.dtype)
+    falling = (1 / k.square()).flip(0).cumsum(0).flip(0)
+    bump = falling[torch.maximum(r, c)]
+    return bump / bump.norm().clamp_min(TINY)
+
+
+def _pair(s, x):
+    """A bump and its negative one above the other: (s, s) of norm 1."""
+    pair = torch.cat([_bump(s // 2, s, x), -_bump(s - s // 2, s, x)])
+    return pair / pair.norm().clamp_min(TINY)
+
+
+def _tiles(x, eps, own):
+    """L2 start: a grid of pairs with random signs and orientation, as large as the ball allows."""
+    s = max(min(x.shape[2:]) // 5, min(3, *x.shape[2:]))
+    down, across = x.shape[2] // s, x.shape[3] // s
+    pair, delta = _pair(s, x), torch.zeros_like(x)
+    for image, g in zip(delta, own, strict=True):
+        sign = 2.0 * torch.randint(2, (x.shape[1], down, across), generator=g).to(x) - 1
+        flat = torch.randint(2, (down, across), generator=g).to(x)
+        one = flat[:, None, :, None] * pair[None, :, None, :] \
+            + (1 - flat)[:, None, :, None] * pair.T[None, :, None, :]  # (down, s, across, s)
+        signed = one * sign[:, :, None, :, None]
+        image[:, :down * s, :across * s] = signed.reshape(-1, down * s, across * s)
+    return (x + eps * unit(delta, "l2")).clamp_(0, 1)
+
+
+def _move(best, x, eps, p, u):
+    """L2: the mass of a second window goes to the first, where a pair is added. Alg. 3."""
+    s = _side(x, p, 3)
+    s = s - 1 if s % 2 == 0 and s > 1 else s
+    rows, cols = _window(u[:, :2], x, s)
+    rows2, cols2 = _window(u[:, 2:4], x, s)
+    n = torch.arange(len(x), device=x.device)[:, None, None]
+    first = (n, slice(None), rows[:, :, None], cols[:, None, :])
+    second = (n, slice(None), rows2[:, :, None], cols2[:, None, :])
+    delta = best - x
+    old = delta[first]  # (n, s, s, C)
+    mass = delta.square().sum((2, 3))  # (n, C)
+    unused = (eps ** 2 - mass.sum(1, keepdim=True)).clamp_min(0) / x.shape[1]
+    delta[first], delta[second] = 0, 0
+    budget = (unused + mass - delta.square().sum((2, 3))).clamp_min(0).sqrt()
+    pair = _pair(s, x)
+    pair = torch.where(column(u[:, 4] < 0.5, u[:, :, None]), pair, pair.T)  # (n, s, s)
+    sign = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).to(x)
+    new = pair[..., None] * sign[:, None, None, :] \
+        + old / old.flatten(1, 2).norm(dim=1)[:, None, None, :].clamp_min(1e-12)
+    new = new / new.flatten(1, 2).norm(dim=1)[:, None, None, :].clamp_min(1e-12)
+    delta[first] = new * budget[:, None, None, :]
+    return (x + eps * unit(delta, "l2")).clamp_(0, 1)
