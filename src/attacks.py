@@ -58,6 +58,8 @@ STEPS = {"linf": "sign", "l2": "normalized", "l1": "sparse"}
 
 
 def _direction(step, q):
+    if not 0 < q <= 1:
+        raise UserError(f"q={q}; wanted the share of entries that a sparse step moves, in (0, 1]")
     rules = {"sign": torch.sign, "normalized": lambda g: unit(g, "l2"),
              "dense": lambda g: unit(g, "l1"), "sparse": lambda g: sparse_sign(g, float(q))}
     return rules[choose("step", step, rules)]
@@ -203,20 +205,21 @@ class _Tanh:
 
 @attack
 def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidence=0.0,
-          targeted=False, abort_early=True, generator=None, report=None):
+          targeted=False, abort_early=True, judge=None, generator=None, report=None):
     """Carlini and Wagner's attack: Adam on ||x' - x||_2^2 + c * max(z_y - max_j z_j, -confidence).
 
     c is searched per image: halved between the largest that failed and the smallest that did not,
-    times ten while none did. abort_early: an image whose loss a tenth of the steps did not lower
-    leaves the batch. -> (x_adv, success (N,)); x itself where no image was found.
+    times ten while none did. abort_early: an image whose loss a tenth of the steps (ten at least)
+    did not lower leaves the batch. judge: the model whose word counts, where `model` is a faster
+    copy of it in bf16. -> (x_adv, success (N,)); x itself where no image was found.
     """
     tally, found = Tally(x), x.clone()
     norm2 = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
     low, high = torch.zeros_like(norm2), torch.full_like(norm2, math.inf)
     c = torch.full_like(norm2, c)
     for _ in range(binary_steps if len(x) else 0):
-        at, at2, success = _cw_run(model, x, y, c, steps, lr, confidence, targeted, abort_early,
-                                   tally)
+        at, at2, success = _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted,
+                                   abort_early, tally)
         better = success & (at2 < norm2)
         found, norm2 = torch.where(column(better, x), at, found), torch.where(better, at2, norm2)
         low, high = torch.where(success, low, c), torch.where(success, c, high)
@@ -225,12 +228,12 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
     return found, norm2.isfinite()
 
 
-def _cw_run(model, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
+def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
     """One c (N,): the best images (N, ...), their squared norms (N,), whether there is any (N,)."""
     found, norm2 = x.clone(), torch.full_like(c, math.inf)
     who, space = torch.arange(len(x), device=x.device), _Tanh(x)
     w, m, v = space.start.clone(), torch.zeros_like(x), torch.zeros_like(x)
-    best, best_then = torch.full_like(c, math.inf), torch.full_like(c, math.inf)
+    best, best_then, patience = norm2.clone(), norm2.clone(), max(steps // 10, 10)
 
     def shortfall(logits, y):  # climbed: 0 where the image is adversarial by the confidence
         gap = -margin(logits, y) if targeted else margin(logits, y)
@@ -242,9 +245,12 @@ def _cw_run(model, x, y, c, steps, lr, confidence, targeted, abort_early, tally)
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
         good = is_fooled(logits, y, targeted) & (gap >= confidence) & (size2 < norm2[who])
+        if judge is not None and bool(good.any()):
+            gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted)
+            good[good.clone()] = fooled & (gap_there >= confidence)
         found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
         best = torch.minimum(best, size2 - c * gap)
-        if abort_early and t % max(steps // 10, 1) == 0:
+        if abort_early and t % patience == 0:
             left = best < best_then - 1e-4 * best.abs()
             best_then = best
             if not bool(left.all()):

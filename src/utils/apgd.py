@@ -83,7 +83,8 @@ def _run(model, x, y, goal, own, *, eps, norm, steps, loss, rho, targeted, tally
     start = nearest(x + random_point(x, eps, norm, own), x, eps, norm)
     s = {"row": torch.arange(len(x), device=x.device), "x": x, "y": y, "goal": goal, "at": start,
          "before": start, "best": start, "best_g": torch.zeros_like(x), "best_f": value,
-         "last_f": value, "checked_f": value, "gains": torch.zeros_like(value),
+         "last_f": value, "checked_f": value,
+         "gains": torch.full_like(value, -1),  # the start, above -inf, is none
          "size": torch.full_like(value, eps if norm == "l1" else 2 * eps), "halved": ~fooled,
          "width": torch.full_like(value, 0.2), "moved": torch.full_like(value, x[0].numel())}
     checkpoints = _checkpoints(steps, norm)

@@ -15,8 +15,8 @@ from torch import nn
 
 from utils.run import UserError
 
-NUMBERS = {"eps": 0, "alpha": 0, "steps": 1, "restarts": 1, "queries": 1, "binary_steps": 1,
-           "targets": 1}  # and their least values
+NUMBERS = dict.fromkeys(("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p"), 0) \
+    | dict.fromkeys(("steps", "binary_steps", "restarts", "targets", "queries"), 1)  # least value
 
 def attack(function):
     """Checks what goes in; eval mode and gradients on while it runs, all as before when it ends."""

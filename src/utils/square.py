@@ -151,7 +151,8 @@ def _tiles(x, eps, own):
 def _move(best, x, eps, p, u):
     """L2: the mass of a second window goes to the first, where a pair is added. Alg. 3."""
     s = _side(x, p, 3)
-    s = s - 1 if s % 2 == 0 and s > 1 else s
+    if s % 2 == 0:
+        s += 1 if s < min(x.shape[2:]) else -1
     rows, cols = _window(u[:, :2], x, s)
     rows2, cols2 = _window(u[:, 2:4], x, s)
     n = torch.arange(len(x), device=x.device)[:, None, None]

@@ -1,0 +1,321 @@
+"""Robust accuracy of networks under eight attacks, beside the same attack of another library.
+
+    attack          ours (src/attacks.py)                       beside it
+    fgsm            Linf 8/255, one step                        foolbox
+    pgd_linf        Linf 8/255, 20 steps of 0.6/255             foolbox
+    pgd_l2          L2 8, 20 steps of 0.6                       foolbox
+    pgd_l1_dense    L1 1600, 20 steps of 120, g / ||g||_1       foolbox
+    pgd_l1          L1 1600, 20 sparse steps of 120, exact      no other library has it
+                    projection on ball and box together
+    cw_pgd_l2       L2 8, pgd_l2 on the margin (a table's       no other library has it
+                    "C&W L2=8")
+    apgd_ce         Linf 8/255, APGD, cross-entropy, 100 steps  pyautoattack 0.2.0
+    square          Linf 8/255, 1000 queries                    pyautoattack 0.2.0
+    worst case      fooled by any of them: the union, image by image
+
+fgsm, the dense pgds and cw_pgd_l2 are the columns of GCM's table (arXiv:2205.10617), by the
+protocol of RobustART. PGD starts at a random point and, but for pgd_l1, projects as foolbox 3.3.4
+does: scaled to the ball, then clipped to the box. The other libraries (attack_others.py) have fewer
+of these attacks, so their worst case is of fewer.
+
+    PYTHONPATH=src python benchmarks/attack_table.py \\
+        --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
+    ... --eps_scale 1/16 --results runs/attack_table_16     # undefended networks, told apart
+
+Only images that the network gets right are attacked. What an attack returns is measured again: it
+fools if the float32 network errs on it and it lies in the ball and in [0, 1]. Every cell is saved
+when it is done, and the same command goes on where it was stopped.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from attack_others import ALPHA, EPS, foolbox, installed, positive, pyautoattack
+from attacks import apgd, fgsm, pgd, square
+from utils.balls import norm_of
+from utils.data import default_workers, load, open_images, to_float
+from utils.metrics import markdown, percent, predictions, share
+from utils.models import describe_weights, input_size, load_model
+from utils.precision import synchronize
+from utils.run import (
+    Parser,
+    RunFolder,
+    UserError,
+    at_least,
+    load_json,
+    make_generator,
+    provenance,
+    resolve_device,
+    run_script,
+    save_csv,
+    save_json,
+    write_atomic,
+)
+
+PGD_STEPS, APGD_STEPS, QUERIES = 20, 100, 1000
+WORST, NETWORK = "worst case", "network "
+
+
+def get_args():
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data_dir", default="../shared/data/imagenet_sample/val",
+        help="photographs in class folders, or a data set by name such as digits")
+    add("--num_images", type=at_least(1), help="evenly over the classes; None: all")
+    add("--model_name", nargs="+", default=["squeezenet1_0", "squeezenet1_1", "mobilenet_v2"],
+        help="networks")
+    add("--weights", default="V1", help="V1, random, or a folder of NAME.pth")
+    add("--attacks", nargs="+", choices=list(catalogue(1)), default=list(catalogue(1)),
+        help="which attacks")
+    add("--eps_scale", type=positive, default=1.0, help="times every eps and alpha, such as 1/16")
+    add("--stop_early", action="store_true", help="ours: fooled images leave the batch of a pgd")
+    add("--batch_size", type=at_least(1), default=50, help="images at a time")
+    add("--seed", type=at_least(0), default=0, help="random starts and squares")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where")
+    add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
+    add("--results", type=Path, default=Path("runs/attack_table"), help="folder for the tables")
+    return parser.parse_args()
+
+
+# ----------------------------------------------------------------- the attacks
+
+@dataclass(frozen=True)
+class Attack:
+    """One row: ours(model, x, y, generator=, report=) and other(model, x, y) -> x_adv."""
+    norm: str
+    eps: float
+    ours: Callable
+    library: str = None
+    other: Callable = None
+
+
+def catalogue(scale, stop_early=False):
+    """{name: Attack}, every eps and alpha times `scale`."""
+    def row(ball, attack, other=None, name=None, given=None, **settings):
+        """The settings are ours, `given` those of the other library's attack `name`."""
+        eps = scale * EPS[ball]
+        return Attack(ball, eps, partial(attack, eps=eps, **settings), other and other.__name__,
+                      other and partial(other, name=name, eps=eps, **(given or {})))
+
+    def steps(norm, name=None, projection="rescale", **settings):
+        alpha = scale * ALPHA[norm]
+        settings["stop_early"] = stop_early
+        return row(norm, pgd, name and foolbox, name, {"abs_stepsize": alpha, "steps": PGD_STEPS},
+                   norm=norm, alpha=alpha, steps=PGD_STEPS, projection=projection, **settings)
+
+    return {
+        "fgsm": row("linf", fgsm, foolbox, "LinfFastGradientAttack"),
+        "pgd_linf": steps("linf", "LinfProjectedGradientDescentAttack"),
+        "pgd_l2": steps("l2", "L2ProjectedGradientDescentAttack"),
+        "pgd_l1_dense": steps("l1", "L1ProjectedGradientDescentAttack", step="dense"),
+        "pgd_l1": steps("l1", projection="exact", step="sparse"),
+        "cw_pgd_l2": steps("l2", loss="margin"),
+        "apgd_ce": row("linf", apgd, pyautoattack, "APGDAttack",
+                       {"n_iter": APGD_STEPS, "norm": "Linf", "loss": "ce"},
+                       steps=APGD_STEPS, loss="ce"),
+        "square": row("linf", square, pyautoattack, "SquareAttack",
+                      {"n_queries": QUERIES, "norm": "Linf", "resc_schedule": True},
+                      queries=QUERIES)}
+
+
+# --------------------------------------------------------------------- a cell
+
+@torch.no_grad()
+def survivors(model, x, y, x_adv, attack, audit):
+    """Who is not fooled (n,) bool, by our own measure; the audit of the cell goes on."""
+    size = norm_of(x_adv.cpu().double() - x.cpu().double(), attack.norm)
+    boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1).cpu()  # NaN is neither
+    allowed = boxed & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
+    audit["largest"] = max(audit["largest"], size.max().item())
+    audit["outside"] += int((~allowed).sum())
+    return (model(x_adv).argmax(1) == y).cpu() | ~allowed
+
+
+def run_cell(model, images, right, attack, side, args, device, desc):
+    """One attack of one side on the images of `right` (n,) -> what results.json keeps."""
+    generator, robust, seconds = make_generator(args.seed), right.clone(), 0.0
+    audit = {"largest": 0.0, "outside": 0}
+    counts = {"zero_gradient": 0, "gradients": 0, "queries": 0}
+    with tqdm(total=int(right.sum()), desc=desc, unit="img", leave=False, disable=None) as bar:
+        for index in right.nonzero()[:, 0].split(args.batch_size):
+            x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
+            report = {}
+            synchronize(device)
+            start = time.perf_counter()
+            if side == "ours":
+                x_adv = attack.ours(model, x, y, generator=generator, report=report)
+            else:
+                torch.manual_seed(args.seed + int(index[0]))
+                x_adv = attack.other(model, x, y)
+            synchronize(device)
+            seconds += time.perf_counter() - start
+            robust[index] = survivors(model, x, y, x_adv, attack, audit)
+            for key in counts:
+                counts[key] += int(torch.as_tensor(report.get(key, 0)).sum())
+            bar.update(len(index))
+    return {"side": side, "library": "ours" if side == "ours" else attack.library,
+            "norm": attack.norm, "eps": attack.eps, "n": len(right), "right": int(right.sum()),
+            "robust": "".join(map(str, robust.int().tolist())), "seconds": seconds,
+            **(counts if side == "ours" else {}), **audit}
+
+
+def audit_line(cells):
+    """One line by which a reader can check what cells of one attack and one library returned."""
+    one, largest = cells[0], max(cell["largest"] for cell in cells)
+    outside, tried = (sum(cell[key] for cell in cells) for key in ("outside", "right"))
+    return (f"{one['attack']}, {one['library']}: largest {one['norm']} norm {largest:.7g} of "
+            f"{one['eps']:.7g}; {outside} of {tried} images outside the ball or [0, 1]")
+
+
+# -------------------------------------------------------------------- figures
+
+def figures(cell):
+    """adv_acc over all n images, attack_robustness over those right before."""
+    left = cell["robust"].count("1")
+    return {"adv_acc": share(left, cell["n"]), "attack_robustness": share(left, cell["right"])}
+
+
+def worst_case(cells):
+    """The row of the images that none of these cells fooled."""
+    masks = zip(*(cell["robust"] for cell in cells), strict=True)
+    return {**{key: cells[0][key] for key in ("model", "side", "n", "right")}, "attack": WORST,
+            "library": f"worst of {len(cells)}", "seconds": sum(cell["seconds"] for cell in cells),
+            "robust": "".join(map(min, masks))}
+
+
+def rows_of(cells):
+    """Cells sorted, and behind every network's own the worst cases of either side."""
+    rows, order = [], list(catalogue(1))
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        own = sorted((cell for cell in cells if cell["model"] == model),
+                     key=lambda cell: order.index(cell["attack"]))
+        sides = [[cell for cell in own if cell["side"] == side] for side in ("ours", "other")]
+        rows += own + [worst_case(group) for group in sides if len(group) > 1]
+    return rows
+
+
+def table(rows):
+    """Markdown: a line for every network and attack, ours and then the other library's."""
+    found = {(row["model"], row["attack"], row["side"]): row for row in rows}
+    lines = []
+    for key in dict.fromkeys((row["model"], row["attack"]) for row in rows):
+        line = [*key]
+        for side in ("ours", "other"):
+            row = found.get((*key, side), {})
+            line += [row.get("library", "-"),
+                     *(map(percent, figures(row).values()) if row else "--"),
+                     f"{row['seconds']:.1f}" if row else "-"]
+            if side == "ours":
+                line.append(row["zero_gradient"] if row.get("gradients") else "-")
+        lines.append(line)
+    kinds = ["adv_acc (95 % Wilson)", "attack_robustness", "s"]
+    return markdown(["network", "attack", "ours", *kinds, "zero gradient", "beside it", *kinds],
+                    lines)
+
+
+def flat(row):
+    """A row of results.csv."""
+    result = {key: value for key, value in row.items() if key not in ("right", "robust")}
+    for name, value in figures(row).items():
+        result |= {name: value["value"], **{f"{name}_{k}": value[k] for k in ("n", "low", "high")}}
+    return result
+
+
+def protocol(settings, cells):
+    """What every figure stands on."""
+    s = settings["eps_scale"]
+    nets = "; ".join(f"{key.removeprefix(NETWORK)} {about['size']} pixels ({about['weights']}, "
+                     f"{about['right']} right)" for key, about in settings.items()
+                     if key.startswith(NETWORK))
+    early = "fooled images leave the batch of our PGD; " * settings["stop_early"]
+    commits = ", ".join(sorted({str(cell["commit"]) for cell in cells}))
+    return (f"Protocol: {settings['data']}, n={settings['n']}, list sha256 "
+            f"{settings['images_sha256'][:16]}; {nets}; eps Linf {8 * s:g}/255, L1 {1600 * s:g}, "
+            f"L2 {8 * s:g}; PGD {PGD_STEPS} steps of {0.6 * s:g}/255, {120 * s:g}, {0.6 * s:g} "
+            f"from a random start, FGSM from the image, APGD {APGD_STEPS} steps, Square {QUERIES} "
+            f"queries; {early}batches of {settings['batch_size']}, seed {settings['seed']}; "
+            f"float32, {settings['device']}, torch {settings['torch']}, commit {commits}\n")
+
+
+def save(folder, settings, cells):
+    """All three files, results.json last: what it has, the others have too. -> the Markdown"""
+    rows, groups = rows_of(cells.values()), {}
+    for row in rows:
+        groups.setdefault((row["attack"], row["library"]), []).append(row)
+    text = (protocol(settings, cells.values()) + "\n" + table(rows) + "\n" + "".join(
+        audit_line(group) + "\n" for key, group in groups.items() if key[0] != WORST))
+    save_csv(folder / "results.csv", list(map(flat, rows)))
+    write_atomic(folder / "results.md", text.encode())
+    save_json(folder / "results.json", {"settings": settings, "cells": cells})
+    return text
+
+
+# ---------------------------------------------------------------------- a run
+
+def resume(folder, settings):
+    """Settings and cells of an earlier run over this folder; UserError if it was another table."""
+    path = folder / "results.json"
+    if not path.exists():
+        return settings, {}
+    saved = load_json(path)
+    was = saved["settings"]
+    for key in [key for key in settings if key in was and settings[key] != was[key]]:
+        raise UserError(f"--results {folder.path}: holds a table made with {key} {was[key]}, given "
+                        f"{settings[key]}; choose another folder")
+    return was | settings, saved["cells"]
+
+
+def prepare(args, device):
+    """Networks {name: (model, images in memory, right (n,))} and the settings of the run."""
+    images = open_images(args.data_dir, split="test")
+    if not images.labelled:
+        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks")
+    found, about, in_memory = {}, {}, {}
+    for name in dict.fromkeys(args.model_name):
+        model = load_model(name, weights=args.weights, kind=images.kind, data_dir=args.data_dir,
+                           device=device)
+        size = input_size(name, images.kind, images.size, args.weights)
+        if size not in in_memory:
+            in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)
+        sized = in_memory[size]
+        right = predictions([model], sized.pixels, device)[0] == sized.labels
+        if not right.any():
+            raise UserError(f"{name} gets none of these images right: nothing to attack; type "
+                            "--weights of a trained network")
+        found[name] = (model, sized, right)
+        about[NETWORK + name] = {"weights": describe_weights(name, args.weights, images.kind),
+                                 "size": size, "right": int(right.sum())}
+    run = provenance(device)
+    settings = {"data": args.data_dir, "n": len(sized), "images_sha256": sized.sha256(),
+                "eps_scale": args.eps_scale, "stop_early": args.stop_early,
+                "batch_size": args.batch_size, "seed": args.seed, "device": run["device"],
+                "torch": run["torch"], **about}
+    return found, settings, run["commit"]
+
+
+def main(args):
+    device = resolve_device(args.device)
+    folder = RunFolder(args.results)
+    networks, settings, commit = prepare(args, device)
+    settings, cells = resume(folder, settings)
+    attacks, there = catalogue(args.eps_scale, args.stop_early), installed()
+    for model_name, name, side in product(networks, args.attacks, ("ours", "other")):
+        attack, key = attacks[name], f"{model_name} {name} {side}"
+        if key in cells or (side == "other" and attack.library not in there):
+            continue
+        cells[key] = {"model": model_name, "attack": name, "commit": commit,
+                      **run_cell(*networks[model_name], attack, side, args, device, key)}
+        save(folder, settings, cells)
+        tqdm.write(f"{model_name} {audit_line([cells[key]])}")
+    print(f"\n{save(folder, settings, cells)}saved {folder.path}/results.json (.csv, .md)")
+
+
+if __name__ == "__main__":
+    run_script(get_args, main)
