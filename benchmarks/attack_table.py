@@ -22,9 +22,10 @@ of these attacks, so their worst case is of fewer.
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
     ... --eps_scale 1/16 --results runs/attack_table_16     # undefended networks, told apart
 
-Only images that the network gets right are attacked. What an attack returns is measured again: it
-fools if the float32 network errs on it and it lies in the ball and in [0, 1]. Every cell is saved
-when it is done, and the same command goes on where it was stopped.
+Both sides attack the same float32 network, its weights in channels-last order because that is
+faster here. Only images that the network gets right are attacked. What an attack returns is
+measured again: it fools if the float32 network errs on it and it lies in the ball and in [0, 1].
+Every cell is saved when it is done, and the same command goes on where it was stopped.
 """
 
 import time
@@ -280,7 +281,7 @@ def prepare(args, device):
     found, about, in_memory = {}, {}, {}
     for name in dict.fromkeys(args.model_name):
         model = load_model(name, weights=args.weights, kind=images.kind, data_dir=args.data_dir,
-                           device=device)
+                           device=device).to(memory_format=torch.channels_last)
         size = input_size(name, images.kind, images.size, args.weights)
         if size not in in_memory:
             in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)

@@ -38,6 +38,7 @@ from utils.attacking import (
     ascend,
     attack,
     choose,
+    eot,
     gradient,
     is_fooled,
     margin,
@@ -60,14 +61,20 @@ STEPS = {"linf": "sign", "l2": "normalized", "l1": "sparse"}
 def _direction(step, q):
     if not 0 < q <= 1:
         raise UserError(f"q={q}; wanted the share of entries that a sparse step moves, in (0, 1]")
-    rules = {"sign": torch.sign, "normalized": lambda g: unit(g, "l2"),
-             "dense": lambda g: unit(g, "l1"), "sparse": lambda g: sparse_sign(g, float(q))}
+    rules = {"sign": lambda g, _: g.sign(), "normalized": lambda g, _: unit(g, "l2"),
+             "dense": lambda g, _: unit(g, "l1"),
+             "sparse": lambda g, at: sparse_sign(g.masked_fill(_held(g, at), 0), float(q))}
     return rules[choose("step", step, rules)]
+
+
+def _held(g, at):
+    """Pixels that the box keeps from going where g points: no share of a sparse step for them."""
+    return ((at <= 1e-6) & (g < 0)) | ((at >= 1 - 1e-6) & (g > 0))
 
 
 def _climb(model, x, y, x_adv, *, steps, alpha, direction, into_ball, loss, targeted, stop_early,
            tally):
-    """x_adv after `steps` of x_adv <- into_ball(x_adv + alpha * direction(g, who)).
+    """x_adv after `steps` of x_adv <- into_ball(x_adv + alpha * direction(g, who, x_adv)).
 
     who: indices of the images still in the batch; with stop_early fooled ones leave it.
     """
@@ -81,7 +88,7 @@ def _climb(model, x, y, x_adv, *, steps, alpha, direction, into_ball, loss, targ
                 x, y, x_adv, g, who = (t[left] for t in (x, y, x_adv, g, who))
                 if not len(who):
                     break
-        x_adv = into_ball(x_adv + alpha * direction(g, who), x)
+        x_adv = into_ball(x_adv + alpha * direction(g, who, x_adv), x)
     result[who] = x_adv
     return result
 
@@ -118,7 +125,7 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", st
     """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf."""
     tally, v = Tally(x), torch.zeros_like(x)
 
-    def direction(g, who):
+    def direction(g, who, _):
         v[who] = mu * v[who] + unit(g, "l1")
         return v[who].sign()
 
@@ -151,7 +158,7 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
     for turn in range(restarts if len(x) else 0):
         start = nearest(x + random_point(x, eps, norm, own), x, eps, norm) if random_start else x
         x_adv = _climb(model, x, y, start, steps=steps, alpha=alpha,
-                       direction=lambda g, who: move(g),
+                       direction=lambda g, _, at: move(g, at),
                        into_ball=lambda z, x: nearest(z, x, eps, norm, projection),
                        loss=climbed, targeted=targeted, stop_early=stop_early, tally=tally)
         if restarts == 1:
@@ -209,9 +216,11 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
     """Carlini and Wagner's attack: Adam on ||x' - x||_2^2 + c * max(z_y - max_j z_j, -confidence).
 
     c is searched per image: halved between the largest that failed and the smallest that did not,
-    times ten while none did. abort_early: an image whose loss a tenth of the steps (ten at least)
-    did not lower leaves the batch. judge: the model whose word counts, where `model` is a faster
-    copy of it in bf16. -> (x_adv, success (N,)); x itself where no image was found.
+    times ten while none did; a c fails that does not hold the image adversarial to the end (unlike
+    the paper: a first step too long by chance is no merit of c). abort_early: an image whose loss
+    a tenth of the steps (ten at least) did not lower leaves the batch. judge: the model whose word
+    counts, where `model` is a faster copy of it in bf16. -> (x_adv, success (N,)); x itself where
+    no image was found.
     """
     tally, found = Tally(x), x.clone()
     norm2 = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
@@ -220,7 +229,7 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
     for _ in range(binary_steps if len(x) else 0):
         at, at2, success = _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted,
                                    abort_early, tally)
-        better = success & (at2 < norm2)
+        better = at2 < norm2
         found, norm2 = torch.where(column(better, x), at, found), torch.where(better, at2, norm2)
         low, high = torch.where(success, low, c), torch.where(success, c, high)
         c = torch.where(high.isinf(), c * 10, (low + high) / 2)
@@ -229,11 +238,12 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
 
 
 def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
-    """One c (N,): the best images (N, ...), their squared norms (N,), whether there is any (N,)."""
+    """One c (N,): the best images (N, ...), their squared norms (N,), whether c held (N,)."""
     found, norm2 = x.clone(), torch.full_like(c, math.inf)
     who, space = torch.arange(len(x), device=x.device), _Tanh(x)
     w, m, v = space.start.clone(), torch.zeros_like(x), torch.zeros_like(x)
     best, best_then, patience = norm2.clone(), norm2.clone(), max(steps // 10, 10)
+    hit_at, end_at = torch.zeros_like(who), torch.zeros_like(who)  # the last step fooled, taken
 
     def shortfall(logits, y):  # climbed: 0 where the image is adversarial by the confidence
         gap = -margin(logits, y) if targeted else margin(logits, y)
@@ -244,7 +254,9 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         logits, gap, g = gradient(model, x_adv, y, shortfall, tally, who)
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
-        good = is_fooled(logits, y, targeted) & (gap >= confidence) & (size2 < norm2[who])
+        hit = is_fooled(logits, y, targeted) & (gap >= confidence)
+        hit_at[who[hit]], end_at[who] = t, t
+        good = hit & (size2 < norm2[who])
         if judge is not None and bool(good.any()):
             gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted)
             good[good.clone()] = fooled & (gap_there >= confidence)
@@ -262,7 +274,7 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         g = (2 * delta - column(c, x) * g) * slope
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         w = space.hold(w - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8))
-    return found, norm2, norm2.isfinite()
+    return found, norm2, norm2.isfinite() & (hit_at > end_at - patience)
 
 
 # ---------------------------------------------------------------------------------- several attacks
@@ -327,18 +339,3 @@ class _StandIn(torch.autograd.Function):
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             return torch.autograd.grad(ctx.stand_in(x), x, g)[0], None, None
-
-
-class eot(nn.Module):  # noqa: N801
-    """Expectation over transformation: a random model whose gradient the attacks average.
-
-    One call is one draw of the model; the attacks see `draws` and average losses and gradients
-    over as many. What is random must be drawn at every call, from a generator of the model's own.
-    """
-
-    def __init__(self, model, draws):
-        super().__init__()
-        self.model, self.draws = model, draws
-
-    def forward(self, x):
-        return self.model(x)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SRC = ROOT / "src"
+SRC = Path(os.environ.get("SRC_UNDER_TEST", ROOT / "src"))  # test_attack_bugs.py: a copy
 sys.path.insert(0, str(SRC))
 
 _torch_home = tempfile.TemporaryDirectory(prefix="torch_home_")  # removed when the session ends

@@ -7,7 +7,7 @@ model is differentiated.
 import functools
 import math
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +15,24 @@ from torch import nn
 
 from utils.run import UserError
 
-NUMBERS = dict.fromkeys(("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p"), 0) \
-    | dict.fromkeys(("steps", "binary_steps", "restarts", "targets", "queries"), 1)  # least value
+NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
+COUNTS = ("steps", "binary_steps", "restarts", "targets", "queries")         # whole, at least 1
 
 def attack(function):
     """Checks what goes in; eval mode and gradients on while it runs, all as before when it ends."""
     @functools.wraps(function)
     def wrapped(model, x, y, *args, **options):
         _check(x, y, options)
-        with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        with (_evaluating(model, options.get("judge")), torch.inference_mode(False),
+              torch.enable_grad()):
             return function(model, x.detach().clone(), y.detach().clone(), *args, **options)
     return wrapped
 
 
 @contextmanager
-def _evaluating(model):
-    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+def _evaluating(*models):
+    modes = {part: part.training for model in models if isinstance(model, nn.Module)
+             for part in model.modules()}
     try:
         for module in modes:
             module.training = False  # not .eval(): some networks override train()
@@ -41,6 +43,9 @@ def _evaluating(model):
 
 
 def _check(x, y, options):
+    if not torch.is_tensor(x) or not torch.is_tensor(y):
+        raise UserError(f"images and labels are {type(x).__name__} and {type(y).__name__}; wanted "
+                        "tensors: type torch.as_tensor(x)")
     if x.dtype not in (torch.float32, torch.float64):
         raise UserError(f"images are {x.dtype}; wanted float32 in [0, 1]: type x.float() / 255")
     if not bool(((x >= 0) & (x <= 1)).all()):  # NaN is neither
@@ -49,10 +54,12 @@ def _check(x, y, options):
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise UserError(f"labels are {y.dtype} of shape {tuple(y.shape)}; wanted int64 of shape "
                         f"({len(x)},), one class index per image")
-    for name, least in NUMBERS.items():
-        value = options.get(name, least)
-        if not isinstance(value, Real) or not least <= value < math.inf:
-            raise UserError(f"{name}={value!r}; wanted a number of at least {least}")
+    for names, kind, least in ((NUMBERS, Real, 0), (COUNTS, Integral, 1)):
+        for name in names:
+            value = options.get(name, least)
+            if not isinstance(value, kind) or not least <= value < math.inf:
+                raise UserError(f"{name}={value!r}; wanted a {'whole ' * least}number of at least "
+                                f"{least}")
 
 
 def choose(name, value, choices):
@@ -89,6 +96,24 @@ class Tally:
 
 # ------------------------------------------------------- losses and gradients
 
+class eot(nn.Module):  # noqa: N801  # reads as what it is: eot(model, 20)
+    """Expectation over transformation: a random model whose gradient the attacks average.
+
+    One call is one draw of the model; the attacks average losses and gradients over `draws` of
+    them, also where this module is a part of another. What is random must be drawn at every call,
+    from a generator of the model's own.
+    """
+
+    def __init__(self, model, draws):
+        super().__init__()
+        if not isinstance(draws, Integral) or draws < 1:
+            raise UserError(f"draws={draws!r}; wanted a whole number of at least 1")
+        self.model, self.draws = model, draws
+
+    def forward(self, x):
+        return self.model(x)
+
+
 def cross_entropy(logits, y):
     return F.cross_entropy(logits, y, reduction="none")
 
@@ -101,26 +126,38 @@ def margin(logits, y):
 
 def dlr(logits, y):
     """Difference of logits ratio: the margin in units of z_1 - z_3, so scale does not matter."""
-    top = logits.topk(3).values
+    top = _top(logits, 3)
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def _targeted_scale(logits):
+    top = _top(logits, 4)
+    return top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
+
+
+def _top(logits, k):
+    if logits.shape[1] < k:
+        raise UserError(f"this DLR loss needs {k} classes; the model has {logits.shape[1]}: type "
+                        "loss='ce'")
+    return logits.topk(k).values
+
+
 def dlr_towards(target):
-    """Targeted DLR, untargeted in y: (z_target - z_y) / (z_1 - (z_3 + z_4) / 2)."""
+    """Targeted DLR, to leave y: (z_target - z_y) / (z_1 - (z_3 + z_4) / 2)."""
     def loss(logits, y):
-        top = logits.topk(4).values
         gain = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
-        return gain / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+        return gain / _targeted_scale(logits)
     return loss
 
 
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-CLASSES = {"dlr": 3, "dlr_targeted": 4}  # that the loss needs at least
 
 
 def ascend(loss, targeted):
     """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,)."""
     function = loss if callable(loss) else LOSSES[choose("loss", loss, LOSSES)]
+    if targeted and loss == "dlr":  # over z_1 - z_3 it is constant where the target ranks third
+        return lambda logits, y: -margin(logits, y) / _targeted_scale(logits)
     return (lambda logits, y: -function(logits, y)) if targeted else function
 
 
@@ -129,10 +166,13 @@ def is_fooled(logits, y, targeted):
 
 
 def forward(model, x, y):
-    """Float32 logits, or float64; UserError where the labels do not fit them."""
+    """Logits (n, K) in x's dtype; UserError where they are not finite or the labels do not fit."""
     logits = model(x).to(x.dtype)
     if logits.dim() != 2 or len(logits) != len(x):
         raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model's logits are not finite: broken weights, or an overflow in half "
+                        "precision; run it in float32")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
         raise UserError(f"labels go from {int(y.min())} to {int(y.max())}, but the model has "
                         f"{logits.shape[1]} classes")
@@ -144,32 +184,31 @@ def gradient(model, x, y, loss, tally, index):
 
     index: which images of the batch that the tally knows these are.
     """
-    draws = getattr(model, "draws", 1)
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    draws = math.prod(part.draws for part in parts if isinstance(part, eot))
     total = None
     for _ in range(draws):
         x = x.detach().requires_grad_()
         logits = forward(model, x, y)
         value = loss(logits, y)
+        if not value.requires_grad:
+            raise UserError("the model has no gradient: no path leads from its logits back to the "
+                            "pixels; put bpda(layer) in place of the layer that breaks it")
         g, = torch.autograd.grad(value.sum(), x)
         one = (logits.detach(), value.detach(), g)
         total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
     logits, value, g = total if draws == 1 else [t / draws for t in total]
     peak = torch.linalg.vector_norm(g.flatten(1), math.inf, dim=1)
     if not bool(peak.isfinite().all()):
-        raise UserError(_why_not_finite(peak, logits))
+        raise UserError(
+            f"the model's gradient is NaN or infinite for {int((~peak.isfinite()).sum())} of "
+            f"{len(x)} images though its logits are finite: a layer without a finite slope (a root "
+            "or a logarithm at 0, a concealed gradient, an overflow in half precision); put "
+            "bpda(layer) in its place, or run in float32")
     tally.seen[index] = True
     tally.nonzero[index] |= peak > 0
     tally.gradients += draws * len(x)
     return logits, value, g
-
-
-def _why_not_finite(peak, logits):
-    bad = int((~peak.isfinite()).sum())
-    cause = ("its logits are not finite either: broken weights, or an overflow in half precision; "
-             "run it in float32" if not bool(logits.isfinite().all()) else
-             "its logits are finite: a layer without a finite slope (a root or a logarithm at 0, a "
-             "concealed gradient in half precision); put bpda(layer) in its place, or float32")
-    return f"the model's gradient is NaN or infinite for {bad} of {len(peak)} images, and {cause}"
 
 
 @torch.no_grad()

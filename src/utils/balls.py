@@ -112,7 +112,8 @@ def _shrink_l1(size, room, eps):
         if torch.equal(t_next, t):
             break
         t = t_next
-    return torch.minimum((size - column(t, size)).clamp_min_(0), room)
+    inside = torch.minimum((size - column(t, size)).clamp_min_(0), room)
+    return inside * column((eps / norm_of(inside, "l1").clamp_min(TINY)).clamp_max(1), size)
 
 
 def random_point(x, eps, norm, generators):

@@ -1,0 +1,148 @@
+"""Bugs of one line that attack code is known for, each with a few quick tests that must see it.
+
+test_attack_bugs.py plants them, each in its own copy of src, and runs this file, which runs their
+tests: every pytest is a fork of one process that has imported torch, which takes most of the time.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+ATTACKS, CORE, BALLS = "attacks.py", "utils/attacking.py", "utils/balls.py"
+APGD, SQUARE = "utils/apgd.py", "utils/square.py"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """In `file`, `old`, which stands there once, becomes `new`; `tests` (node ids) must fail."""
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple
+
+
+def form(name):
+    return f"tests/test_attacks.py::test_{name}"
+
+
+def rule(name):
+    return f"tests/test_attacks_contract.py::test_{name}"
+
+
+OPTIMUM = "on_a_linear_model_the_optimum_is_reached_and_not_passed"
+BALL = "the_result_is_in_the_ball_and_in_the_box_and_worse_than_the_clean_image"
+AS_BEFORE = "model_images_labels_and_global_random_numbers_are_as_before"
+EVAL = "it_attacks_the_model_in_eval_mode_whatever_its_mode_also_without_gradients_on"
+NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
+
+BUGS = [
+    Bug("a step down the loss", ATTACKS,
+        "x_adv = into_ball(x_adv + alpha", "x_adv = into_ball(x_adv - alpha",
+        (form(f"{OPTIMUM}[bim-inside the box]"),)),
+    Bug("no clamp to the box", BALLS,
+        "how)\n    return (x + delta).clamp_(0, 1)", "how)\n    return x + delta",
+        (rule(f"{BALL}[float32-bim]"),)),
+    Bug("projection around the last iterate instead of the image", ATTACKS,
+        "nearest(z, x, eps, norm, projection)", "nearest(z, z, eps, norm, projection)",
+        (rule(f"{BALL}[float32-bim]"),)),
+    Bug("mean loss", CORE, "value.sum()", "value.mean()",
+        (rule("an_image_alone_is_treated_as_in_a_batch[cw_l2]"),)),
+    Bug("labels of other images once fooled ones have left", ATTACKS,
+        "(t[left] for t in (x, y, x_adv, g, who))",
+        "(t[:int(left.sum())] if t is y else t[left] for t in (x, y, x_adv, g, who))",
+        (form("stop_early_freezes_each_image_at_its_first_fooling_step_and_no_other[False]"),)),
+    Bug("binary search for c in the wrong half", ATTACKS,
+        "torch.where(success, low, c), torch.where(success, c, high)",
+        "torch.where(success, c, low), torch.where(success, high, c)",
+        (form("cw_moves_black_and_white_pixels_inwards_where_only_they_can_move"),)),
+    Bug("tanh is flat at black and white pixels", ATTACKS,
+        "SQUEEZE = 0.1", "SQUEEZE = 1e-6",
+        (form("cw_moves_black_and_white_pixels_inwards_where_only_they_can_move"),)),
+    Bug("random start outside the ball", BALLS,
+        "return eps * torch.stack(drawn)", "return 2 * eps * torch.stack(drawn)",
+        (form("random_starts_are_spread_evenly_over_the_ball[l2]"),)),
+    Bug("momentum of gradients of any length", ATTACKS,
+        'mu * v[who] + unit(g, "l1")', "mu * v[who] + g",
+        (form("mim_is_the_naive_loop_with_a_running_mean_of_gradients_of_l1_norm_1[1.0]"),)),
+    Bug("worst_case forgets whom it has fooled", ATTACKS,
+        "result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False",
+        "result[who[fooled]] = x_adv[fooled]",
+        (form("worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fooled"),)),
+    Bug("eps as if pixels were in [-1, 1]", ATTACKS,
+        "eps=eps, alpha=eps, steps=1", "eps=eps / 2, alpha=eps, steps=1",
+        (form(f"{OPTIMUM}[fgsm-inside the box]"),)),
+    Bug("targeted attacks flee their target", CORE,
+        "-function(logits, y)", "function(logits, y)",
+        (rule("towards_a_target_the_image_comes_nearer_to_its_class[bim]"),)),
+    Bug("APGD never halves its step", APGD,
+        's["size"] / 2, s["size"])', 's["size"], s["size"])',
+        (form("apgd_halves_its_step_until_it_stands_on_a_maximum_inside_the_ball[linf]"),)),
+    Bug("Square accepts nothing that does not fool at once", SQUARE,
+        "better = fooled | (f > best_f)\n        best,", "better = fooled\n        best,",
+        (form("square_never_gets_worse_with_more_queries_and_counts_them"),)),
+    Bug("the generator is ignored", CORE,
+        "generator = generator or torch.Generator().manual_seed(0)",
+        "generator = torch.Generator().manual_seed(0)",
+        (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),
+    Bug("random numbers from the global generator", BALLS,
+        "2 * torch.rand(shape, generator=g) - 1", "2 * torch.rand(shape) - 1",
+        (rule(f"{AS_BEFORE}[pgd linf sign exact]"),)),
+    Bug("BatchNorm in train mode", CORE, "module.training = False", "module.training = mode",
+        (rule(f"{EVAL}[fgsm]"),)),
+    Bug("every module in train mode afterwards", CORE,
+        "module.training = mode", "module.training = True",
+        (rule(f"{AS_BEFORE}[fgsm]"),)),
+    Bug("the maximum over the batch instead of the image", ATTACKS,
+        'column(norm_of(g, "linf").clamp_min(TINY), g)', "g.abs().max()",
+        (form("fgv_moves_the_pixel_of_the_largest_gradient_by_alpha_and_the_others_in_proportion"),)),
+    Bug("L1 projection without the box", BALLS,
+        "torch.minimum((size - column(t, size)).clamp_min_(0), room)",
+        "(size - column(t, size)).clamp_min_(0)",
+        (form(f"{NEAREST}[l1-torch.float64]"),)),
+    Bug("L2 projection: ball first, box second", BALLS,
+        "        if torch.equal(now, held):\n", "        if True:\n",
+        (form(f"{NEAREST}[l2-torch.float64]"),)),
+    Bug("of all restarts the highest loss, fooled or not", ATTACKS,
+        "worse = (fooled & ~best_fooled) | ((fooled == best_fooled) & (value > best_value))",
+        "worse = value > best_value",
+        (form("of_all_restarts_the_worst_is_kept[the fooled one]"),)),
+    Bug("eot sees its last draw only", CORE,
+        "one if total is None else [a + b for a, b in zip(total, one, strict=True)]", "one",
+        (form("eot_averages_the_gradients_of_the_loss_over_its_draws"),)),
+    Bug("a NaN gradient is a gradient of no sign", CORE,
+        "if not bool(peak.isfinite().all()):", "if False:",
+        (rule("a_gradient_that_is_not_a_number_is_one_line_that_names_the_cause[fgsm]"),)),
+]
+
+
+def run_tests(folder, tests, log):
+    """In a fork: pytest -x on the copy of src in `folder`; -> process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ["SRC_UNDER_TEST"] = folder
+    os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]))
+
+
+def main(jobs, at_once=2):
+    """[(folder, tests, log)] -> the exit status of each pytest, in the same order."""
+    status, running, waiting = {}, {}, list(enumerate(jobs))
+    while waiting or running:
+        if waiting and len(running) < at_once:
+            i, job = waiting.pop(0)
+            running[run_tests(*job)] = i
+            continue
+        pid, code = os.wait()
+        status[running.pop(pid)] = os.waitstatus_to_exitcode(code)
+    return [status[i] for i in range(len(jobs))]
+
+
+if __name__ == "__main__":
+    import pytest
+    import torchvision  # noqa: F401  # once for all forks, and torch with it
+
+    print(json.dumps(main(json.load(sys.stdin))))

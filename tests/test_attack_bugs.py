@@ -1,0 +1,58 @@
+"""The tests of the attacks have teeth: each bug of attack_bugs.py, planted in a copy of src, makes
+the few tests that it names fail, and these tests pass on the copy as it is.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attack_bugs import BUGS
+from conftest import ROOT, SRC
+
+WHOLE = "no bug"
+
+
+def plant(bug, folder):
+    """A copy of src in which `bug` is the only change."""
+    shutil.copytree(SRC, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if bug is not None:
+        text = (folder / bug.file).read_text()
+        (folder / bug.file).write_text(text.replace(bug.old, bug.new))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Name of a bug -> exit status and output of its tests; WHOLE -> those of all, without one."""
+    top, tests = tmp_path_factory.mktemp("planted"), [t for bug in BUGS for t in bug.tests]
+    jobs = [(plant(None, top / "whole"), sorted(set(tests)), str(top / "whole.log"))]
+    jobs += [(plant(bug, top / str(i)), bug.tests, str(top / f"{i}.log"))
+             for i, bug in enumerate(BUGS)]
+    done = subprocess.run([sys.executable, ROOT / "tests" / "attack_bugs.py"], cwd=ROOT, text=True,
+                          input=json.dumps(jobs), env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, timeout=600, check=True)
+    said = [Path(log).read_text() for _, _, log in jobs]
+    return dict(zip([WHOLE, *(bug.name for bug in BUGS)],
+                    zip(json.loads(done.stdout), said, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_seen(bug, outcomes):
+    assert (SRC / bug.file).read_text().count(bug.old) == 1, f"{bug.old!r} moved: mend the list"
+    status, said = outcomes[bug.name]
+    assert status == 1, said  # failures; not 2 or 4, tests that cannot be found
+    assert not [word for word in ("ImportError", "SyntaxError", "NameError") if word in said], said
+
+
+def test_the_same_tests_pass_on_a_copy_without_a_bug(outcomes):
+    status, said = outcomes[WHOLE]
+    assert status == 0, said
+
+
+def test_bugs_differ_in_name_and_text():
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 15
+    assert len({(bug.file, bug.old, bug.new) for bug in BUGS}) == len(BUGS)
