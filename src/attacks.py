@@ -4,7 +4,7 @@
     fgv            one step along the gradient itself     Rozsa et al., arXiv:1605.01775
     bim, pgd       projected gradient steps               arXiv:1607.02533; Madry et al., 1706.06083
     mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
-    cw_l2          the smallest L2 that fools             Carlini and Wagner, arXiv:1608.04644
+    cw_l2          the smallest L2 that fools, and who    Carlini and Wagner, arXiv:1608.04644
     worst_case     several, each on what the ones before left
     bpda, eot      how to attack a defence that is known  Athalye et al., arXiv:1802.00420
     apgd           in utils/apgd.py: step size by itself  Croce and Hein, arXiv:2003.01690
@@ -19,12 +19,13 @@ dtype and device; x, the weights, every `.grad`, flag, buffer and mode of the mo
 RNG are as before (the attack itself runs in eval mode). Losses are summed over images, and every
 image has random numbers of its own, so that its result does not depend on the others in the batch:
 `generator` gives one seed per image (or is itself a list of one generator per image); every attack
-takes one, those that draw nothing leave it alone.
+takes one, those that draw nothing leave it alone; None is seed 0, the same at every call. A model
+that is a plain function is called as it is: the modes and the eots inside it are not seen.
 
 `report`, a dict, is filled with what the result alone does not show: `zero_gradient` (N,), True
 where no gradient that was looked at had a single non-zero entry (such an image was not attacked, it
-was left alone), and how many gradients of one image (`gradients`) or queries (`queries`) it took.
-Bad input and NaN gradients are a UserError.
+is returned at its start), and how many gradients of one image (`gradients`) or queries (`queries`)
+it took. Bad input and NaN gradients are a UserError.
 """
 
 import math
@@ -72,25 +73,33 @@ def _held(g, at):
     return ((at <= 1e-6) & (g < 0)) | ((at >= 1 - 1e-6) & (g > 0))
 
 
-def _climb(model, x, y, x_adv, *, steps, alpha, direction, into_ball, loss, targeted, stop_early,
-           tally):
+def _climb(model, x, y, x_adv, who, *, steps, alpha, direction, into_ball, loss, targeted,
+           stop_early, tally):
     """x_adv after `steps` of x_adv <- into_ball(x_adv + alpha * direction(g, who, x_adv)).
 
-    who: indices of the images still in the batch; with stop_early fooled ones leave it.
+    who: indices of these images in the whole batch; with stop_early fooled ones leave.
     """
-    result, who = x_adv.clone(), torch.arange(len(x), device=x.device)
+    result, row = x_adv, torch.arange(len(x), device=x.device)
     for _ in range(steps):
         logits, _, g = gradient(model, x_adv, y, loss, tally, who)
         if stop_early:
-            left = ~is_fooled(logits, y, targeted)
-            if not bool(left.all()):
-                result[who] = x_adv
-                x, y, x_adv, g, who = (t[left] for t in (x, y, x_adv, g, who))
-                if not len(who):
+            left = (~is_fooled(logits, y, targeted)).nonzero()[:, 0]
+            if len(left) < len(row):
+                result = _put(result, row, x_adv)
+                x, y, x_adv, g, who, row = (t[left] for t in (x, y, x_adv, g, who, row))
+                if not len(row):
                     break
         x_adv = into_ball(x_adv + alpha * direction(g, who, x_adv), x)
-    result[who] = x_adv
-    return result
+    return _put(result, row, x_adv)
+
+
+def _put(whole, row, part):
+    """`whole` with the rows `row` replaced by `part`."""
+    if len(row) == len(whole):
+        return part
+    whole = whole.clone()
+    whole[row] = part
+    return whole
 
 
 # ----------------------------------------------------------------------------- gradients and a ball
@@ -130,7 +139,8 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", st
         return v[who].sign()
 
     if len(x):
-        x = _climb(model, x, y, x, steps=steps, alpha=alpha, direction=direction,
+        everyone = torch.arange(len(x), device=x.device)
+        x = _climb(model, x, y, x, everyone, steps=steps, alpha=alpha, direction=direction,
                    into_ball=lambda z, x: nearest(z, x, eps, "linf"), loss=ascend(loss, targeted),
                    targeted=targeted, stop_early=stop_early, tally=tally)
     tally.fill(report)
@@ -148,31 +158,39 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
     of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
     then box, as the other libraries do. loss: 'ce', 'margin' (with l2: what a table calls C&W
     L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to be climbed. restarts: the worst per
-    image is kept: fooled, or else of the highest loss. stop_early: fooled images leave the batch,
-    so that less is computed; without it the result is the textbook attack's, which walks on.
+    image is kept: fooled, or else of the highest loss. stop_early: fooled images leave the batch
+    and have no further restarts, so that less is computed; without it the result is the textbook
+    attack's, which walks on.
     """
     choose("norm", norm, ORDER)
     choose("projection", projection, ("exact", "rescale"))
     move, climbed, tally = _direction(step or STEPS[norm], q), ascend(loss, targeted), Tally(x)
-    own = own_generators(generator, len(x)) if random_start and len(x) else []
-    for turn in range(restarts if len(x) else 0):
-        start = nearest(x + random_point(x, eps, norm, own), x, eps, norm) if random_start else x
-        x_adv = _climb(model, x, y, start, steps=steps, alpha=alpha,
+    if restarts > 1 and not random_start:
+        raise UserError(f"restarts={restarts} without a random start are all the same; type "
+                        "random_start=True or restarts=1")
+    own = own_generators(generator, len(x)) if random_start else []
+    best, fooled = x, torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
+    for _ in range(restarts):
+        who = (~(fooled & stop_early)).nonzero()[:, 0]
+        if not len(who):
+            break
+        x0, y0 = x[who], y[who]
+        start = nearest(x0 + random_point(x0, eps, norm, [own[i] for i in who.tolist()]), x0, eps,
+                        norm) if random_start else x0
+        x_adv = _climb(model, x0, y0, start, who, steps=steps, alpha=alpha,
                        direction=lambda g, _, at: move(g, at),
                        into_ball=lambda z, x: nearest(z, x, eps, norm, projection),
                        loss=climbed, targeted=targeted, stop_early=stop_early, tally=tally)
         if restarts == 1:
             best = x_adv
             break
-        value, fooled = measure(model, x_adv, y, climbed, targeted)
-        if turn == 0:
-            best, best_value, best_fooled = x_adv, value, fooled
-            continue
-        worse = (fooled & ~best_fooled) | ((fooled == best_fooled) & (value > best_value))
-        best = torch.where(column(worse, x), x_adv, best)
-        best_value, best_fooled = torch.where(worse, value, best_value), best_fooled | fooled
+        f, hit = measure(model, x_adv, y0, climbed, targeted)
+        worse = (hit & ~fooled[who]) | ((hit == fooled[who]) & (f > value[who]))
+        best = _put(best, who, torch.where(column(worse, x), x_adv, best[who]))
+        value[who], fooled[who] = torch.where(worse, f, value[who]), fooled[who] | hit
     tally.fill(report)
-    return best if len(x) else x
+    return best
 
 
 # ----------------------------------------------------------------------------- the smallest L2 norm
@@ -232,7 +250,7 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
         better = at2 < norm2
         found, norm2 = torch.where(column(better, x), at, found), torch.where(better, at2, norm2)
         low, high = torch.where(success, low, c), torch.where(success, c, high)
-        c = torch.where(high.isinf(), c * 10, (low + high) / 2)
+        c = torch.where(high.isinf(), (c * 10).clamp_max(1e10), (low + high) / 2)
     tally.fill(report)
     return found, norm2.isfinite()
 
@@ -255,17 +273,17 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
         hit = is_fooled(logits, y, targeted) & (gap >= confidence)
-        hit_at[who[hit]], end_at[who] = t, t
-        good = hit & (size2 < norm2[who])
-        if judge is not None and bool(good.any()):
+        hit_at[who], end_at[who] = torch.where(hit, t, hit_at[who]), t
+        good = (hit & (size2 < norm2[who])).nonzero()[:, 0]
+        if judge is not None and len(good):
             gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted)
-            good[good.clone()] = fooled & (gap_there >= confidence)
+            good = good[fooled & (gap_there >= confidence)]
         found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
         best = torch.minimum(best, size2 - c * gap)
         if abort_early and t % patience == 0:
-            left = best < best_then - 1e-4 * best.abs()
+            left = (best < best_then - 1e-4 * best.abs()).nonzero()[:, 0]
             best_then = best
-            if not bool(left.all()):
+            if len(left) < len(who):
                 y, c, w, m, v, g, slope, delta, who, best, best_then, space = (
                     part[left] for part in (y, c, w, m, v, g, slope, delta, who, best, best_then,
                                             space))
@@ -284,16 +302,22 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
     """Every attack on the images that the ones before did not fool; x where none does.
 
     attacks: {name: attack(model, x, y, generator=, report=)}; functools.partial(pgd, eps=...) is
-    one. The report says of each how many were `tried`, `fooled`, and how many that stood had no
-    gradient at all (`zero_gradient`): robust, or only not attacked?
+    one, and is told when it is to be targeted. The report says of each how many were `tried`,
+    `fooled`, and how many that stood had no gradient at all (`zero_gradient`): robust, or only
+    not attacked?
     """
-    own, result = own_generators(generator, len(x)), x.clone()
+    if not isinstance(attacks, dict):
+        raise UserError("worst_case takes attacks by name; type {'pgd': partial(pgd, eps=...)}")
+    own, result, more = own_generators(generator, len(x)), x.clone(), {}
+    if targeted:
+        more["targeted"] = True
     alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
     for name, run in attacks.items():
         who, one = alive.nonzero()[:, 0], {}
         fooled = alive[who]
         if len(who):
-            x_adv = run(model, x[who], y[who], generator=[own[i] for i in who.tolist()], report=one)
+            x_adv = run(model, x[who], y[who], generator=[own[i] for i in who.tolist()],
+                        report=one, **more)
             x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 gives a mask as well
             fooled = measure(model, x_adv, y[who], margin, targeted)[1]
             result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
@@ -309,8 +333,8 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
 class bpda(nn.Module):  # noqa: N801  # reads as what it is: bpda(layer)
     """`layer` forward, another function backward: the identity, or one with its own gradient.
 
-    backward: a differentiable stand-in for the layer; its Jacobian at x is used. UserError where
-    the identity cannot stand in because the layer changes the shape.
+    backward: a differentiable stand-in for the layer; its Jacobian at x is used. The layer's own
+    weights get no gradient. UserError where the stand-in does not make the layer's shape.
     """
 
     def __init__(self, layer, backward=None):
@@ -324,13 +348,13 @@ class bpda(nn.Module):  # noqa: N801  # reads as what it is: bpda(layer)
 class _StandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, backward):
-        out = layer(x)
+        out = layer(x.clone())  # of a copy: it may work in place
         if backward is None and out.shape != x.shape:
             raise UserError(f"bpda: the layer makes {tuple(out.shape)} of {tuple(x.shape)}, so the "
                             "identity cannot be its gradient; type bpda(layer, backward=function)")
         ctx.save_for_backward(x)
         ctx.stand_in = backward
-        return out.clone() if out is x else out
+        return out
 
     @staticmethod
     def backward(ctx, g):
@@ -338,4 +362,8 @@ class _StandIn(torch.autograd.Function):
             return g, None, None
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
-            return torch.autograd.grad(ctx.stand_in(x), x, g)[0], None, None
+            out = ctx.stand_in(x)
+            if out.shape != g.shape:
+                raise UserError(f"bpda: the layer makes {tuple(g.shape)}, its stand-in "
+                                f"{tuple(out.shape)}; wanted the same shape")
+            return torch.autograd.grad(out, x, g)[0], None, None

@@ -3,10 +3,12 @@ loops written naively, projections by bisection, gradients averaged by hand.
 """
 
 import functools
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import attacks
@@ -715,3 +717,13 @@ def test_square_never_gets_worse_with_more_queries_and_counts_them():
         assert report["queries"] <= 6 * (queries + 1)
         last = gap
     assert (last > margins(model, x, y) + 0.05).any()
+
+
+def test_the_lines_of_python_in_the_readme_run_as_they_stand():
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    model, x = toy(), pictures(4)
+    known = {"model": model, "x": x, "y": predicted(model, x), "report": {},
+             "generator": seeded()}
+    exec(lines, known)
+    assert known["report"]["apgd"]["tried"] == 4
+    assert set(known["report"]) == {"apgd", "square"}

@@ -32,7 +32,8 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
     """Auto-PGD: halves its step where progress stalls and goes on from the best point so far.
 
     loss: 'ce', 'dlr', or 'dlr_targeted', which runs once towards each of the `targets` likeliest
-    wrong classes. norm: 'linf', 'l2', and 'l1' with the sparsity that arXiv:2103.01208 adapts.
+    wrong classes. norm: 'linf', 'l2', and 'l1' with the sparsity that arXiv:2103.01208 adapts (at
+    eps alone: without the larger radii that AutoAttack tries first, and so somewhat weaker).
     Fooled images leave the batch; images that are fooled from the start are not touched.
     """
     choose("norm", norm, ORDER)
@@ -59,11 +60,11 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
 
 def _loss(model, x, y, loss, targets, targeted):
     """loss(logits, y, goal) to climb, and the goals (N,) to run towards, one after the other."""
-    with torch.no_grad():
-        logits = forward(model, x, y)
     if loss != "dlr_targeted":
         plain = ascend(loss, targeted)
         return (lambda logits, y, goal: plain(logits, y)), [y]
+    with torch.no_grad():
+        logits = forward(model, x, y)
     if targeted:  # y is the goal, the model's own prediction the label to leave
         return (lambda logits, y, goal: dlr_towards(y)(logits, goal)), [logits.argmax(1)]
     ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
@@ -75,6 +76,7 @@ def _run(model, x, y, goal, own, *, eps, norm, steps, loss, rho, targeted, tally
     """From one random point: the images (n, ...), their losses (n,), who of them is fooled (n,)."""
     end, value = x.clone(), torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    # unlike the authors' code, which starts on the sphere: evenly in the ball, in the box
     start = nearest(x + random_point(x, eps, norm, own), x, eps, norm)
     s = {"row": torch.arange(len(x), device=x.device), "x": x, "y": y, "goal": goal, "at": start,
          "before": start, "best": start, "best_g": torch.zeros_like(x), "best_f": value,
@@ -97,7 +99,8 @@ def _run(model, x, y, goal, own, *, eps, norm, steps, loss, rho, targeted, tally
         fooled[row], value[row] = hit, s["best_f"]
         end[row] = torch.where(column(hit, x), s["at"], s["best"])
         if bool(hit.any()):
-            s = {name: part[~hit] for name, part in s.items()}
+            left = (~hit).nonzero()[:, 0]
+            s = {name: part[left] for name, part in s.items()}
         if t == steps or not len(s["row"]):
             break
         if t in checkpoints:
@@ -121,6 +124,7 @@ def _checkpoints(steps, norm):
 
 def _adapt(s, eps, wanted):
     """Halves the step where too few steps gained, or where nothing did since the last halving."""
+    # <= and "no gain" as in the authors' code; a step from the best point is measured against it
     stalled = (s["gains"] <= wanted) | (~s["halved"] & (s["best_f"] <= s["checked_f"]))
     s["halved"], s["checked_f"] = stalled, s["best_f"]
     s["gains"] = torch.zeros_like(s["gains"])

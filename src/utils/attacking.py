@@ -25,7 +25,8 @@ def attack(function):
         _check(x, y, options)
         with (_evaluating(model, options.get("judge")), torch.inference_mode(False),
               torch.enable_grad()):
-            return function(model, x.detach().clone(), y.detach().clone(), *args, **options)
+            x = x.detach().clone()
+            return function(model, x, y.detach().to(x.device, copy=True), *args, **options)
     return wrapped
 
 
@@ -60,6 +61,8 @@ def _check(x, y, options):
             if not isinstance(value, kind) or not least <= value < math.inf:
                 raise UserError(f"{name}={value!r}; wanted a {'whole ' * least}number of at least "
                                 f"{least}")
+    if options.get("norm", "linf") == "linf" and options.get("eps", 0) > 1:
+        raise UserError(f"eps={options['eps']} in linf, but pixels live in [0, 1]; type eps=8/255")
 
 
 def choose(name, value, choices):
@@ -74,8 +77,14 @@ def own_generators(generator, n):
     if isinstance(generator, (list, tuple)):
         if len(generator) != n:
             raise UserError(f"{len(generator)} generators for {n} images; wanted one per image")
+        if not all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator):
+            raise UserError("the list of generators holds something else than CPU generators; "
+                            "wanted torch.Generator() for every image")
         return list(generator)
-    generator = generator or torch.Generator().manual_seed(0)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    if not isinstance(generator, torch.Generator):
+        raise UserError(f"generator={generator!r}; type torch.Generator().manual_seed(5)")
     seeds = torch.randint(2 ** 63 - 1, (n,), generator=generator, device=generator.device)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
@@ -99,9 +108,9 @@ class Tally:
 class eot(nn.Module):  # noqa: N801  # reads as what it is: eot(model, 20)
     """Expectation over transformation: a random model whose gradient the attacks average.
 
-    One call is one draw of the model; the attacks average losses and gradients over `draws` of
-    them, also where this module is a part of another. What is random must be drawn at every call,
-    from a generator of the model's own.
+    One call is one draw of the model. The attacks average logits, losses and gradients over
+    `draws` of them, also where this module is a part of another; the mean logits tell who is
+    fooled. What is random must be drawn at every call, from a generator of the model's own.
     """
 
     def __init__(self, model, draws):
@@ -112,6 +121,12 @@ class eot(nn.Module):  # noqa: N801  # reads as what it is: eot(model, 20)
 
     def forward(self, x):
         return self.model(x)
+
+
+def draws_of(model):
+    """How many calls make one look at the model: the product over the eots in it."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    return math.prod(part.draws for part in parts if isinstance(part, eot))
 
 
 def cross_entropy(logits, y):
@@ -156,7 +171,7 @@ LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 def ascend(loss, targeted):
     """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,)."""
     function = loss if callable(loss) else LOSSES[choose("loss", loss, LOSSES)]
-    if targeted and loss == "dlr":  # over z_1 - z_3 it is constant where the target ranks third
+    if targeted and loss == "dlr":  # not in the papers: their ratio is constant for the third
         return lambda logits, y: -margin(logits, y) / _targeted_scale(logits)
     return (lambda logits, y: -function(logits, y)) if targeted else function
 
@@ -167,16 +182,29 @@ def is_fooled(logits, y, targeted):
 
 def forward(model, x, y):
     """Logits (n, K) in x's dtype; UserError where they are not finite or the labels do not fit."""
+    version = x._version
     logits = model(x).to(x.dtype)
+    if x._version != version:
+        raise UserError("the model changes its input in place, and so the attacked image; type "
+                        "inplace=False in its first layer")
     if logits.dim() != 2 or len(logits) != len(x):
         raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
-    if not bool(logits.isfinite().all()):
-        raise UserError("the model's logits are not finite: broken weights, or an overflow in half "
-                        "precision; run it in float32")
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
-        raise UserError(f"labels go from {int(y.min())} to {int(y.max())}, but the model has "
-                        f"{logits.shape[1]} classes")
+    fits = (y >= 0).all() & (y < logits.shape[1]).all()
+    if not bool(fits & logits.isfinite().all()):  # one wait for a GPU, not three
+        raise UserError(
+            "the model's logits are not finite: broken weights, or an overflow in half precision; "
+            "run it in float32" if bool(fits) else f"labels go from {int(y.min())} to "
+            f"{int(y.max())}, but the model has {logits.shape[1]} classes")
     return logits
+
+
+def per_image(loss, logits, y):
+    """loss(logits, y) (n,); UserError if it is a mean or a sum over the batch."""
+    value = loss(logits, y)
+    if value.shape != y.shape:
+        raise UserError(f"the loss gives {tuple(value.shape)}; wanted one value per image, "
+                        f"({len(y)},): type reduction='none'")
+    return value
 
 
 def gradient(model, x, y, loss, tally, index):
@@ -184,13 +212,11 @@ def gradient(model, x, y, loss, tally, index):
 
     index: which images of the batch that the tally knows these are.
     """
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    draws = math.prod(part.draws for part in parts if isinstance(part, eot))
-    total = None
+    draws, total = draws_of(model), None
     for _ in range(draws):
         x = x.detach().requires_grad_()
         logits = forward(model, x, y)
-        value = loss(logits, y)
+        value = per_image(loss, logits, y)
         if not value.requires_grad:
             raise UserError("the model has no gradient: no path leads from its logits back to the "
                             "pixels; put bpda(layer) in place of the layer that breaks it")
@@ -214,5 +240,8 @@ def gradient(model, x, y, loss, tally, index):
 @torch.no_grad()
 def measure(model, x, y, loss, targeted):
     """Losses and who is fooled, (n,) each, of final images."""
-    logits = forward(model, x, y)
-    return loss(logits, y), is_fooled(logits, y, targeted)
+    draws, value, mean = draws_of(model), 0, 0
+    for _ in range(draws):
+        logits = forward(model, x, y)
+        value, mean = value + per_image(loss, logits, y), mean + logits
+    return value / draws, is_fooled(mean, y, targeted)

@@ -37,7 +37,7 @@ def sparse_sign(g, share):
     size = g.abs().flatten(1)
     n = size.shape[1]
     if isinstance(share, float):
-        least = size.kthvalue(n - max(1, round(share * n)) + 1, dim=1).values
+        least = size.topk(max(1, round(share * n)), dim=1).values[:, -1]
     else:
         rank = ((1 - share) * n).long().clamp(0, n - 1)
         least = size.sort(1).values.gather(1, rank[:, None])[:, 0]
@@ -57,10 +57,12 @@ def project(delta, x, eps, norm, how="exact"):
         delta = delta * column((eps / size.clamp_min(1e-12)).clamp_max(1), delta)
         return (x + delta).clamp_(0, 1) - x
     size, room = delta.abs(), torch.where(delta > 0, 1 - x, x)  # room: to the box, that way
-    outside = norm_of(torch.minimum(size, room), norm) > eps
     search = _scale_l2 if norm == "l2" else _shrink_l1
     inside = torch.minimum(size, room)
-    if outside.any():
+    outside = norm_of(inside, norm) > eps
+    if bool(outside.all()):  # the usual case, without copies of the rows
+        inside = search(size, room, eps)
+    elif bool(outside.any()):
         inside[outside] = search(size[outside], room[outside], eps)
     return inside * delta.sign()
 
@@ -76,19 +78,22 @@ def _scale_l2(size, room, eps):
     """min(t * size, room) of norm eps. KKT: one t scales every coordinate, the box permitting.
 
     t grows from the value that would do without a box; coordinates that meet the box stay there,
-    so no round can overshoot, and when no new one meets it t is exact.
+    so no round can overshoot.
     """
-    t = column(eps / norm_of(size, "l2"), size)
-    held = torch.zeros_like(size, dtype=torch.bool)
+    t = eps / norm_of(size, "l2")
+    inside = torch.minimum(column(t, size) * size, room)
     for _ in range(ROUNDS):
-        now = t * size >= room
-        if torch.equal(now, held):
+        reached = norm_of(inside, "l2")
+        if bool((reached >= eps * (1 - 4 * torch.finfo(size.dtype).eps)).all()):
             break
-        held = now
-        used = (room * held).flatten(1).square().sum(1)
-        free = norm_of(size.masked_fill(held, 0), "l2").clamp_min(TINY)
-        t = torch.maximum(t, column((eps ** 2 - used).clamp_min(0).sqrt() / free, size))
-    return torch.minimum(t * size, room)
+        free = norm_of(inside * (inside < room), "l2")
+        short = (eps ** 2 - reached.square()).clamp_min(0)
+        t_next = t * (1 + short / free.square().clamp_min(TINY)).sqrt()
+        if torch.equal(t_next, t):
+            break
+        t = t_next
+        inside = torch.minimum(column(t, size) * size, room)
+    return inside
 
 
 def _shrink_l1(size, room, eps):

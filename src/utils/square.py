@@ -11,14 +11,7 @@ import math
 
 import torch
 
-from utils.attacking import (
-    Tally,
-    ascend,
-    attack,
-    choose,
-    measure,
-    own_generators,
-)
+from utils.attacking import Tally, ascend, attack, choose, draws_of, measure, own_generators
 from utils.balls import TINY, column, nearest, unit
 from utils.run import UserError
 
@@ -29,8 +22,11 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
            generator=None, report=None):
     """Square attack: a random square of the image is changed and kept if the margin grows.
 
+    Untargeted as published; targeted too the margin is climbed, to the target (there: the loss).
+
     x (N, C, H, W); p: share of the image that the first squares cover, shrinking as published
-    (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch at once.
+    (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch at once. The
+    look at the clean images is not counted as a query.
     """
     choose("norm", norm, ("linf", "l2"))
     if x.dim() != 4:
@@ -59,18 +55,20 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
     best = first(x, eps, own)
     drawn = torch.stack([torch.rand((queries, 5 + x.shape[1]), generator=g) for g in own]).to(x)
     best_f, fooled = measure(model, best, y, climbed, targeted)
-    tally.queries += len(x)
+    draws = draws_of(model)
+    tally.queries += draws * len(x)
     end, value, hit = best.clone(), best_f.clone(), fooled.clone()
     row = torch.arange(len(x), device=x.device)
     for t in range(1, queries):
         if bool(fooled.any()):
-            x, y, best, best_f, drawn, row = (part[~fooled] for part in
-                                              (x, y, best, best_f, drawn, row))
+            left = (~fooled).nonzero()[:, 0]
+            x, y, best, best_f, drawn, row = (
+                part[left] for part in (x, y, best, best_f, drawn, row))
         if not len(row):
             break
         trial = change(best, x, eps, _share(p, t, queries), drawn[:, t])
         f, fooled = measure(model, trial, y, climbed, targeted)
-        tally.queries += len(row)
+        tally.queries += draws * len(row)
         better = fooled | (f > best_f)
         best, best_f = torch.where(column(better, x), trial, best), torch.where(better, f, best_f)
         hit[row] = fooled
@@ -137,6 +135,7 @@ def _tiles(x, eps, own):
     """L2 start: a grid of pairs with random signs and orientation, as large as the ball allows."""
     s = max(min(x.shape[2:]) // 5, min(3, *x.shape[2:]))
     down, across = x.shape[2] // s, x.shape[3] // s
+    top, left = (x.shape[2] - down * s) // 2, (x.shape[3] - across * s) // 2
     pair, delta = _pair(s, x), torch.zeros_like(x)
     for image, g in zip(delta, own, strict=True):
         sign = 2.0 * torch.randint(2, (x.shape[1], down, across), generator=g).to(x) - 1
@@ -144,7 +143,8 @@ def _tiles(x, eps, own):
         one = flat[:, None, :, None] * pair[None, :, None, :] \
             + (1 - flat)[:, None, :, None] * pair.T[None, :, None, :]  # (down, s, across, s)
         signed = one * sign[:, :, None, :, None]
-        image[:, :down * s, :across * s] = signed.reshape(-1, down * s, across * s)
+        image[:, top:top + down * s, left:left + across * s] = signed.reshape(
+            -1, down * s, across * s)
     return (x + eps * unit(delta, "l2")).clamp_(0, 1)
 
 
