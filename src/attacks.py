@@ -46,7 +46,7 @@ from utils.attacking import (
     measure,
     own_generators,
 )
-from utils.balls import ORDER, TINY, column, nearest, norm_of, random_point, sparse_sign, unit
+from utils.balls import NORMS, TINY, column, nearest, norm_of, random_point, sparse_sign, unit
 from utils.run import UserError
 from utils.square import square
 
@@ -162,7 +162,7 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
     and have no further restarts, so that less is computed; without it the result is the textbook
     attack's, which walks on.
     """
-    choose("norm", norm, ORDER)
+    choose("norm", norm, NORMS)
     choose("projection", projection, ("exact", "rescale"))
     move, climbed, tally = _direction(step or STEPS[norm], q), ascend(loss, targeted), Tally(x)
     if restarts > 1 and not random_start:

@@ -23,7 +23,7 @@ from utils.attacking import (
     measure,
     own_generators,
 )
-from utils.balls import ORDER, column, nearest, random_point, sparse_sign, unit
+from utils.balls import NORMS, column, nearest, random_point, sparse_sign, unit
 
 
 @attack
@@ -36,7 +36,7 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
     eps alone: without the larger radii that AutoAttack tries first, and so somewhat weaker).
     Fooled images leave the batch; images that are fooled from the start are not touched.
     """
-    choose("norm", norm, ORDER)
+    choose("norm", norm, NORMS)
     choose("loss", loss, ("ce", "dlr", "dlr_targeted"))
     tally, own = Tally(x), own_generators(generator, len(x))
     result, alive = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.balls import norm_of
 from utils.run import UserError
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
@@ -224,7 +225,7 @@ def gradient(model, x, y, loss, tally, index):
         one = (logits.detach(), value.detach(), g)
         total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
     logits, value, g = total if draws == 1 else [t / draws for t in total]
-    peak = torch.linalg.vector_norm(g.flatten(1), math.inf, dim=1)
+    peak = norm_of(g, "linf")
     if not bool(peak.isfinite().all()):
         raise UserError(
             f"the model's gradient is NaN or infinite for {int((~peak.isfinite()).sum())} of "
