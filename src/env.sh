@@ -37,7 +37,11 @@ choose_python() {
             exit 2
         fi
     fi
-    "$PYTHON" -m pip install --quiet -r "$root/${REQUIREMENTS:-requirements.txt}"
+    list=$root/${REQUIREMENTS:-requirements.txt}
+    "$PYTHON" -m pip install --quiet -r "$list"
+    sed -n 's/^# --no-deps //p' "$list" | while read -r package; do
+        "$PYTHON" -m pip install --quiet --no-deps "$package"
+    done
 }
 
 choose_python

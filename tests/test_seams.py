@@ -24,7 +24,8 @@ ALL_FLAGS = set().union(*map(flags_of, [*SCRIPTS, *ROOT.glob("benchmarks/*.py")]
 @pytest.mark.parametrize("path", [ROOT / "README.md", *DOORS, *SRC.glob("**/*.py")],
                          ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_flag_that_is_written_exists(path):
-    foreign = {"--system-site-packages", "--quiet", "--version", "--clear", "--always", "--dirty"}
+    foreign = {"--system-site-packages", "--quiet", "--version", "--clear", "--always", "--dirty",
+               "--no-deps"}
     written = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[\w-]+)?", path.read_text()))
     assert not written - ALL_FLAGS - foreign - {"--help"}
 
