@@ -40,8 +40,8 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
         who = alive.nonzero()[:, 0]
         if not len(who):
             break
-        end, f, fooled = _run(model, x[who], y[who], [own[i] for i in who.tolist()], eps,
-                                     norm, queries, p, climbed, targeted, tally)
+        end, f, fooled = _run(model, x[who], y[who], [own[i] for i in who.tolist()], eps, norm,
+                              queries, p, climbed, targeted, tally)
         better = fooled | (f > best_f[who])
         result[who[better]], best_f[who[better]] = end[better], f[better]
         alive[who[fooled]] = False
@@ -66,7 +66,7 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
                 part[left] for part in (x, y, best, best_f, drawn, row))
         if not len(row):
             break
-        trial = change(best, x, eps, _share(p, t, queries), drawn[:, t])
+        trial = change(best, x, eps, _share(p, t - 1, queries), drawn[:, t])
         f, fooled = measure(model, trial, y, climbed, targeted)
         tally.queries += draws * len(row)
         better = fooled | (f > best_f)
@@ -77,7 +77,7 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
 
 
 def _share(p, t, queries):
-    """p after t of `queries` queries: halved at 10, 50, 200, 500, 1000, 2000, ... of 10,000."""
+    """p after t of `queries` changes: halved at 10, 50, 200, 500, 1000, 2000, ... of 10,000."""
     at = t * 10000 // queries
     return p / 2 ** sum(at > mark for mark in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
 
