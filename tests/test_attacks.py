@@ -32,6 +32,7 @@ from attack_toys import (
     toy,
 )
 from utils import balls
+from utils.run import UserError
 
 SMALL = (3, 4, 4)
 D = 48
@@ -727,3 +728,125 @@ def test_the_lines_of_python_in_the_readme_run_as_they_stand():
     exec(lines, known)
     assert known["report"]["apgd"]["tried"] == 4
     assert set(known["report"]) == {"apgd", "square"}
+
+
+# ------------------------------------------------- traps that a review of the attacks found
+
+class InPlace(torch.nn.Module):
+    """Halves what is above 0.5, in the tensor that it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.no_grad():
+            x[x > 0.5] *= 0.5
+        return self.model(x)
+
+
+def test_a_model_that_works_in_place_on_its_input_is_refused():
+    model = toy()
+    x = pictures(4)
+    with pytest.raises(UserError, match="in place"):
+        attacks.square(InPlace(model), x, predicted(model, x), eps=0.05, queries=5)
+
+
+def test_bpda_of_a_layer_that_works_in_place_is_that_of_one_that_does_not():
+    x = pictures(4)
+    y = predicted(toy(), x)
+    twins = [torch.nn.Sequential(attacks.bpda(torch.nn.Hardtanh(0, 0.5, inplace=inplace)), toy())
+             for inplace in (False, True)]
+    a, b = (attacks.bim(model, x, y, eps=0.05, alpha=0.02, steps=4) for model in twins)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, x)
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.generator = model, seeded(7)
+
+    def forward(self, x):
+        logits = self.model(x)
+        return logits + 3 * torch.randn(logits.shape, generator=self.generator).to(logits)
+
+
+def test_who_is_fooled_is_told_by_the_mean_over_the_draws_and_not_by_one_lucky_draw():
+    """Noise with standard deviation 3 in the logits, 0.15 in the mean of 400; margins above 1."""
+    x = pictures(200)
+    y = predicted(toy(), x)
+    clear = -margins(toy(), x, y) > 1
+    x, y = x[clear][:8], y[clear][:8]
+    assert len(x) == 8
+    report = {}
+    attacks.worst_case(attacks.eot(Noisy(toy()), 400), x, y, {
+        "still": functools.partial(attacks.pgd, eps=1e-9, alpha=1e-9, steps=1),
+        "square": functools.partial(attacks.square, eps=1e-9, queries=2)}, report=report)
+    assert [report[name]["tried"] for name in report] == [8, 8]
+    assert report["square"]["fooled"] == 0
+    assert report["square"]["queries"] == 2 * 8 * 400
+
+
+def test_worst_case_tells_its_attacks_that_they_are_targeted():
+    model, x = toy(), pictures(6)
+    target = (predicted(model, x) + 1) % K
+    x_adv = attacks.worst_case(model, x, target, {
+        "pgd": functools.partial(attacks.pgd, eps=0.3, alpha=0.05, steps=20)}, targeted=True)
+    assert (predicted(model, x_adv) == target).sum() >= 5
+
+
+def test_a_loss_that_averages_over_the_batch_is_refused():
+    model, x = toy(), pictures(4)
+    with pytest.raises(UserError, match="reduction='none'"):
+        attacks.fgsm(model, x, predicted(model, x), eps=0.1, loss=torch.nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("options", [
+    {"generator": 0}, {"generator": 5}, {"generator": [1, 2]}, {"eps": 8},
+    {"restarts": 5, "random_start": False}], ids=str)
+def test_what_would_not_be_meant_is_refused(options):
+    x = pictures(2)
+    with pytest.raises(UserError):
+        attacks.pgd(toy(), x, predicted(toy(), x), **{"eps": 0.1, "alpha": 0.1, "steps": 1,
+                                                      **options})
+    attacks.pgd(toy(), x, predicted(toy(), x), norm="l2", eps=8, alpha=1, steps=1)
+
+
+def test_a_list_of_attacks_without_names_is_refused():
+    x = pictures(2)
+    with pytest.raises(UserError, match="by name"):
+        attacks.worst_case(toy(), x, predicted(toy(), x), [attacks.fgsm])
+
+
+def test_cw_with_many_constants_ends_without_a_success_where_there_is_none():
+    model = linear(torch.zeros(2, D), torch.tensor([1.0, 0.0]))
+    x = pictures(3, shape=SMALL)
+    x_adv, success = attacks.cw_l2(model, x, torch.zeros(3, dtype=torch.int64), steps=2,
+                                   binary_steps=45)
+    assert not success.any()
+    assert torch.equal(x_adv, x)
+
+
+def test_with_stop_early_restarts_are_for_those_who_stand():
+    model, x = toy(), pictures(8)
+    y = predicted(model, x)
+    reports, fooled = [{}, {}], []
+    for stop_early, report in zip((False, True), reports, strict=True):
+        x_adv = attacks.pgd(model, x, y, eps=0.03, alpha=0.01, steps=5, restarts=4,
+                            stop_early=stop_early, generator=seeded(), report=report)
+        fooled.append(int((predicted(model, x_adv) != y).sum()))
+    assert 0 < fooled[0] <= fooled[1]
+    assert reports[0]["gradients"] == 8 * 5 * 4
+    assert reports[1]["gradients"] < reports[0]["gradients"]
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_exact_projections_of_photograph_size_stay_in_the_ball_and_fill_it(norm):
+    """150,528 numbers: where float32 sums must not be naive. Half of the pixels are 0 or 1."""
+    x = pictures(2, shape=(3, 224, 224))
+    delta = torch.randn(x.shape, generator=seeded()) * 0.3
+    eps = {"l1": 1600.0, "l2": 8.0}[norm]
+    found = balls.project(delta, x, eps, norm).double().flatten(1)
+    length = found.abs().sum(1) if norm == "l1" else found.norm(dim=1)
+    assert length.tolist() == pytest.approx([eps, eps], rel=2e-6)
