@@ -31,13 +31,13 @@ it took. Bad input and NaN gradients are a UserError.
 import math
 
 import torch
-from torch import nn
 
 from utils.apgd import apgd
 from utils.attacking import (
     Tally,
     ascend,
     attack,
+    bpda,
     choose,
     eot,
     gradient,
@@ -326,44 +326,3 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
             report[name] = {**one, "tried": len(who), "fooled": int(fooled.sum()),
                             "zero_gradient": int((blind & ~fooled).sum())}
     return result
-
-
-# ------------------------------------------------------------------- attackers who know the defence
-
-class bpda(nn.Module):  # noqa: N801  # reads as what it is: bpda(layer)
-    """`layer` forward, another function backward: the identity, or one with its own gradient.
-
-    backward: a differentiable stand-in for the layer; its Jacobian at x is used. The layer's own
-    weights get no gradient. UserError where the stand-in does not make the layer's shape.
-    """
-
-    def __init__(self, layer, backward=None):
-        super().__init__()
-        self.layer, self.backward = layer, backward
-
-    def forward(self, x):
-        return _StandIn.apply(x, self.layer, self.backward)
-
-
-class _StandIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, layer, backward):
-        out = layer(x.clone())  # of a copy: it may work in place
-        if backward is None and out.shape != x.shape:
-            raise UserError(f"bpda: the layer makes {tuple(out.shape)} of {tuple(x.shape)}, so the "
-                            "identity cannot be its gradient; type bpda(layer, backward=function)")
-        ctx.save_for_backward(x)
-        ctx.stand_in = backward
-        return out
-
-    @staticmethod
-    def backward(ctx, g):
-        if ctx.stand_in is None:
-            return g, None, None
-        with torch.enable_grad():
-            x = ctx.saved_tensors[0].detach().requires_grad_()
-            out = ctx.stand_in(x)
-            if out.shape != g.shape:
-                raise UserError(f"bpda: the layer makes {tuple(g.shape)}, its stand-in "
-                                f"{tuple(out.shape)}; wanted the same shape")
-            return torch.autograd.grad(out, x, g)[0], None, None

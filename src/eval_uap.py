@@ -25,6 +25,7 @@ from utils.data import (
     open_images,
     to_float,
 )
+from utils.defenses import DEFENSES, defend, describe, is_random
 from utils.metrics import markdown, share
 from utils.models import (
     check_name,
@@ -40,6 +41,7 @@ from utils.run import (
     RunFolder,
     UserError,
     at_least,
+    make_generator,
     names,
     provenance,
     radius,
@@ -63,6 +65,7 @@ def get_args():
     add("--weights", type=names, nargs="+", default=[["V1"]],
         help="V1, V2, random, a .pth state dict or a folder of NAME.pth; one, or one per target")
     add("--image_size", type=at_least(8), help="side in pixels; None: each target's own")
+    add("--defense", choices=DEFENSES, default="none", help="layers in front of every target")
     add("--uaps_save", nargs="+", default=["runs"], help=".pth, .npy or .png files, or folders, "
         "of which the perturbations made on this kind of data are taken")
     add("--eps", type=radius, help="no perturbation may be larger, in [0, 1] pixels; None: the "
@@ -73,6 +76,7 @@ def get_args():
     add("--results", type=Path, default=Path("runs/eval"), help="folder for tables and pictures")
     add("--show", type=at_least(0), default=4, help="images in the picture of examples")
     add("--batch_size", type=at_least(1), default=50, help="images at a time")
+    add("--seed", type=at_least(0, high=2 ** 63 - 1), default=0, help="of a random defence")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--amp", choices=("off", "bf16"), default="off", help="off: float32, as figures should be")
     add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
@@ -88,14 +92,19 @@ class Tally:
     counts: dict = field(default_factory=dict)
     became: torch.Tensor = None     # how often a fooled image became each class
 
-    def add(self, clean, adv, adv8, y):
-        """Logits (N, K) before, after, and after 8-bit rounding (None: same); labels (N,)."""
+    def add(self, clean, adv, adv8, y, again=None):
+        """Logits (N, K) before, after, and after 8-bit rounding (None: same); labels (N,).
+
+        again: of a random defence, a second look at the clean images.
+        """
         before, after = clean.argmax(1), adv.argmax(1)
         fooled = after != before
         right, still = before == y, after == y
         found = {"fooled": fooled, "clean": right, "adv": still, "both": right & still,
                  "clean_top5": top5(clean, y), "adv_top5": top5(adv, y),
                  "fooled_rounded": fooled if adv8 is None else adv8.argmax(1) != before}
+        if again is not None:
+            found["by_chance"] = again.argmax(1) != before
         if self.target is not None:
             found["others"] = before != self.target
             found["hit"] = found["others"] & (after == self.target)
@@ -109,6 +118,8 @@ class Tally:
         """{metric: share}; accuracies only where the labels mean something to the target."""
         c, n = self.counts, self.n
         result = {"fooling_ratio": share(c["fooled"], n)}
+        if "by_chance" in c:
+            result["changed_by_chance"] = share(c["by_chance"], n)
         if self.target is not None:
             result["targeted_success"] = share(c["hit"], c["others"])
         if labelled:
@@ -141,10 +152,11 @@ def evaluate(models, deltas, images, *, targets, args, device, skipped):
             x, y = to_float(pixels.to(device)), images.labels[index].to(device)
             for m, model in models.items():
                 clean = model(x)
+                again = model(x) if is_random(args.defense) else None
                 for u, (delta, delta8) in deltas.items():
                     adv = model((x + delta).clamp_(0, 1))
                     adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
-                    tallies[u, m].add(clean, adv, adv8, y)
+                    tallies[u, m].add(clean, adv, adv8, y, again)
             bar.update(len(x))
     return tallies
 
@@ -189,8 +201,9 @@ def detail_table(rows):
                             f"{100 * row['dominant_class']['value']:.1f}"] for row in rows])
 
 
-SETTINGS = ("epochs", "amp", "method", "model_name", "weights", "eps", "alpha", "loss", "beta",
-            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "images_sha256")
+SETTINGS = ("epochs", "amp", "method", "model_name", "weights", "defense", "bpda", "eps", "alpha",
+            "loss", "beta", "batch_size", "minibatch", "iter", "momentum", "target", "augment",
+            "images_sha256")
 
 
 def same_but_seed(uaps):
@@ -198,7 +211,8 @@ def same_but_seed(uaps):
     groups = {}
     for uap in uaps:
         if {"seed", "name"} <= uap.facts.keys():
-            groups.setdefault(str([uap.facts.get(k) for k in SETTINGS]), []).append(uap)
+            facts = {"defense": "none", "bpda": False, **uap.facts}  # what older runs do not say
+            groups.setdefault(str([facts.get(k) for k in SETTINGS]), []).append(uap)
     groups = [list({u.facts["seed"]: u for u in group}.values()) for group in groups.values()]
     groups = [group for group in groups if len(group) > 1]
     labelled = {}
@@ -267,8 +281,9 @@ def load_targets(args, images, device):
                            data_root=args.data_root, device=device)
         size = args.image_size or input_size(name, images.kind, images.size, weights)
         check_takes(model, name, images.channels, size, device)
-        by_size.setdefault(size, {})[name] = (
-            model if args.amp == "off" else Fast(model, args.amp, "contiguous"))
+        by_size.setdefault(size, {})[name] = defend(
+            model if args.amp == "off" else Fast(model, args.amp, "contiguous"), args.defense,
+            size=size, generator=make_generator(args.seed))
     return by_size
 
 
@@ -332,6 +347,7 @@ def protocol(args, images, skipped, device):
     return {
         "data": str(args.data_dir), "n": len(images) - len(skipped), "skipped": skipped,
         "images_sha256": images.sha256(), "clamp": "x + delta to [0, 1]",
+        "defense": " / ".join(dict.fromkeys(describe(args.defense, size=s) for s in sizes)),
         "sizes": sizes, "geometry": f"{crop}{'/'.join(map(str, sizes))} pixels", "eps": args.eps,
         "precision": "float32" if args.amp == "off" else args.amp,
         "targets": dict(zip(args.model_name, args.weights_are, strict=True)), **provenance(device)}
@@ -342,7 +358,8 @@ def report(rows, about, uaps, targets):
     metrics = [m for m in ("fooling_ratio", "targeted_success") if all(m in row for row in rows)]
     text = (f"Protocol: {about['data']}, n={about['n']} ({len(about['skipped'])} skipped), list "
             f"sha256 {about['images_sha256'][:16]}; {about['geometry']}; {about['clamp']}; eps at "
-            f"most {about['eps'] * 255:g}/255; {about['precision']}\n"
+            f"most {about['eps'] * 255:g}/255; {about['precision']}"
+            + f"; defence: {about['defense']}" * (about['defense'] != "none") + "\n"
             f"Targets: {', '.join(f'{k} ({v})' for k, v in about['targets'].items())}\n")
     for metric in metrics:
         text += (f"\n{metric}, % of {'all ' if metric == 'fooling_ratio' else ''}images "

@@ -10,6 +10,7 @@
     python train_sga.py                                            # digits, offline, seconds
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
     python train_sga.py --augment ...                              # ours: few images go further
+    python train_sga.py --defense gcm --bpda ...    # through a defence, as one who knows it
 
 The loss is ascended. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt and
 checkpoint.pth in its folder; killed at any moment, it goes on with --resume to the same bytes.
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from utils import draw
 from utils.data import NAMED, PRESETS, default_workers, load, open_images, to_float
+from utils.defenses import DEFENSES, adaptive, defend
 from utils.metrics import percent, predictions, share
 from utils.models import (
     check_name,
@@ -70,6 +72,9 @@ def get_args():
     add("--weights", type=names, default=["V1"],
         help="V1, V2, random, a .pth state dict or a folder of NAME.pth; one, or one per surrogate")
     add("--image_size", type=at_least(8), help="side in pixels; None: the surrogate's own")
+    add("--defense", choices=DEFENSES, default="none", help="layers in front of every surrogate")
+    add("--bpda", action="store_true", help="gradients as if the gcm layer were the identity: the "
+        "attacker who knows it")
     add("--method", choices=("sga", "spgd"), default="sga", help="spgd: no inner pre-search")
     add("--loss", choices=("ce", "logit"), default="ce", help="ce: mean min(CE, beta)")
     add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
@@ -211,6 +216,9 @@ def settle(args):
     if args.target is not None and args.target >= num_classes(images.kind):
         raise UserError(f"--target {args.target}: {images.kind} has classes 0 to "
                         f"{num_classes(images.kind) - 1}")
+    if args.bpda and "gcm" not in args.defense:
+        raise UserError(f"--bpda --defense {args.defense}: there is no gcm layer to see through; "
+                        "type --defense gcm")
     if args.minibatch > args.batch_size:
         raise UserError(f"--minibatch {args.minibatch} --batch_size {args.batch_size}: a minibatch "
                         "is drawn from the batch; type a smaller --minibatch")
@@ -229,7 +237,7 @@ def settle(args):
     return images.prepared(args.image_size, args.num_images)
 
 
-def new_state(args, models, x, y, device):
+def new_state(args, models, x, y, generator, device):
     """Everything that a checkpoint holds besides the flags that made it."""
     delta = torch.zeros((1, *x.shape[1:]))
     loss = make_loss(args.loss, args.beta, args.target)
@@ -239,7 +247,7 @@ def new_state(args, models, x, y, device):
             fast, batch, delta.to(device), y[:, :len(batch)].to(device), loss),
         small, amp=args.amp, layout=args.layout)
     return {"epoch": 0, "delta": delta, "v": torch.zeros_like(delta), "rows": [], "labels": y,
-            "generator": make_generator(args.seed).get_state(), "amp": amp, "layout": layout}
+            "generator": generator.get_state(), "amp": amp, "layout": layout}
 
 
 def index_draws(args, n, generator):
@@ -272,11 +280,14 @@ def run_epoch(args, gradient, state, pixels, generator, device, bar):
     return float(losses) / len(pixels), count
 
 
-def train(args, state, models, images, folder, flags, device):
+def train(args, state, models, images, folder, flags, generator, device):
     """The epochs that are left; after each one a line, a row of log.csv and a checkpoint."""
-    fast = [Fast(model, state["amp"], state["layout"]) for model in models]
+    fast = [guarded(Fast(model, state["amp"], state["layout"]), args, generator)
+            for model in models]
+    if args.bpda:
+        fast = [adaptive(model) for model in fast]
+    models = [guarded(model, args, generator) for model in models]
     loss = make_loss(args.loss, args.beta, args.target)
-    generator = torch.Generator()
     generator.set_state(state["generator"])
     pixels = images.pixels_on(device)
     watched = torch.linspace(0, len(images) - 1, min(WATCHED, len(images))).long()
@@ -326,6 +337,11 @@ def fooled(args, models, images, delta, y, device):
     return found
 
 
+def guarded(model, args, generator):
+    """The network behind --defense; what that draws, it draws from the run's generator."""
+    return defend(model, args.defense, size=args.image_size, generator=generator)
+
+
 def finish(args, state, models, images, folder, name, device):
     """The perturbation, its facts and its pictures."""
     delta = state["delta"][0].contiguous()
@@ -333,8 +349,8 @@ def finish(args, state, models, images, folder, name, device):
     facts = {
         "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
         **{key: getattr(args, key) for key in (
-            "method", "model_name", "eps", "alpha", "loss", "beta", "epochs", "batch_size",
-            "minibatch", "iter", "momentum", "target", "augment", "seed")},
+            "method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
+            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")},
         "weights": args.weights_are, "data_dir": str(args.data_dir), "num_images": len(images),
         "skipped": list(images.skipped), "images_sha256": images.sha256(),
         "on_training_images": dict(zip(args.model_name, shares, strict=True)),
@@ -351,11 +367,17 @@ def finish(args, state, models, images, folder, name, device):
     print(f"saved {folder / name}.pth (.json, .png), {facts['seconds']:.0f} s")
 
 
+def run_name(args):
+    """What the perturbation is called: all that is not the default about how it was made."""
+    extra = {"augment": args.augment, args.defense: args.defense != "none", "bpda": args.bpda,
+             f"target{args.target}": args.target is not None}
+    return "_".join([args.method, "+".join(args.model_name), *(k for k, on in extra.items() if on)])
+
+
 def main(args):
     device = resolve_device(args.device)
     images = settle(args)
-    name = f"{args.method}_{'+'.join(args.model_name)}" + ("_augment" if args.augment else "") \
-        + (f"_target{args.target}" if args.target is not None else "")
+    name = run_name(args)
     data = args.data_dir if args.data_dir in NAMED else images.kind
     folder = RunFolder(args.uaps_save or Path("runs") / f"{data}_{name}")
     flags = {key: value for key, value in vars(args).items() if key not in NOT_THE_RESULT}
@@ -369,10 +391,11 @@ def main(args):
         check_takes(model, surrogate, images.channels, args.image_size, device)
     print(f"{len(images)} images of {args.data_dir}, {args.image_size} pixels, list sha256 "
           f"{images.sha256()[:16]}; surrogate {', '.join(args.model_name)}", flush=True)
-    images = load(images, workers=args.workers)
+    images, generator = load(images, workers=args.workers), make_generator(args.seed)
+    defended = [guarded(model, args, generator) for model in models]
     if state is None:
-        y = predictions(models, images.pixels, device)
-        state = new_state(args, models, images.pixels, y, device)
+        y = predictions(defended, images.pixels, device)
+        state = new_state(args, models, images.pixels, y, generator, device)
         (folder / "checkpoint.pth").unlink(missing_ok=True)  # --overwrite: the old run ends here
         write_atomic(folder / "images.txt", images.listing().encode())
         save_pth(folder / "checkpoint.pth", {**state, "flags": flags})  # what auto chose holds
@@ -382,8 +405,8 @@ def main(args):
     if state["labels"].shape[1] != len(images):
         raise UserError(f"--resume: the run has {state['labels'].shape[1]} images, {len(images)} "
                         "can be read now; bring the missing ones back or start again (--overwrite)")
-    train(args, state, models, images, folder, flags, device)
-    finish(args, state, models, images, folder, name, device)
+    train(args, state, models, images, folder, flags, generator, device)
+    finish(args, state, defended, images, folder, name, device)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(monkeypatch
             calls.append(len(x))
             return torch.cat([x.mean((2, 3)), torch.zeros(len(x), 997)], 1)
     images = data.open_images(str(tmp_path / "val"), split="test").prepared(32, None)
-    args = type("Args", (), {"batch_size": 4, "workers": 0})
+    args = type("Args", (), {"batch_size": 4, "workers": 0, "defense": "none"})
     pairs = {name: (torch.full((3, 32, 32), value), None)
              for name, value in (("a", 0.1), ("b", -0.1), ("c", 0.05))}
     eval_uap.evaluate({"one": Counted(), "two": Counted()}, pairs, images, skipped=[], args=args,

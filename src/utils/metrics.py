@@ -3,6 +3,7 @@
     fooling_ratio       share of ALL images whose predicted class changes; no labels needed
     clean_acc, adv_acc  top-1 accuracy against the labels, before and after (top-5: _top5)
     attack_robustness   correct before and after / correct before
+    changed_by_chance   share of the images that two looks of a random defence see differently
     targeted_success    share of the images not predicted as the target before that are after
 """
 

@@ -1,0 +1,143 @@
+"""Defences as layers in front of a network, on [0, 1] pixels, and the attacker who knows them.
+
+    GradientConcealment   x + epsilon sin(w x)           Pei et al., arXiv:2205.10617
+    ResizePad             another size, another place    Xie et al., arXiv:1711.01991
+    adaptive              the network as that attacker sees it: bpda for the first, eot for the
+                          second                         Athalye et al., arXiv:1802.00420
+
+    model = nn.Sequential(GradientConcealment(), model)                   # any model, one line
+    model = defend(model, "gcm+resizepad", size=224, generator=generator)
+    x_adv = pgd(adaptive(model, draws=20), x, y, ...)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.attacking import bpda, eot
+from utils.run import UserError, make_generator
+
+DEFENSES = ("none", "gcm", "resizepad", "gcm+resizepad")
+PUBLISHED_LOW = 218 / 224  # of the input's side: ResizedPaddingLayer(l=218) of the authors
+
+
+class GradientConcealment(nn.Module):
+    """x + epsilon * sin(w * x) (arXiv:2205.10617, Sec. 3): nothing forward, noise backward.
+
+    x (N, ...) float32 or float64 in [0, 1], before Normalize. In float32 42 of the 256 grey levels
+    of an 8-bit image change, by at most 1.5e-8. Backward every pixel's gradient is multiplied by
+    1 + epsilon * w * cos(w * x), by default up to 1e12 and of either sign. UserError: float16,
+    where w is infinite.
+    """
+
+    def __init__(self, w=1e20, epsilon=1e-8):
+        super().__init__()
+        if not (0 < w < torch.finfo(torch.float32).max and 0 < epsilon < 1):
+            raise UserError(f"GradientConcealment(w={w}, epsilon={epsilon}); wanted w above 0 and "
+                            "within float32, epsilon in (0, 1), such as w=1e20, epsilon=1e-8")
+        self.w, self.epsilon = float(w), float(epsilon)
+
+    def forward(self, x):
+        if x.dtype == torch.float16:
+            raise UserError("GradientConcealment takes no float16: w and the gradient overflow and "
+                            "every attack would meet NaN; type x.float(), or keep the layer out of "
+                            "half precision")
+        return x + self.epsilon * torch.sin(self.w * x)
+
+    def extra_repr(self):
+        return f"w={self.w:g}, epsilon={self.epsilon:g}"
+
+
+class ResizePad(nn.Module):
+    """(N, C, H, W) -> (N, C, size, size): scaled to a side from low to size, somewhere on black.
+
+    Side and place are drawn anew for every image and at every call, from `generator` (a CPU
+    torch.Generator; None: one of its own, seed 0). Bilinear without antialiasing, as
+    F.interpolate; differentiable. UserError unless 1 <= low <= size.
+    """
+
+    def __init__(self, low=218, size=224, generator=None):
+        super().__init__()
+        if not 1 <= low <= size:
+            raise UserError(f"ResizePad(low={low}, size={size}); wanted 1 <= low <= size")
+        self.low, self.size = low, size
+        self.generator = make_generator(0) if generator is None else generator
+
+    def forward(self, x):
+        return place(x, *self.draw(len(x)), self.size)
+
+    def draw(self, n):
+        """Sides and upper left corners (n,) each, int64 on the CPU."""
+        side = torch.randint(self.low, self.size + 1, (n,), generator=self.generator)
+        room = self.size - side
+        corner = (torch.rand((2, n), generator=self.generator) * (room + 1)).long()
+        return side, *corner.minimum(room)  # the product may round up to room + 1
+
+    def extra_repr(self):
+        return f"low={self.low}, size={self.size}"
+
+
+def place(x, side, top, left, size):
+    """x (N, C, H, W), each image scaled to its side and put at (top, left) of a black square."""
+    at = torch.arange(size)
+    row, column = at - top[:, None], at - left[:, None]  # (N, size), within the scaled image
+    inside = _within(row, side)[:, None, :, None] & _within(column, side)[:, None, None, :]
+    y, x_ = (_grid(line, side, length)
+             for line, length in ((row, x.shape[-2]), (column, x.shape[-1])))
+    grid = torch.stack([x_[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
+    return F.grid_sample(x, grid.to(x), align_corners=False) * inside.to(x)
+
+
+def _within(line, side):
+    return (line >= 0) & (line < side[:, None])
+
+
+def _grid(line, side, length):
+    """Pixels of the scaled image -> grid_sample's [-1, 1], held at the centres of the border."""
+    edge = 1 - 1 / length
+    return ((2 * line + 1).double() / side[:, None] - 1).clamp(-edge, edge)
+
+
+# ---------------------------------------------------------- defended networks
+
+def defend(model, name, *, size, generator=None, w=1e20, epsilon=1e-8, low=None):
+    """Sequential(defence layers, model) for a name of DEFENSES; the model itself for 'none'.
+
+    size: side of the network's input. low: the smallest side that resizepad draws; None: 218 of
+    224. UserError: no such defence.
+    """
+    if name not in DEFENSES:
+        raise UserError(f"--defense {name}: wanted one of {', '.join(DEFENSES)}")
+    parts, layers = name.split("+"), []
+    if "gcm" in parts:
+        layers.append(GradientConcealment(w, epsilon))
+    if "resizepad" in parts:
+        low = round(size * PUBLISHED_LOW) if low is None else low
+        layers.append(ResizePad(low, size, generator))
+    return nn.Sequential(*layers, model) if layers else model
+
+
+def is_random(name):
+    """Whether two looks of a network defended like this may differ."""
+    return "resizepad" in name.split("+")
+
+
+def describe(name, *, size, w=1e20, epsilon=1e-8, low=None):
+    """The defence with its settings, for a table."""
+    parts = {"gcm": f"GCM w={w:g} epsilon={epsilon:g}",
+             "resizepad": f"ResizePad to {round(size * PUBLISHED_LOW) if low is None else low}-"
+                          f"{size} of {size} pixels, drawn per image and look"}
+    return " + ".join(parts[part] for part in name.split("+") if part in parts) or "none"
+
+
+def adaptive(model, draws=1):
+    """A model of defend() as it is seen by an attacker who knows the defence, the same forward.
+
+    GradientConcealment: backward as the identity (bpda). ResizePad: gradients, losses and logits
+    are means over `draws` looks (eot).
+    """
+    if not isinstance(model, nn.Sequential):
+        return model
+    seen = nn.Sequential(*(bpda(layer) if isinstance(layer, GradientConcealment) else layer
+                           for layer in model))
+    return eot(seen, draws) if any(isinstance(layer, ResizePad) for layer in model) else seen
