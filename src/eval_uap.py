@@ -26,7 +26,7 @@ from utils.data import (
     to_float,
 )
 from utils.defenses import DEFENSES, defend, describe, is_random
-from utils.metrics import markdown, share
+from utils.metrics import interval, markdown, share
 from utils.models import (
     check_name,
     check_takes,
@@ -34,12 +34,12 @@ from utils.models import (
     input_size,
     load_model,
     num_classes,
+    one_each,
 )
 from utils.precision import Fast
 from utils.run import (
     Parser,
     RunFolder,
-    UserError,
     at_least,
     make_generator,
     names,
@@ -185,10 +185,6 @@ def fooling_table(rows, uaps, targets, metric="fooling_ratio"):
                                         for u in uaps])
 
 
-def interval(s):
-    return f"{100 * s['value']:.1f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})"
-
-
 def detail_table(rows):
     """Markdown: a row for every UAP on every target, with all the other figures."""
     apart = ("uap", "target", "n", "fooling_ratio", "dominant_class", "fooling_ratio_rounded")
@@ -256,11 +252,7 @@ def settle(args):
     args.model_name = list(dict.fromkeys(sum(args.model_name or [], []) or preset.targets))
     for name in args.model_name:
         check_name(name, images.kind)
-    args.weights = sum(args.weights, [])
-    if len(args.weights) not in (1, len(args.model_name)):
-        raise UserError(f"--weights: {len(args.weights)} given for {len(args.model_name)} targets; "
-                        "type one for all, or one for each")
-    args.weights = args.weights * (len(args.model_name) // len(args.weights))
+    args.weights = one_each(args.model_name, sum(args.weights, []))
     args.weights_are = [describe_weights(name, weights, images.kind)
                         for name, weights in zip(args.model_name, args.weights, strict=True)]
     uaps = read_uaps(find_uaps(args.uaps_save, images.kind), scale=args.scale, eps=args.eps)

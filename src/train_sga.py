@@ -36,6 +36,7 @@ from utils.models import (
     input_size,
     load_model,
     num_classes,
+    one_each,
 )
 from utils.precision import Fast, choose, synchronize, to_layout
 from utils.run import (
@@ -222,10 +223,7 @@ def settle(args):
     if args.minibatch > args.batch_size:
         raise UserError(f"--minibatch {args.minibatch} --batch_size {args.batch_size}: a minibatch "
                         "is drawn from the batch; type a smaller --minibatch")
-    if len(args.weights) not in (1, len(args.model_name)):
-        raise UserError(f"--weights: {len(args.weights)} given for {len(args.model_name)} "
-                        "surrogates; type one for all, or one for each, separated by commas")
-    args.weights = args.weights * (len(args.model_name) // len(args.weights))
+    args.weights = one_each(args.model_name, args.weights)
     sizes = {input_size(name, images.kind, images.size, weights)
              for name, weights in zip(args.model_name, args.weights, strict=True)}
     if not args.image_size and len(sizes) > 1:

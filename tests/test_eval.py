@@ -258,7 +258,7 @@ def test_a_bad_perturbation_stops_the_script_before_any_figure(run_script, refus
     (("--uaps_save", "nowhere"), "no format"),
     (("--uaps_save", "."), "no perturbation for digits images"),
     (("--weights", "a.pth"), "no file a.pth"),
-    (("--weights", "V1", "V1", "V1"), "3 given for 1 targets"),
+    (("--weights", "V1", "V1", "V1"), "3 given for 1"),
     (("--image_size", "32"), "digits images are 28 pixels"),
 ])
 def test_bad_flags_are_one_clear_line(flags, words, run_here, refused, deltas):

@@ -112,6 +112,30 @@ def compare(deltas, ratios, targets):
     return _png(figure)
 
 
+def sweep(ws, epsilon, curves):
+    """Robustness against GCM's w, a panel for every network.
+
+    curves {network: {attacker: [share for every w]}}
+    """
+    figure = _figure(3.6 * len(curves) + 0.6, 3.2)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    styles = {"naive": (ORANGE, "o", "naive attacker"),
+              "adaptive": (BLUE, "s", "attacker who knows (BPDA)")}
+    for axes, (name, lines) in zip(panels, curves.items(), strict=True):
+        for attacker, shares in lines.items():
+            colour, marker, label = styles[attacker]
+            value, low, high = (100 * np.array([s[key] for s in shares])
+                                for key in ("value", "low", "high"))
+            axes.plot(ws, value, color=colour, marker=marker, ms=4, label=label)
+            axes.fill_between(ws, low, high, color=colour, alpha=0.2, lw=0)
+        axes.axvline(1 / epsilon, color="black", lw=0.8, ls=":", label="epsilon w = 1")
+        axes.set(xscale="log", ylim=(-2, 102), xlabel="w", title=name)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("attack robustness, PGD Linf, %")
+    panels[0].legend(fontsize=8)
+    return _png(figure)
+
+
 def examples(x, x_adv, delta, before, after, title):
     """Images (n, C, H, W) clean and perturbed, their classes, and the perturbation amplified."""
     largest = delta.abs().max().item() or 1

@@ -35,7 +35,12 @@ def share(k, n):
 def percent(s):
     """A share with its interval: '66.0 % (60.5-71.1, n=300)'."""
     return (f"{100 * s['value']:.1f} % ({100 * s['low']:.1f}-{100 * s['high']:.1f}, "
-            f"n={s['n']})")
+            f"n={s['n']:.6g})")
+
+
+def interval(s):
+    """A share with its interval in a table whose head says %: '66.0 (60.5-71.1)'."""
+    return f"{100 * s['value']:.1f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})"
 
 
 @torch.no_grad()

@@ -75,6 +75,14 @@ def check_name(name, kind):
     raise UserError(f"--model_name {name}: no network for {kind} data; {hint}wanted one of {some}")
 
 
+def one_each(models, weights):
+    """--weights given once for all networks, or once for each -> one for each; UserError if not."""
+    if len(weights) not in (1, len(models)):
+        raise UserError(f"--weights: {len(weights)} given for {len(models)} networks; type one for "
+                        "all, or one for each")
+    return weights * (len(models) // len(weights))
+
+
 def num_classes(kind):
     """How many classes the networks for this kind of data tell apart."""
     return 10 if kind in RECIPES else 1000

@@ -1,0 +1,15 @@
+#!/bin/sh
+# The robustness table of the Gradient Concealment Module; any flag of gcm.py passes through.
+#   sh src/gen_gcm_eval.sh                                      digits, offline
+#   DATA=/data/imagenet/val sh src/gen_gcm_eval.sh              the paper's six networks
+#   DATA=/data/imagenet/val MODELS=resnet50 DEFENSE=gcm+resizepad sh src/gen_gcm_eval.sh
+#   sh src/gen_gcm_eval.sh --audit                              signs of gradient masking
+set -eu
+DATA=${DATA:-digits}     # as in train.sh; of a named data set, its test split is taken
+MODELS=${MODELS:-}       # networks; empty: the data set's five (ImageNet: the paper's six)
+DEFENSE=${DEFENSE:-gcm}  # none, gcm, resizepad, gcm+resizepad
+
+. "$(dirname "$0")/env.sh"
+# shellcheck disable=SC2086  # a list, separated by spaces
+exec "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --defense "$DEFENSE" \
+    ${MODELS:+--model_name $MODELS} "$@"
