@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from robustness import FARTHER, STEPS, Network, catalogue, figures, show, worst_case
+from robustness import FARTHER, STEPS, Network, catalogue, figures, radii, show, worst_case
 from utils import draw
 from utils.audit import checklist, compare, verdict
 from utils.data import NAMED, PRESETS, default_workers, load, open_images
@@ -51,7 +51,6 @@ from utils.run import (
     UserError,
     at_least,
     load_json,
-    make_generator,
     names,
     provenance,
     radius,
@@ -165,10 +164,9 @@ def key_of(model, args, defense, attacker, attack, w):
 
 def table(found, networks, args):
     """Markdown, CSV rows: for every network the three rows, the paper's below where it has them."""
-    titles = [a.title for name, a in catalogue(next(iter(networks.values())).eps, args.queries,
-                                               False).items() if name in args.attacks]
-    order = [name for name in catalogue({"linf": 1, "l2": 1, "l1": 1}, 1, False)
-             if name in args.attacks]
+    attacks = catalogue(next(iter(networks.values())).eps, args.queries)
+    order = [name for name in attacks if name in args.attacks]
+    titles = [attacks[name].title for name in order]
     lines, rows = [], []
     for name in networks:
         for defense, attacker, label in rows_of(args.defense, args.draws):
@@ -276,16 +274,16 @@ def audit(network, found, args):
     own, twin = cell("naive", "pgd_linf"), None
     left = {"fgsm": ar("naive", "fgsm"), "pgd": ar("naive", "pgd_linf"),
             "square": ar("naive", "square")}
-    radii = {show(cell("naive", attack)["eps"], "linf"): ar("naive", attack)
-             for attack in AUDITED if attack.startswith("pgd_linf")}
+    growing = {show(cell("naive", attack)["eps"], "linf"): ar("naive", attack)
+               for attack in AUDITED if attack.startswith("pgd_linf")}
     if args.defense != "none":
         left |= {"transfer": ar("vanilla", "pgd_linf"), "adaptive": ar("adaptive", "pgd_linf")}
-        defended = network.behind(network.model, args.defense, args.w, make_generator(args.seed))
-        twin = compare(defended, network.model, network.images, args.batch_size, network.device)
+        twin = compare(network.behind(args.defense, args.w), network.model, network.images,
+                       args.batch_size, network.device)
     attacked = sum(count != "0" for count in own["before"].split())
     lines = checklist(
-        left, radii=radii, queries=args.queries, losses={"mean": own["losses"], "ascent": own["ascent"]},
-        blind=own["zero_gradient"] / max(1, attacked), twin=twin)
+        left, radii=growing, queries=args.queries, blind=own["zero_gradient"] / max(1, attacked),
+        losses={"mean": own["losses"], "ascent": own["ascent"]}, twin=twin)
     return lines, verdict(lines)
 
 
@@ -350,7 +348,12 @@ def open_networks(args, images, device):
                             "less")
         if size not in in_memory:
             in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)
-        found[name] = network = Network(name, model, in_memory[size], size, args, device)
+        found[name] = network = Network(
+            name, model, in_memory[size], size, radii(images, size, args.eps, args.eps_l2,
+                                                      args.eps_l1),
+            epsilon=args.epsilon, low=args.low, draws=args.draws, queries=args.queries,
+            stop_early=args.stop_early, amp=args.amp, batch_size=args.batch_size, seed=args.seed,
+            device=device)
         if not network.right("none", args.w).any():
             raise UserError(f"{name} gets none of these images right: nothing to attack; type "
                             "--weights of a trained network")

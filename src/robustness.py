@@ -13,16 +13,17 @@ and after; all figures, and worst cases, are made from that:
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from attacks import apgd, cw_l2, fgsm, pgd, square
 from utils.audit import Trace, ascent
 from utils.balls import column, norm_of
-from utils.data import PRESETS, to_float
+from utils.data import PRESETS, Images, to_float
 from utils.defenses import adaptive, defend, is_random
 from utils.metrics import share
 from utils.precision import Fast, synchronize
@@ -129,9 +130,12 @@ def worst_case(cells):
 
 # ----------------------------------------------------------------- the attacks
 
-def catalogue(eps, queries, stop_early):
-    """{name: Attack}; eps {norm: radius}. Call it for every cell: pgd_linf's loss has a memory."""
-    def steps(title, norm, scale=1, early=stop_early, **settings):
+def catalogue(eps, queries, stop_early=False, random=False):
+    """{name: Attack}; eps {norm: radius}. Call it for every cell: pgd_linf's loss has a memory.
+
+    stop_early: of the pgds; at the larger radii always, but never where the network is random.
+    """
+    def steps(title, norm, scale=1, early=stop_early and not random, **settings):
         """RobustART's pgd with our settings; scale: times eps."""
         at = eps[norm] * scale if norm != "linf" else min(1.0, eps[norm] * scale)
         return Attack(f"{title}={show(at, norm)}", norm, at, partial(
@@ -151,7 +155,7 @@ def catalogue(eps, queries, stop_early):
         "apgd": Attack(f"APGD {linf}", "linf", eps["linf"], partial(apgd, eps=eps["linf"])),
         "square": Attack(f"Square {linf}", "linf", eps["linf"],
                          partial(square, eps=eps["linf"], queries=queries)),
-        **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=True) for k in FARTHER}}
+        **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=not random) for k in FARTHER}}
 
 
 def cw_within(model, x, y, *, eps, generator, report):
@@ -165,58 +169,78 @@ def show(eps, norm):
     return f"{255 * eps:.4g}/255" if norm == "linf" else f"{eps:.4g}"
 
 
-def radii(args, images, size):
-    """{norm: eps}: RobustART's 8/255, 8, 1600 on photographs, as much per pixel on small images."""
-    small = images.kind in ("digits", "mnist")
-    linf = args.eps or (PRESETS[images.kind].eps if small else 8 / 255)
+def radii(images, size, linf=None, l2=None, l1=None):
+    """{norm: eps}: RobustART's 8/255, 8, 1600 on photographs, as much per pixel on small images.
+
+    Digits, which are easy, take their preset in linf, and l2 and l1 in proportion.
+    """
+    linf = linf or (PRESETS[images.kind].eps if images.kind in ("digits", "mnist") else 8 / 255)
     part = min(1.0, images.channels * size * size / (3 * 224 * 224))
-    return {"linf": linf, "l2": args.eps_l2 or 255 * linf * part ** 0.5,
-            "l1": args.eps_l1 or 51000 * linf * part}
+    return {"linf": linf, "l2": l2 or 255 * linf * part ** 0.5, "l1": l1 or 51000 * linf * part}
 
 
 # ------------------------------------------------------------------ a network
 
+@dataclass(eq=False)
 class Network:
-    """One network with its images in memory, and its rows: (defence, attacker) by name."""
+    """A network with its images in memory, to be put behind defences and attacked.
 
-    def __init__(self, name, model, images, size, args, device):
-        self.name, self.images, self.args, self.device = name, images, args, device
-        self.model, self.size = model.to(memory_format=torch.channels_last), size
-        self.fast = self.model if args.amp == "off" else Fast(model, args.amp, "channels_last")
-        self.eps, self.before = radii(args, images, size), {}
+    eps {norm: radius}; epsilon, low: of the defences; draws: looks at a random one; amp: precision
+    of the attackers' gradients ('off', 'bf16').
+    """
+    name: str
+    model: nn.Module
+    images: Images
+    size: int
+    eps: dict
+    epsilon: float
+    low: int
+    draws: int
+    queries: int
+    stop_early: bool
+    amp: str
+    batch_size: int
+    seed: int
+    device: torch.device
+    before: dict = field(default_factory=dict)
 
-    def behind(self, model, defense, w, generator):
-        return defend(model, defense, size=self.size, generator=generator, w=w,
-                      epsilon=self.args.epsilon, low=self.args.low)
+    def __post_init__(self):
+        self.model = self.model.to(memory_format=torch.channels_last)  # the faster on photographs
+        self.fast = self.model if self.amp == "off" else Fast(self.model, self.amp, "channels_last")
 
-    def draws(self, defense):
-        return self.args.draws if is_random(defense) else 1
+    def behind(self, defense, w, generator=None, fast=False):
+        """The network, or its fast copy, behind a defence that draws from the generator."""
+        return defend(self.fast if fast else self.model, defense, size=self.size, w=w,
+                      generator=generator or make_generator(self.seed), epsilon=self.epsilon,
+                      low=self.low)
+
+    def looks(self, defense):
+        return self.draws if is_random(defense) else 1
 
     def right(self, defense, w):
-        """In how many looks the defended network is right about every image, (n,) int64."""
+        """In how many looks the defended network is right about every image, (N,) int64."""
         if (defense, w) not in self.before:
-            model = self.behind(self.model, defense, w, make_generator(self.args.seed))
             self.before[defense, w] = looks_at(
-                model, self.images, draws=self.draws(defense), device=self.device,
-                batch_size=self.args.batch_size)
+                self.behind(defense, w), self.images, draws=self.looks(defense),
+                batch_size=self.batch_size, device=self.device)
         return self.before[defense, w]
 
     def cell(self, defense, attacker, attack, w):
-        """The cell of one attack; attacker: 'naive', 'adaptive', or 'vanilla', who transfers."""
-        args, generator = self.args, make_generator(self.args.seed)  # one for attack and defence
-        model = self.behind(self.model, defense, w, generator)
-        seen = self.fast if attacker == "vanilla" else self.behind(self.fast, defense, w, generator)
+        """The cell of one attack. attacker: 'naive', who takes the defended network's gradient;
+        'adaptive', who knows the defence; 'vanilla', who attacks the network without it.
+        """
+        generator = make_generator(self.seed)  # one for the attack and the defence
+        model = self.behind(defense, w, generator)
+        seen = self.fast if attacker == "vanilla" else self.behind(defense, w, generator, fast=True)
         if attacker == "adaptive":
-            seen = adaptive(seen, args.draws)
-        one = catalogue(self.eps, args.queries, args.stop_early and not is_random(defense))[attack]
-        before = self.right(defense, w)
-        cell = run_cell(one, seen, model, self.images, before, draws=self.draws(defense),
-                        batch_size=args.batch_size, generator=generator, device=self.device,
-                        desc=f"{self.name} {defense} {attacker} {attack}")
+            seen = adaptive(seen, self.draws)
+        one = catalogue(self.eps, self.queries, self.stop_early, is_random(defense))[attack]
+        cell = run_cell(one, seen, model, self.images, self.right(defense, w),
+                        draws=self.looks(defense), batch_size=self.batch_size, generator=generator,
+                        device=self.device, desc=f"{self.name} {defense} {attacker} {attack}")
         trace = one.run.keywords.get("loss")
-        if isinstance(trace, Trace) and not args.stop_early and trace.calls:
-            losses = trace.losses(STEPS, args.draws if attacker == "adaptive"
-                                  and is_random(defense) else 1)
+        if isinstance(trace, Trace) and trace.calls and not self.stop_early:
+            losses = trace.losses(STEPS, self.looks(defense) if attacker == "adaptive" else 1)
             cell |= {"losses": losses.mean(1).tolist(), "ascent": ascent(losses)}
         return {"model": self.name, "defense": defense, "w": w, "attacker": attacker,
                 "attack": attack, "title": one.title, **cell}

@@ -79,8 +79,9 @@ def checklist(ar, *, radii, queries, losses, blind, twin):
     """The report's lines [{sign, figure, flagged_if, flagged: True, False or None (no sign)}].
 
     ar {fgsm, pgd, square} and, of a defended network, {transfer, adaptive}: attack_robustness in
-    [0, 1]; radii {eps as text: the same under PGD}, growing; losses: mean loss at each step and `ascent`; blind: share of images without a
-    gradient; twin: of compare(), None for an undefended network, which is its own twin.
+    [0, 1]; radii {eps as text: the same under PGD}, growing; losses: mean loss at each step and
+    `ascent`; blind: share of images without a gradient; twin: of compare(), None for an
+    undefended network, which is its own twin.
     """
     def p(value):
         return f"{100 * value:.1f} %"
