@@ -28,8 +28,6 @@ measured again: it fools if the float32 network errs on it and it lies in the ba
 Every cell is saved when it is done, and the same command goes on where it was stopped.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -40,17 +38,15 @@ from tqdm import tqdm
 
 from attack_others import ALPHA, EPS, foolbox, installed, positive, pyautoattack
 from attacks import apgd, fgsm, pgd, square
-from utils.balls import norm_of
-from utils.data import default_workers, load, open_images, to_float
-from utils.metrics import markdown, percent, predictions, share
+from robustness import COUNTED, Attack, figures, looks_at, run_cell, worst_case
+from utils.data import default_workers, load, open_images
+from utils.metrics import markdown, percent
 from utils.models import describe_weights, input_size, load_model
-from utils.precision import synchronize
 from utils.run import (
     Parser,
     RunFolder,
     UserError,
     at_least,
-    load_json,
     make_generator,
     provenance,
     resolve_device,
@@ -62,6 +58,7 @@ from utils.run import (
 
 PGD_STEPS, APGD_STEPS, QUERIES = 20, 100, 1000
 WORST, NETWORK = "worst case", "network "
+METRICS = ("adv_acc", "attack_robustness")
 
 
 def get_args():
@@ -88,22 +85,27 @@ def get_args():
 # ----------------------------------------------------------------- the attacks
 
 @dataclass(frozen=True)
-class Attack:
-    """One row: ours(model, x, y, generator=, report=) and other(model, x, y) -> x_adv."""
-    norm: str
-    eps: float
-    ours: Callable
+class Pair:
+    """One row: our attack, and another library's."""
+    ours: Attack
     library: str = None
-    other: Callable = None
+    other: Attack = None
+
+
+def seeded(attack, model, x, y, *, generator, report):
+    """Another library's attack(model, x, y), which draws from the global generator."""
+    torch.manual_seed(int(torch.randint(2 ** 31, (), generator=generator)))
+    return attack(model, x, y)
 
 
 def catalogue(scale, stop_early=False):
-    """{name: Attack}, every eps and alpha times `scale`."""
+    """{name: Pair}, every eps and alpha times `scale`."""
     def row(ball, attack, other=None, name=None, given=None, **settings):
         """The settings are ours, `given` those of the other library's attack `name`."""
         eps = scale * EPS[ball]
-        return Attack(ball, eps, partial(attack, eps=eps, **settings), other and other.__name__,
-                      other and partial(other, name=name, eps=eps, **(given or {})))
+        theirs = other and partial(seeded, partial(other, name=name, eps=eps, **(given or {})))
+        return Pair(Attack("", ball, eps, partial(attack, eps=eps, **settings)),
+                    other and other.__name__, other and Attack("", ball, eps, theirs))
 
     def steps(norm, name=None, projection="rescale", **settings):
         alpha = scale * ALPHA[norm]
@@ -128,67 +130,31 @@ def catalogue(scale, stop_early=False):
 
 # --------------------------------------------------------------------- a cell
 
-@torch.no_grad()
-def survivors(model, x, y, x_adv, attack, audit):
-    """Who is not fooled (n,) bool, by our own measure; the audit of the cell goes on."""
-    size = norm_of(x_adv.cpu().double() - x.cpu().double(), attack.norm)
-    boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1).cpu()  # NaN is neither
-    allowed = boxed & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
-    audit["largest"] = max(audit["largest"], size.max().item())
-    audit["outside"] += int((~allowed).sum())
-    return (model(x_adv).argmax(1) == y).cpu() | ~allowed
-
-
-def run_cell(model, images, right, attack, side, args, device, desc):
+def cell_of(model, images, right, pair, side, args, device, desc):
     """One attack of one side on the images of `right` (n,) -> what results.json keeps."""
-    generator, robust, seconds = make_generator(args.seed), right.clone(), 0.0
-    audit = {"largest": 0.0, "outside": 0}
-    counts = {"zero_gradient": 0, "gradients": 0, "queries": 0}
-    with tqdm(total=int(right.sum()), desc=desc, unit="img", leave=False, disable=None) as bar:
-        for index in right.nonzero()[:, 0].split(args.batch_size):
-            x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
-            report = {}
-            synchronize(device)
-            start = time.perf_counter()
-            if side == "ours":
-                x_adv = attack.ours(model, x, y, generator=generator, report=report)
-            else:
-                torch.manual_seed(args.seed + int(index[0]))
-                x_adv = attack.other(model, x, y)
-            synchronize(device)
-            seconds += time.perf_counter() - start
-            robust[index] = survivors(model, x, y, x_adv, attack, audit)
-            for key in counts:
-                counts[key] += int(torch.as_tensor(report.get(key, 0)).sum())
-            bar.update(len(index))
-    return {"side": side, "library": "ours" if side == "ours" else attack.library,
-            "norm": attack.norm, "eps": attack.eps, "n": len(right), "right": int(right.sum()),
-            "robust": "".join(map(str, robust.int().tolist())), "seconds": seconds,
-            **(counts if side == "ours" else {}), **audit}
+    attack = pair.ours if side == "ours" else pair.other
+    cell = run_cell(attack, model, model, images, right, draws=1, batch_size=args.batch_size,
+                    generator=make_generator(args.seed), device=device, desc=desc)
+    if side == "other":  # no reports
+        cell = {key: value for key, value in cell.items() if key not in COUNTED}
+    return {"side": side, "library": "ours" if side == "ours" else pair.library, **cell}
 
 
 def audit_line(cells):
     """One line by which a reader can check what cells of one attack and one library returned."""
     one, largest = cells[0], max(cell["largest"] for cell in cells)
-    outside, tried = (sum(cell[key] for cell in cells) for key in ("outside", "right"))
+    outside = sum(cell["outside"] for cell in cells)
+    tried = sum(figures(cell)["clean_acc"]["k"] for cell in cells)
     return (f"{one['attack']}, {one['library']}: largest {one['norm']} norm {largest:.7g} of "
             f"{one['eps']:.7g}; {outside} of {tried} images outside the ball or [0, 1]")
 
 
 # -------------------------------------------------------------------- figures
 
-def figures(cell):
-    """adv_acc over all n images, attack_robustness over those right before."""
-    left = cell["robust"].count("1")
-    return {"adv_acc": share(left, cell["n"]), "attack_robustness": share(left, cell["right"])}
-
-
-def worst_case(cells):
+def worst_row(cells):
     """The row of the images that none of these cells fooled."""
-    masks = zip(*(cell["robust"] for cell in cells), strict=True)
-    return {**{key: cells[0][key] for key in ("model", "side", "n", "right")}, "attack": WORST,
-            "library": f"worst of {len(cells)}", "seconds": sum(cell["seconds"] for cell in cells),
-            "robust": "".join(map(min, masks))}
+    return {"model": cells[0]["model"], "side": cells[0]["side"], "attack": WORST,
+            "library": f"worst of {len(cells)}", **worst_case(cells)}
 
 
 def rows_of(cells):
@@ -198,7 +164,7 @@ def rows_of(cells):
         own = sorted((cell for cell in cells if cell["model"] == model),
                      key=lambda cell: order.index(cell["attack"]))
         sides = [[cell for cell in own if cell["side"] == side] for side in ("ours", "other")]
-        rows += own + [worst_case(group) for group in sides if len(group) > 1]
+        rows += own + [worst_row(group) for group in sides if len(group) > 1]
     return rows
 
 
@@ -211,20 +177,21 @@ def table(rows):
         for side in ("ours", "other"):
             row = found.get((*key, side), {})
             line += [row.get("library", "-"),
-                     *(map(percent, figures(row).values()) if row else "--"),
+                     *(percent(figures(row)[m]) if row else "-" for m in METRICS),
                      f"{row['seconds']:.1f}" if row else "-"]
             if side == "ours":
                 line.append(row["zero_gradient"] if row.get("gradients") else "-")
         lines.append(line)
-    kinds = ["adv_acc (95 % Wilson)", "attack_robustness", "s"]
+    kinds = [f"{METRICS[0]} (95 % Wilson)", METRICS[1], "s"]
     return markdown(["network", "attack", "ours", *kinds, "zero gradient", "beside it", *kinds],
                     lines)
 
 
 def flat(row):
     """A row of results.csv."""
-    result = {key: value for key, value in row.items() if key not in ("right", "robust")}
-    for name, value in figures(row).items():
+    result = {key: value for key, value in row.items() if key not in ("before", "after")}
+    for name in METRICS:
+        value = figures(row)[name]
         result |= {name: value["value"], **{f"{name}_{k}": value[k] for k in ("n", "low", "high")}}
     return result
 
@@ -260,19 +227,6 @@ def save(folder, settings, cells):
 
 # ---------------------------------------------------------------------- a run
 
-def resume(folder, settings):
-    """Settings and cells of an earlier run over this folder; UserError if it was another table."""
-    path = folder / "results.json"
-    if not path.exists():
-        return settings, {}
-    saved = load_json(path)
-    was = saved["settings"]
-    for key in [key for key in settings if key in was and settings[key] != was[key]]:
-        raise UserError(f"--results {folder.path}: holds a table made with {key} {was[key]}, given "
-                        f"{settings[key]}; choose another folder")
-    return was | settings, saved["cells"]
-
-
 def prepare(args, device):
     """Networks {name: (model, images in memory, right (n,))} and the settings of the run."""
     images = open_images(args.data_dir, split="test")
@@ -286,7 +240,7 @@ def prepare(args, device):
         if size not in in_memory:
             in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)
         sized = in_memory[size]
-        right = predictions([model], sized.pixels, device)[0] == sized.labels
+        right = looks_at(model, sized, draws=1, batch_size=args.batch_size, device=device)
         if not right.any():
             raise UserError(f"{name} gets none of these images right: nothing to attack; type "
                             "--weights of a trained network")
@@ -305,14 +259,14 @@ def main(args):
     device = resolve_device(args.device)
     folder = RunFolder(args.results)
     networks, settings, commit = prepare(args, device)
-    settings, cells = resume(folder, settings)
+    settings, cells = folder.load_cells(settings)
     attacks, there = catalogue(args.eps_scale, args.stop_early), installed()
     for model_name, name, side in product(networks, args.attacks, ("ours", "other")):
         attack, key = attacks[name], f"{model_name} {name} {side}"
         if key in cells or (side == "other" and attack.library not in there):
             continue
         cells[key] = {"model": model_name, "attack": name, "commit": commit,
-                      **run_cell(*networks[model_name], attack, side, args, device, key)}
+                      **cell_of(*networks[model_name], attack, side, args, device, key)}
         save(folder, settings, cells)
         tqdm.write(f"{model_name} {audit_line([cells[key]])}")
     print(f"\n{save(folder, settings, cells)}saved {folder.path}/results.json (.csv, .md)")

@@ -50,7 +50,6 @@ from utils.run import (
     RunFolder,
     UserError,
     at_least,
-    load_json,
     names,
     provenance,
     radius,
@@ -204,9 +203,10 @@ def flat(cell):
 
 def protocol(settings, args):
     """What every figure stands on, printed above it."""
-    nets = "; ".join(f"{key.removeprefix(NETWORK)} {about['size']} pixels ({about['weights']})"
-                     for key, about in settings.items() if key.startswith(NETWORK))
-    sizes = sorted({about["size"] for key, about in settings.items() if key.startswith(NETWORK)})
+    about = {name: settings[NETWORK + name] for name in args.model_name}
+    nets = "; ".join(f"{name} {one['size']} pixels ({one['weights']})"
+                     for name, one in about.items())
+    sizes = sorted({one["size"] for one in about.values()})
     defense = " / ".join(dict.fromkeys(describe(
         args.defense, size=s, w=args.w, epsilon=args.epsilon, low=args.low) for s in sizes))
     early = "fooled images leave the batch; " * settings["stop_early"]
@@ -362,27 +362,12 @@ def open_networks(args, images, device):
     return found, about
 
 
-def resume(folder, settings):
-    """Settings and cells of what this folder holds; UserError if it was made otherwise."""
-    path = folder / "results.json"
-    if not path.exists():
-        return settings, {}
-    saved = load_json(path)
-    if not isinstance(saved, dict) or not {"settings", "cells"} <= saved.keys():
-        raise UserError(f"{path}: not a table of this script; choose another folder")
-    was = saved["settings"]
-    for key in [key for key in settings if key in was and settings[key] != was[key]]:
-        raise UserError(f"--results {folder.path}: holds a table made with {key} {was[key]}, given "
-                        f"{settings[key]}; choose another folder")
-    return was | settings, saved["cells"]
-
-
 def main(args):
     device = resolve_device(args.device)
     images, folder = settle(args), RunFolder(args.results)
     networks, about = open_networks(args, images, device)
     run, listed = provenance(device), next(iter(networks.values())).images
-    settings, found = resume(folder, {
+    settings, found = folder.load_cells({
         "data": str(args.data_dir), "n": len(listed), "images_sha256": listed.sha256(),
         "stop_early": args.stop_early, "amp": args.amp, "batch_size": args.batch_size,
         "seed": args.seed, "device": run["device"], "torch": run["torch"], **about})

@@ -250,3 +250,20 @@ class RunFolder:
                 raise UserError(f"--resume with another --{name}: the run in {self.path} has "
                                 f"{was}, given {now}; give the same flags or another folder")
         return saved
+
+    def load_cells(self, settings):
+        """Settings and cells of the table in results.json, to go on with; no cells: none yet.
+
+        settings: dict of what every cell stands on; UserError if the table was made with others.
+        """
+        path = self.path / "results.json"
+        if not path.exists():
+            return settings, {}
+        saved = load_json(path)
+        if not isinstance(saved, dict) or not {"settings", "cells"} <= saved.keys():
+            raise UserError(f"{path}: not a table of cells; choose another folder")
+        was = saved["settings"]
+        for key in [key for key in settings if key in was and settings[key] != was[key]]:
+            raise UserError(f"--results {self.path}: holds a table made with {key} {was[key]}, "
+                            f"given {settings[key]}; choose another folder")
+        return was | settings, saved["cells"]
