@@ -1,8 +1,10 @@
 """Draws the pictures of imgs/ from what runs left on disk; trains and evaluates nothing.
 
     python figures.py --results runs/eval --rows sga_0:SGA spgd_0:SPGD --out imgs/uaps.png
+    python figures.py --w_sweep runs/gcm --out imgs/gcm_w.png
 """
 
+import csv
 from pathlib import Path
 
 from utils import draw
@@ -11,15 +13,29 @@ from utils.uaps import read_uap
 
 
 def get_args():
-    parser = Parser("Perturbations beside their fooling ratios.")
+    parser = Parser("Perturbations beside their fooling ratios; robustness against GCM's w.")
     add = parser.add_argument
     add("--results", type=Path, default=Path("runs/eval"), help="folder that eval_uap.py wrote")
     add("--rows", nargs="+", help="which of its perturbations, as NAME or NAME:LABEL; None: all")
+    add("--w_sweep", type=Path, nargs="+", help="instead: folders with w_sweep.csv, of gcm.py")
     add("--out", type=Path, default=Path("imgs/uaps.png"), help="PNG file to write")
     return parser.parse_args()
 
 
-def main(args):
+def w_sweep(folders):
+    """PNG of robustness against w, from one folder of gcm.py or several."""
+    rows = []
+    for path in (folder / "w_sweep.csv" for folder in folders):
+        if not path.is_file():
+            raise UserError(f"--w_sweep {path.parent}: no w_sweep.csv there; run gcm.py with "
+                            "--w_sweep first")
+        with open(path, newline="") as file:
+            rows += csv.DictReader(file)
+    return draw.sweep(rows)
+
+
+def uaps(args):
+    """PNG of perturbations beside their fooling ratios."""
     path = args.results / "results.json"
     if not path.is_file():
         raise UserError(f"--results {args.results}: no results.json there; run eval_uap.py first")
@@ -35,8 +51,13 @@ def main(args):
         deltas[label or name] = uap.delta
         ratios[label or name] = [row["fooling_ratio"] for row in results["rows"]
                                  if row["uap"] == name]
+    return draw.compare(deltas, ratios, targets)
+
+
+def main(args):
+    picture = w_sweep(args.w_sweep) if args.w_sweep else uaps(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out, draw.compare(deltas, ratios, targets))
+    write_atomic(args.out, picture)
     print(f"drew {args.out}")
 
 

@@ -19,6 +19,7 @@ row, attack) is saved when it is done; the same command goes on where it was sto
 cells, names of the figures: robustness.py.
 """
 
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ __all__ = ["GradientConcealment", "ResizePad"]
 COLUMNS = ("fgsm", "pgd_l1", "pgd_l2", "pgd_linf", "cw_pgd_l2")
 MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square")
 WORST, NETWORK = "worst case", "network "
-SWEEP = (1e2, 1e4, 1e6, 1e7, 1e8, 1e9, 1e10, 1e12, 1e16, 1e20)
+SWEEP = (1e2, 1e4, 1e6, 1e7, 1e8, 2e8, 5e8, 1e9, 1e12, 1e16, 1e20)
 
 # README of the authors' repository: top-1, then AR of the five columns, in %
 PAPER = {
@@ -291,18 +292,15 @@ def audit(network, found, args):
 
 def report_sweep(folder, settings, found, networks, args):
     """Writes w_sweep.csv and w_sweep.png; -> the Markdown"""
-    lines, rows, curves = [], [], {}
-    for name in networks:
-        for attacker in ("naive", "adaptive"):
-            cells = [found[key_of(name, args, args.defense, attacker, "pgd_linf", w)]
-                     for w in SWEEP]
-            shares = [figures(cell)["attack_robustness"] for cell in cells]
-            curves.setdefault(name, {})[attacker] = shares
-            lines.append([name, attacker, *map(interval, shares)])
-            rows += [{"model": name, "attacker": attacker, "w": w, **flat(cell)}
-                     for w, cell in zip(SWEEP, cells, strict=True)]
+    lines, rows = [], []
+    for name, attacker in product(networks, ("naive", "adaptive")):
+        cells = [found[key_of(name, args, args.defense, attacker, "pgd_linf", w)] for w in SWEEP]
+        lines.append([name, attacker, *(interval(figures(cell)["attack_robustness"])
+                                        for cell in cells)])
+        rows += [{"model": name, "attacker": attacker, "w": w, "epsilon": args.epsilon,
+                  **flat(cell)} for w, cell in zip(SWEEP, cells, strict=True)]
     save_csv(folder / "w_sweep.csv", rows)
-    write_atomic(folder / "w_sweep.png", draw.sweep(SWEEP, args.epsilon, curves))
+    write_atomic(folder / "w_sweep.png", draw.sweep(rows))
     return (protocol(settings, args) + "\nattack_robustness under PGD Linf, % (95 % Wilson "
             "interval), against w\n\n"
             + markdown(["network", "attacker", *(f"{w:.0e}" for w in SWEEP)], lines))

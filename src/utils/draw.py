@@ -112,24 +112,23 @@ def compare(deltas, ratios, targets):
     return _png(figure)
 
 
-def sweep(ws, epsilon, curves):
-    """Robustness against GCM's w, a panel for every network.
-
-    curves {network: {attacker: [share for every w]}}
-    """
-    figure = _figure(3.6 * len(curves) + 0.6, 3.2)
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    styles = {"naive": (ORANGE, "o", "naive attacker"),
-              "adaptive": (BLUE, "s", "attacker who knows (BPDA)")}
-    for axes, (name, lines) in zip(panels, curves.items(), strict=True):
-        for attacker, shares in lines.items():
-            colour, marker, label = styles[attacker]
-            value, low, high = (100 * np.array([s[key] for s in shares])
-                                for key in ("value", "low", "high"))
-            axes.plot(ws, value, color=colour, marker=marker, ms=4, label=label)
-            axes.fill_between(ws, low, high, color=colour, alpha=0.2, lw=0)
-        axes.axvline(1 / epsilon, color="black", lw=0.8, ls=":", label="epsilon w = 1")
-        axes.set(xscale="log", ylim=(-2, 102), xlabel="w", title=name)
+def sweep(rows):
+    """Robustness against GCM's w, a panel for every network, from the rows of w_sweep.csv."""
+    networks = list(dict.fromkeys(row["model"] for row in rows))
+    figure = _figure(3.6 * len(networks) + 0.6, 3.2)
+    panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
+    styles = {"naive": (ORANGE, "o", "naive attacker"), "adaptive": (BLUE, "s", "one who knows")}
+    for axes, name in zip(panels, networks, strict=True):
+        for attacker, (colour, marker, label) in styles.items():
+            own = [r for r in rows if (r["model"], r["attacker"]) == (name, attacker)]
+            w, value, low, high = (np.array([float(row[key]) for row in own]) for key in (
+                "w", "attack_robustness", "attack_robustness_low", "attack_robustness_high"))
+            axes.plot(w, 100 * value, color=colour, marker=marker, ms=4, label=label)
+            axes.fill_between(w, 100 * low, 100 * high, color=colour, alpha=0.2, lw=0)
+        axes.axvline(1 / float(rows[0]["epsilon"]), color="black", lw=0.8, ls=":",
+                     label="epsilon w = 1")
+        n = float(own[0]["attack_robustness_n"])
+        axes.set(xscale="log", ylim=(-2, 102), xlabel="w", title=f"{name} (n={n:.6g})")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("attack robustness, PGD Linf, %")
     panels[0].legend(fontsize=8)
