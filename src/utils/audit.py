@@ -35,11 +35,10 @@ class Trace:
         self.calls.append(value.detach().cpu())
         return value
 
-    def losses(self, steps, draws=1):
-        """(steps, N) over all batches that were attacked with that many steps, mean over draws."""
-        batches = [torch.stack(self.calls[i:i + steps * draws]).unflatten(0, (steps, draws)).mean(1)
-                   for i in range(0, len(self.calls), steps * draws)]
-        return torch.cat(batches, 1)
+    def losses(self, steps):
+        """(steps, N) over all batches; all must have been attacked with that many steps."""
+        return torch.cat([torch.stack(self.calls[i:i + steps])
+                          for i in range(0, len(self.calls), steps)], 1)
 
 
 def ascent(losses):
