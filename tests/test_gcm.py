@@ -1,0 +1,340 @@
+"""gcm.py and gen_gcm_eval.sh: table, audit, sweep, resuming; defences in the UAP scripts."""
+
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SRC
+
+import gcm
+import robustness
+
+FEW = ("--model_name", "mlp", "--num_images", 30, "--device", "cpu")
+COLUMNS = ("fgsm", "pgd_linf")
+SHORT = (*FEW, "--attacks", *COLUMNS)
+
+
+def saved(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def plain(folder):
+    """The cells without what differs between two runs of the same."""
+    return {key: {k: v for k, v in cell.items() if k not in ("seconds", "commit")}
+            for key, cell in saved(folder)["cells"].items()}
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of one whole table, made by a process of its own, and what it printed."""
+    folder = tmp_path_factory.mktemp("gcm")
+    done = subprocess.run(
+        [sys.executable, str(SRC / "gcm.py"), *map(str, FEW)], cwd=folder, capture_output=True,
+        text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "gcm", done.stdout
+
+
+# ------------------------------------------------------------------- the table
+
+def test_the_table_has_a_row_for_every_attacker_and_a_column_for_every_attack(made):
+    folder, said = made
+    lines = [line for line in said.splitlines() if line.startswith("| mlp")]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "vanilla", "gcm, naive attacker", "gcm, attacker who knows (BPDA)"]
+    head = next(line for line in said.splitlines() if line.startswith("| network"))
+    assert [title.split()[0] for title in head.split(" | ")[3:-1]] == [
+        "FGSM", "PGD", "PGD", "PGD", "C&W", "worst"]
+    assert "Protocol: digits, n=30" in said and "20 steps of 3/40 eps" in said
+    assert (folder / "results.md").read_text().count("\n| mlp") == 3
+    assert len(rows(folder / "results.csv")) == 3 * 6
+    assert said.endswith(f"saved {os.path.join('runs', 'gcm')}/results.json (and .csv, .md beside "
+                         "it)\n")
+
+
+def test_who_knows_the_layer_leaves_what_is_left_without_it_and_the_naive_far_more(made):
+    cells = plain(made[0])
+    total = {"none naive": 0, "gcm naive": 0, "gcm adaptive": 0}
+    for cell in cells.values():
+        left = cell["after"].split().count("1")
+        total[f"{cell['defense']} {cell['attacker']}"] += left
+    assert len(cells) == 15
+    assert abs(total["gcm adaptive"] - total["none naive"]) <= 2
+    assert total["gcm naive"] > total["none naive"] + 60
+
+
+def test_the_figures_of_the_files_are_those_of_the_cells_counted_by_hand(made):
+    cells = saved(made[0])["cells"]
+    names = {"vanilla": "none naive", "gcm, naive attacker": "gcm naive"}
+    checked = 0
+    for row in rows(made[0] / "results.csv"):
+        own = {cell["attack"]: cell for cell in cells.values()
+               if f"{cell['defense']} {cell['attacker']}" == names.get(row["row"])}
+        if not own:
+            continue
+        used = own.values() if row["attack"] == "worst case" else [own[row["attack"]]]
+        before = list(map(int, next(iter(used))["before"].split()))
+        after = [min(each) for each in zip(*(map(int, c["after"].split()) for c in used),
+                                           strict=True)]
+        both = sum(b and a for b, a in zip(before, after, strict=True))
+        assert float(row["adv_acc"]) == pytest.approx(sum(after) / 30)
+        assert float(row["attack_robustness"]) == pytest.approx(both / sum(before))
+        assert float(row["clean_acc"]) == pytest.approx(sum(before) / 30)
+        checked += 1
+    assert checked == 12
+
+
+def test_the_other_metric_is_shown_when_asked_for_and_nothing_is_attacked_again(
+        made, run_here, monkeypatch):
+    monkeypatch.setattr(robustness, "run_cell", None)
+    done = run_here("gcm.py", *FEW, "--results", made[0], "--metric", "adv_acc")
+    assert done.returncode == 0, done.stderr
+    assert "adv_acc, % (95 % Wilson interval)" in done.stdout
+    assert done.stdout.count("| mlp | ") == 3
+
+
+def test_the_paper_stands_beside_networks_that_it_has():
+    args = SimpleNamespace(defense="gcm", metric="attack_robustness")
+    lines = gcm.paper_lines("resnet50", ["fgsm", "pgd_linf", "square"], args)
+    assert lines[0][1:6] == ["paper: vanilla", "77.89", "31.77", "0.00", "-"]
+    assert lines[1][1:6] == ["paper: GCM", "78.57", "95.18", "97.38", "-"]
+    assert not gcm.paper_lines("vgg16", ["fgsm"], args)
+    args.metric = "adv_acc"
+    assert not gcm.paper_lines("resnet50", ["fgsm"], args)
+
+
+# -------------------------------------------------------------------- resuming
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script may catch it."""
+
+
+def test_a_table_killed_after_any_cell_and_resumed_is_the_uninterrupted_one(
+        made, run_here, tmp_path, monkeypatch):
+    real = robustness.run_cell
+    for at in (0, 1, 4):
+        done = []
+
+        def killing(*args, at=at, done=done, **more):
+            if len(done) == at:
+                raise Killed
+            done.append(more["desc"])
+            return real(*args, **more)
+        flags = (*SHORT, "--results", f"killed{at}")
+        with monkeypatch.context() as patch:
+            patch.setattr(robustness, "run_cell", killing)
+            with pytest.raises(Killed):
+                run_here("gcm.py", *flags)
+        gc.collect()
+        again = []
+        with monkeypatch.context() as patch:
+            patch.setattr(robustness, "run_cell",
+                          lambda *a, again=again, **k: again.append(k["desc"]) or real(*a, **k))
+            assert run_here("gcm.py", *flags).returncode == 0
+        assert len(again) == 6 - at and not set(again) & set(done)
+        whole = {key: cell for key, cell in plain(made[0]).items() if cell["attack"] in COLUMNS}
+        assert plain(tmp_path / f"killed{at}") == whole
+
+
+def test_a_random_defence_repeats_by_seed_also_when_resumed(run_here, tmp_path):
+    flags = (*SHORT, "--defense", "gcm+resizepad", "--draws", 3, "--low", 14)
+    for folder in ("whole", "part"):
+        assert run_here("gcm.py", *flags, "--results", folder).returncode == 0
+    path = tmp_path / "part" / "results.json"
+    state = saved(tmp_path / "part")
+    gone = [key for key in state["cells"] if "adaptive" in key or "none" in key]
+    assert len(gone) == 4
+    for key in gone:
+        del state["cells"][key]
+    path.write_text(json.dumps(state))
+    assert run_here("gcm.py", *flags, "--results", "part").returncode == 0
+    assert plain(tmp_path / "part") == plain(tmp_path / "whole")
+    assert run_here("gcm.py", *flags, "--results", "other", "--seed", 1).returncode == 0
+    assert plain(tmp_path / "other") != plain(tmp_path / "whole")
+    random = [cell for cell in plain(tmp_path / "whole").values() if "resizepad" in cell["defense"]]
+    assert {cell["draws"] for cell in random} == {3}
+    assert any(set(cell["before"].split()) - {"0", "3"} for cell in random)
+
+
+def test_defences_and_their_settings_share_a_folder_without_mixing(run_here, tmp_path):
+    counts = []
+    for more in ((), ("--w", 100), ("--defense", "resizepad", "--draws", 2),
+                 ("--defense", "resizepad", "--draws", 2, "--low", 20), ("--defense", "none")):
+        done = run_here("gcm.py", *FEW, "--attacks", "fgsm", *more)
+        assert done.returncode == 0, done.stderr
+        counts.append(len(saved(tmp_path / "runs" / "gcm")["cells"]))
+    assert counts == [3, 5, 7, 9, 9]  # the vanilla cell is shared
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (("--num_images", 31), "n 30, given 31"), (("--seed", 1), "seed 0, given 1"),
+    (("--eps", "0.1"), "network mlp"), (("--amp", "bf16"), "amp off, given bf16"),
+    (("--batch_size", 7), "batch_size"), (("--stop_early",), "stop_early False, given True")])
+def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(
+        made, run_here, refused, more, words):
+    before = (made[0] / "results.json").read_bytes()
+    refused(run_here("gcm.py", *FEW, *more, "--results", made[0]), words, "choose another folder")
+    assert (made[0] / "results.json").read_bytes() == before
+
+
+# --------------------------------------------------------------- audit and sweep
+
+@pytest.mark.parametrize(("defense", "said"), [("none", "no sign of gradient masking"),
+                                               ("gcm", "gradient masking")])
+def test_the_audit_finds_the_concealed_network_and_clears_the_plain_one(
+        run_here, tmp_path, defense, said):
+    done = run_here("gcm.py", *FEW, "--audit", "--defense", defense, "--queries", 150)
+    assert done.returncode == 0, done.stderr
+    assert f"\nVerdict: {said}.\n" in done.stdout
+    lines = rows(tmp_path / "runs" / "gcm" / f"audit_{defense}.csv")
+    assert {line["verdict"] for line in lines} == {said}
+    flagged = {line["sign"] for line in lines if line["flagged"] == "True"}
+    wanted = {"transfer beats white-box", "who knows the defence gains",
+              "gradients of another length", "the loss does not rise"}
+    assert (wanted <= flagged) if defense == "gcm" else not flagged
+    report = (tmp_path / "runs" / "gcm" / f"audit_{defense}.md").read_text()
+    assert "flagged if" in report and "Protocol: digits" in report
+
+
+def test_the_sweep_shows_where_the_gradient_breaks(run_here, tmp_path):
+    done = run_here("gcm.py", *FEW, "--w_sweep")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "gcm"
+    lines = rows(folder / "w_sweep.csv")
+    left = {(row["attacker"], float(row["w"])): float(row["attack_robustness"]) for row in lines}
+    assert left["naive", 1e2] == left["adaptive", 1e2] < 0.2
+    assert left["naive", 1e20] > 0.7 and left["adaptive", 1e20] < 0.2
+    assert (folder / "w_sweep.png").read_bytes().startswith(b"\x89PNG")
+    drawn = run_here("figures.py", "--w_sweep", folder, folder, "--out", "w.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--defense", "jpeg"), ("--defense", "jpeg", "resizepad")),
+    (("--num_images", 1000), ("--num_images 1000", "has 355", "type --num_images 355")),
+    (("--audit", "--w_sweep"), ("one at a time",)),
+    (("--audit", "--stop_early"), ("leave out --stop_early",)),
+    (("--w_sweep", "--defense", "resizepad"), ("there is no w",)),
+    (("--defense", "resizepad", "--low", 29), ("--low 29", "28 pixels")),
+    (("--w", 0), ("wanted w above 0",)), (("--epsilon", 2), ("epsilon in (0, 1)",)),
+    (("--attacks", "fgsm", "deepfool"), ("deepfool",)),
+    (("--model_name", "resnet50"), ("resnet50", "wanted one of cnn")),
+    (("--weights", "nowhere.pth"), ("nowhere.pth",)),
+    (("--eps", "8"), ("--eps", "outside (0, 1]"))], ids=str)
+def test_bad_input_is_one_line(run_here, refused, flags, words, tmp_path):
+    refused(run_here("gcm.py", *FEW, *flags), *words)
+    assert not (tmp_path / "runs" / "gcm" / "results.json").exists()
+
+
+def test_folders_that_are_no_classes_are_refused(run_here, refused, picture, tmp_path):
+    picture(tmp_path / "val" / "mine" / "a.jpg")
+    refused(run_here("gcm.py", "--data_dir", "val", "--model_name", "squeezenet1_1"),
+            "no classes of the networks", "n01440764")
+
+
+def test_a_network_that_is_right_about_nothing_is_refused(run_here, refused, picture, tmp_path):
+    picture(tmp_path / "val" / "n01440764" / "a.jpg")
+    refused(run_here("gcm.py", "--data_dir", "val", "--model_name", "squeezenet1_1", "--weights",
+                     "random", "--workers", 0), "none of these images right", "--weights")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"rows": []}', "half a fi"])
+def test_a_results_file_of_something_else_is_kept_and_refused(run_here, refused, tmp_path, text):
+    folder = tmp_path / "runs" / "gcm"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(text)
+    refused(run_here("gcm.py", *SHORT), "results.json")
+    assert (folder / "results.json").read_text() == text
+
+
+# ------------------------------------------- universal perturbations and defences
+
+TRAIN = ("--model_name", "mlp", "--num_images", 100, "--batch_size", 50, "--device", "cpu",
+         "--amp", "off", "--layout", "contiguous")
+
+
+def uap(tmp_path, name):
+    found = list((tmp_path / name).glob("*.pth"))
+    return torch.load(next(p for p in found if p.name != "checkpoint.pth"), weights_only=True)
+
+
+def test_a_perturbation_made_through_gcm_is_the_plain_one_only_for_who_knows(run_here, tmp_path):
+    for name, more in (("plain", ()), ("naive", ("--defense", "gcm")),
+                       ("knows", ("--defense", "gcm", "--bpda"))):
+        done = run_here("train_sga.py", *TRAIN, "--epochs", 2, "--uaps_save", name, *more)
+        assert done.returncode == 0, done.stderr
+    plain_one, naive, knows = (uap(tmp_path, name) for name in ("plain", "naive", "knows"))
+    assert (plain_one == knows).float().mean() > 0.99
+    assert (plain_one == naive).float().mean() < 0.9
+    facts = json.loads((tmp_path / "knows" / "sga_mlp_gcm_bpda.json").read_text())
+    assert facts["defense"] == "gcm" and facts["bpda"] is True
+
+
+def test_through_a_random_defence_a_killed_run_resumes_to_the_same_bytes(
+        run_here, tmp_path, monkeypatch):
+    import train_sga
+
+    flags = (*TRAIN, "--epochs", 3, "--defense", "gcm+resizepad")
+    assert run_here("train_sga.py", *flags, "--uaps_save", "whole").returncode == 0
+    real, calls = train_sga.run_epoch, []
+
+    def killing(*args):
+        if len(calls) == 1:
+            raise Killed
+        calls.append(1)
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sga, "run_epoch", killing)
+        with pytest.raises(Killed):
+            run_here("train_sga.py", *flags, "--uaps_save", "killed")
+    gc.collect()
+    assert run_here("train_sga.py", *flags, "--uaps_save", "killed", "--resume").returncode == 0
+    name = "sga_mlp_gcm+resizepad.pth"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_bpda_without_a_layer_to_see_through_is_refused(run_here, refused):
+    for defense in ("none", "resizepad"):
+        refused(run_here("train_sga.py", *TRAIN, "--bpda", "--defense", defense),
+                "--bpda", "type --defense gcm")
+
+
+def test_the_evaluator_says_the_defence_and_counts_what_changes_by_chance(run_here, tmp_path):
+    assert run_here("train_sga.py", *TRAIN, "--epochs", 1, "--uaps_save", "u").returncode == 0
+    found = {}
+    for defense in ("none", "gcm", "resizepad"):
+        done = run_here("eval_uap.py", "--uaps_save", "u", "--model_name", "mlp", "--defense", defense,
+                        "--results", defense, "--show", 0)
+        assert done.returncode == 0, done.stderr
+        assert ("defence: " in done.stdout) == (defense != "none")
+        found[defense] = saved(tmp_path / defense)["rows"]
+    same = ("fooling_ratio", "clean_acc", "adv_acc")
+    for plain_row, row in zip(found["none"], found["gcm"], strict=True):
+        assert [plain_row[m]["k"] for m in same] == [row[m]["k"] for m in same]
+        assert "changed_by_chance" not in row
+    for row in found["resizepad"]:
+        assert 0 <= row["changed_by_chance"]["value"] <= row["changed_by_chance"]["high"] < 0.2
+    assert any(row["changed_by_chance"]["k"] for row in found["resizepad"])
+
+
+def test_the_door_opens(tmp_path):
+    done = subprocess.run(
+        ["sh", str(SRC / "gen_gcm_eval.sh"), "--num_images", "12", "--attacks", "fgsm"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHON": sys.executable, "MODELS": "mlp", "DEFENSE": "resizepad"})
+    assert done.returncode == 0, done.stderr
+    assert "resizepad, attacker who knows (EOT of 10)" in done.stdout
