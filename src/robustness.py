@@ -176,7 +176,8 @@ def radii(images, size, linf=None, l2=None, l1=None):
     """
     linf = linf or (PRESETS[images.kind].eps if images.kind in ("digits", "mnist") else 8 / 255)
     part = min(1.0, images.channels * size * size / (3 * 224 * 224))
-    return {"linf": linf, "l2": l2 or 255 * linf * part ** 0.5, "l1": l1 or 51000 * linf * part}
+    return {"linf": linf, "l2": 255 * linf * part ** 0.5 if l2 is None else l2,
+            "l1": 51000 * linf * part if l1 is None else l1}
 
 
 # ------------------------------------------------------------------ a network

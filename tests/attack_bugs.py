@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attacking.py", "utils/balls.py"
 APGD, SQUARE = "utils/apgd.py", "utils/square.py"
+DEFENSES, CELLS, AUDIT = "utils/defenses.py", "robustness.py", "utils/audit.py"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,19 @@ def rule(name):
     return f"tests/test_attacks_contract.py::test_{name}"
 
 
+def layer(name):
+    return f"tests/test_defenses.py::test_{name}"
+
+
+def count(name):
+    return f"tests/test_robustness.py::test_{name}"
+
+
 OPTIMUM = "on_a_linear_model_the_optimum_is_reached_and_not_passed"
 BALL = "the_result_is_in_the_ball_and_in_the_box_and_worse_than_the_clean_image"
 AS_BEFORE = "model_images_labels_and_global_random_numbers_are_as_before"
 EVAL = "it_attacks_the_model_in_eval_mode_whatever_its_mode_also_without_gradients_on"
+UNDEFENDED = "knowing_gcm_the_attack_makes_the_images_of_the_undefended_network"
 NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
 
 BUGS = [
@@ -119,6 +129,44 @@ BUGS = [
     Bug("a NaN gradient is a gradient of no sign", CORE,
         "if not bool(peak.isfinite().all()):", "if False:",
         (rule("a_gradient_that_is_not_a_number_is_one_line_that_names_the_cause[fgsm]"),)),
+    Bug("the layer of another formula", DEFENSES,
+        "torch.sin(self.w * x)", "torch.cos(self.w * x)",
+        (layer("it_is_the_formula_of_the_paper"),)),
+    Bug("who knows the layer follows its gradient", DEFENSES,
+        "bpda(layer) if isinstance(layer, GradientConcealment) else layer", "layer",
+        (layer(f"{UNDEFENDED}[0-fgsm]"),)),
+    Bug("who knows a random layer looks once", DEFENSES,
+        "return eot(seen, draws) if any", "return seen if any",
+        (layer("the_mean_gradient_of_who_knows_is_that_of_many_looks"),)),
+    Bug("one draw for the batch", DEFENSES,
+        "(n,), generator=self.generator)", "(1,), generator=self.generator).expand(n)",
+        (layer("all_sides_and_places_occur_and_nothing_sticks_out"),)),
+    Bug("the same place in both directions", DEFENSES,
+        "return side, *corner.minimum(room)", "return side, *corner[:1].minimum(room).expand(2, n)",
+        (layer("all_sides_and_places_occur_and_nothing_sticks_out"),)),
+    Bug("half a pixel off", DEFENSES,
+        "(2 * line + 1).double()", "(2 * line).double()",
+        (layer("every_image_is_scaled_and_pasted_on_black[20-24-shape0]"),)),
+    Bug("images outside the ball count as fooled", CELLS,
+        "torch.where(allowed, looks(model, x_adv, y, draws), before[index])",
+        "looks(model, x_adv, y, draws)",
+        (count("an_image_outside_the_ball_or_the_box_counts_as_not_attacked"),)),
+    Bug("robustness over all images", CELLS,
+        "share(_divide(both, draws * draws), right)",
+        "share(_divide(both, draws * draws), cell['n'])",
+        (count("attack_robustness_by_hand"),)),
+    Bug("the best case", CELLS,
+        "str(min(counts))", "str(max(counts))",
+        (count("the_worst_case_is_the_worst_of_each_image_not_of_the_averages"),)),
+    Bug("images leave a random network at the first lucky look", CELLS,
+        "early=stop_early and not random", "early=stop_early",
+        (count("images_never_leave_early_where_the_network_is_random"),)),
+    Bug("falls of the loss count as rises", AUDIT,
+        "(change.sum(0) /", "(change.abs().sum(0) /",
+        (count("ascent_is_the_net_rise_over_the_ups_and_downs"),)),
+    Bug("another order of the attacks compared", AUDIT,
+        'white - ar["square"] > POINTS', 'ar["square"] - white > POINTS',
+        (count("every_sign_is_flagged_beyond_its_threshold_and_not_at_it"),)),
 ]
 
 

@@ -317,8 +317,8 @@ def test_the_evaluator_says_the_defence_and_counts_what_changes_by_chance(run_he
     assert run_here("train_sga.py", *TRAIN, "--epochs", 1, "--uaps_save", "u").returncode == 0
     found = {}
     for defense in ("none", "gcm", "resizepad"):
-        done = run_here("eval_uap.py", "--uaps_save", "u", "--model_name", "mlp", "--defense", defense,
-                        "--results", defense, "--show", 0)
+        done = run_here("eval_uap.py", "--uaps_save", "u", "--model_name", "mlp",
+                        "--defense", defense, "--results", defense, "--show", 0)
         assert done.returncode == 0, done.stderr
         assert ("defence: " in done.stdout) == (defense != "none")
         found[defense] = saved(tmp_path / defense)["rows"]

@@ -85,7 +85,8 @@ def place(x, side, top, left, size):
     y, x_ = (_grid(line, side, length)
              for line, length in ((row, x.shape[-2]), (column, x.shape[-1])))
     grid = torch.stack([x_[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
-    return F.grid_sample(x, grid.to(x), align_corners=False) * inside.to(x)
+    grid = grid.to(x.dtype).to(x.device)  # not at once: MPS knows no float64
+    return F.grid_sample(x, grid, align_corners=False) * inside.to(x)
 
 
 def _within(line, side):
