@@ -210,14 +210,14 @@ def protocol(settings, args):
     sizes = sorted({one["size"] for one in about.values()})
     defense = " / ".join(dict.fromkeys(describe(
         args.defense, size=s, w=args.w, epsilon=args.epsilon, low=args.low) for s in sizes))
-    early = ("always" if settings["stop_early"] else "where the attacker knows or transfers") + (
-        ", the defence not being random" if args.defense != "none" else "")
+    early = ("" if settings["stop_early"] else " whose attacker knows the defence or transfers") \
+        + ", but for random defences" * is_random(args.defense)
     return (
         f"Protocol: {settings['data']}, n={settings['n']}, list sha256 "
         f"{settings['images_sha256'][:16]}; {nets}; defence: {defense}; attacks on the images "
-        f"that are right before, labels untargeted, cross-entropy but for C&W's margin; FGSM from "
+        f"that are right before, untargeted, on cross-entropy but for C&W's margin; FGSM from "
         f"the image, PGD {STEPS} steps of 3/40 eps from a random start, scaled to the ball and cut "
-        f"to [0, 1], the last step counts, but fooled images leave a PGD {early}; gradients in "
+        f"to [0, 1], the last step counts; fooled images leave a PGD{early}; gradients in "
         f"{'float32' if settings['amp'] == 'off' else settings['amp']}, measured in float32; seed "
         f"{settings['seed']}; batches of {settings['batch_size']}; {settings['device']}, torch "
         f"{settings['torch']}\n")
