@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gcm")
     done = subprocess.run(
         [sys.executable, str(SRC / "gcm.py"), *map(str, FEW)], cwd=folder, capture_output=True,
-        text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "gcm", done.stdout
 
