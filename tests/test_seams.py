@@ -25,7 +25,7 @@ ALL_FLAGS = set().union(*map(flags_of, [*SCRIPTS, *ROOT.glob("benchmarks/*.py")]
                          ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_flag_that_is_written_exists(path):
     foreign = {"--system-site-packages", "--quiet", "--version", "--clear", "--always", "--dirty",
-               "--no-deps"}
+               "--no-deps", "--nproc_per_node"}
     written = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-[\w-]+)?", path.read_text()))
     assert not written - ALL_FLAGS - foreign - {"--help"}
 

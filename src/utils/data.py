@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -249,12 +250,19 @@ def spread(labels, num):
 
 # -------------------------------------------------------------------- reading
 
-def decode(path, size):
-    """An image file as (3, size, size) uint8, or None if it cannot be decoded."""
+def _rgb(path):
+    """An image file as a PIL image, or None if it cannot be decoded."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            return file.convert("RGB")
     except Exception:  # PIL's decoders raise nearly anything on a broken file
+        return None
+
+
+def decode(path, size):
+    """An image file as (3, size, size) uint8, or None if it cannot be decoded."""
+    image = _rgb(path)
+    if image is None:
         return None
     image = TF.resize(image, round(size * 256 / 224) if size > 64 else size)
     return TF.pil_to_tensor(TF.center_crop(image, size))
@@ -311,13 +319,62 @@ def load(images, *, workers):
     return replace(images.select(keep), pixels=pixels[:len(keep)], skipped=tuple(skipped))
 
 
+@dataclass(frozen=True, eq=False)
+class Crops(torch.utils.data.Dataset):
+    """Item (i, seed): a random part of photograph i, and its mirror image half of the time.
+
+    (3, size, size) uint8, or None if it cannot be decoded; RandomResizedCrop as torchvision's.
+    """
+    images: Images
+
+    def __getitem__(self, key):
+        i, seed = key
+        image = _rgb(self.images.root / self.images.names[i])
+        if image is None:
+            return None
+        size = [self.images.size] * 2
+        with torch.random.fork_rng(devices=[]):  # get_params draws from the global generator
+            torch.manual_seed(seed)
+            box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            mirrored = torch.rand(()) < 0.5
+        image = TF.pil_to_tensor(TF.resized_crop(image, *box, size))
+        return image.flip(2) if mirrored else image
+
+
+def random_crops(images, plan, *, workers):
+    """Yields (index (n,), x (n, 3, H, W) uint8) for every list of (i, seed) in the list `plan`.
+
+    A file that cannot be decoded is named on stderr and left out. UserError: a whole list of them.
+    """
+    loader = torch.utils.data.DataLoader(
+        Crops(images), batch_sampler=plan, collate_fn=_stack, num_workers=workers,
+        generator=torch.Generator())
+    for keys, (good, x) in zip(plan, _alive(loader), strict=True):
+        for k in sorted(set(range(len(keys))) - set(good)):
+            tqdm.write(f"warning: {images.root / images.names[keys[k][0]]}: cannot be decoded, "
+                       "left out", file=sys.stderr)
+        if not good:
+            raise UserError(f"{images.root}: not one image of a minibatch can be decoded")
+        yield torch.tensor([keys[k][0] for k in good]), x
+
+
 def to_float(x):
     """uint8 -> float32 in [0, 1], exactly k/255."""
     return x.to(torch.float32).div_(255)
+
+
+def crop_flip(x, size, u):
+    """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
+    n, channels, height, width = x.shape
+    top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)
+                 for i, side in ((0, height), (1, width)))
+    row, column = (corner[:, None] + torch.arange(size) for corner in (top, left))
+    column = torch.where(u[2, :, None] < 0.5, column.flip(1), column)
+    return x[torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None],
+             row[:, None, :, None], column[:, None, None, :]]
 
 
 def default_workers():
     """A process for each processor this one may use, eight at most."""
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     return min(8, len(mine))
-

@@ -72,6 +72,29 @@ def curves(rows, title):
     return _png(figure)
 
 
+def training(rows, title):
+    """Loss and accuracies over the epochs, from the rows of free_at.py's log.csv."""
+    figure = _figure(6, 3.4)
+    left = figure.add_subplot()
+    right = left.twinx()
+    epochs = [row["epoch"] for row in rows]
+    left.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker="o", ms=3)
+    left.set(xlabel="pass over the images", title=title)
+    left.set_ylabel("training loss", color=BLUE)
+    right.plot(epochs, [100 * row["train_acc"] for row in rows], color=ORANGE, marker="s", ms=3,
+               label="accuracy on what was trained on")
+    probed = [(row["epoch"], 100 * row["probe_adv_acc"]) for row in rows
+              if row["probe_adv_acc"] != ""]
+    if probed:
+        right.plot(*zip(*probed, strict=True), color=GREEN, marker="^", ms=3,
+                   label="PGD-10, some training images")
+    right.set(ylim=(0, 100), ylabel="accuracy, %")
+    right.legend(fontsize=8, loc="center right")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.grid(alpha=0.3)
+    return _png(figure)
+
+
 def heatmap(values, rows, columns):
     """Fooling ratios in [0, 1], a row for every perturbation, a column for every target."""
     figure = _figure(3.5 + 0.9 * len(columns), 2 + 0.45 * len(rows))

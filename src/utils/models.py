@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.data import SMALL, default_workers, load, open_images, to_float
+from utils.resnets import RESNETS
 from utils.run import UserError, load_pth, save_pth
 
 # how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
@@ -60,13 +61,78 @@ def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root=
     return freeze(nn.Sequential(Normalize(mean, std), net)).to(device)
 
 
+def trainable(name, *, kind, weights="random", seed=0):
+    """Sequential(Normalize, net) to be trained, in training mode; its net[1] is what is saved.
+
+    weights: 'random' (drawn from the seed), or as in load_model where they start from others.
+    """
+    check_name(name, kind)
+    path = weights_path(name, weights)
+    if kind in RECIPES:
+        channels, size = (3, 32) if kind == "cifar10" else (1, 28)
+        mean = std = (0.5,) * channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = build_small(name, channels, size)
+        net = load_state(net, path, name) if path else net
+    else:
+        net, mean, std = _local(name, path, seed), _transforms(name).mean, _transforms(name).std
+    if not path and weights != "random":
+        net = load_model(name, weights=weights, kind=kind)[1]
+    return nn.Sequential(Normalize(mean, std), net).train().requires_grad_(True)
+
+
+class JointSum(torch.autograd.Function):
+    """The sum of a tensor over all processes; every one asks for its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        return JointSum.apply(g)
+
+
+class JointBatchNorm(nn.BatchNorm2d):
+    """Statistics over the images of all processes, on devices that SyncBatchNorm is not for."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dtype, x = x.dtype, x.to(self.running_mean.dtype)
+        here = torch.stack([x.sum((0, 2, 3)), torch.full_like(x[0, :, 0, 0], x[:, 0].numel())])
+        total, n = JointSum.apply(here)
+        mean = total / n
+        centred = x - mean[:, None, None]
+        var = JointSum.apply((centred ** 2).sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight / (var + self.eps).sqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+
+
+def joint_batch_norm(model, device):
+    """The same model, its batch statistics taken over all processes of the run."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for layer in model.modules():
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = JointBatchNorm  # the same parameters and buffers, summed elsewhere
+    return model
+
+
 def freeze(model):
     return model.eval().requires_grad_(False)
 
 
 def check_name(name, kind):
     """UserError unless `name` is a network that goes with this kind of data."""
-    wanted = SMALL if kind in RECIPES else zoo.list_models(module=zoo)
+    wanted = (*SMALL, *RESNETS) if kind in RECIPES else zoo.list_models(module=zoo)
     if name in wanted:
         return
     near = difflib.get_close_matches(name, wanted, n=1)
@@ -140,14 +206,14 @@ def _transforms(name):
     return next(iter(zoo.get_model_weights(name))).transforms()
 
 
-def _local(name, path):
+def _local(name, path, seed=0):
     """A torchvision architecture with random weights, or with those of the file."""
     options = {}
     if name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own weights:
         # input shifted to the weights' own normalisation, no auxiliary heads
         options = {"transform_input": True, "aux_logits": False, "init_weights": path is None}
     with torch.random.fork_rng(devices=[]):  # random weights are the same every time
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         net = zoo.get_model(name, weights=None, **options)
     return load_state(net, path, name) if path else net
 
@@ -219,7 +285,9 @@ def _conv(cin, cout, *, norm, stride=1):
 
 
 def build_small(name, channels, size):
-    """One of the five small networks with random weights; 10 classes, (N, channels, size, size)."""
+    """A network of ours with random weights; 10 classes, (N, channels, size, size)."""
+    if name in RESNETS:
+        return RESNETS[name](channels)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     if name == "cnn":
         layers = [*_conv(channels, 32, norm=False), nn.MaxPool2d(2), *_conv(32, 64, norm=False),
@@ -250,9 +318,10 @@ def _small(name, kind, weights, path, data_dir, data_root, device):
         net = build_small(name, channels, size)
     if weights == "random":
         return net, half, half
-    if not path and weights != "V1":
-        raise UserError(f"--weights {weights}: {name} has V1 (trained here on first use), random, "
-                        "or the path of a state dict")
+    if not path and (weights != "V1" or name in RESNETS):
+        ready = "" if name in RESNETS else "V1 (trained here on first use), "
+        raise UserError(f"--weights {weights}: {name} has {ready}random, or the path of a state "
+                        "dict, such as free_at.py makes")
     if path or cached.is_file():
         return load_state(net, path or cached, name), half, half
     model = nn.Sequential(Normalize(half, half), net).to(device)

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -207,10 +208,12 @@ def save_csv(path, rows):
 class RunFolder:
     """A folder that one process at a time may write; a kill frees it."""
 
-    def __init__(self, path):
+    def __init__(self, path, lock=True):
         import fcntl  # POSIX, like the shell scripts
 
         self.path = Path(path)
+        if not lock:  # another process of the same run holds it
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until exit)
@@ -267,3 +270,49 @@ class RunFolder:
             raise UserError(f"--results {self.path}: holds a table made with {key} {was[key]}, "
                             f"given {settings[key]}; choose another folder")
         return was | settings, saved["cells"]
+
+
+# ------------------------------------------------------------------- processes
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that torchrun started for one run; one alone where it did not."""
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self):
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def gather(self, x):
+        """The tensors x (n, ...) of all processes, of which position p was held by p % size."""
+        if self.size == 1:
+            return x
+        parts = [None] * self.size
+        torch.distributed.all_gather_object(parts, x.cpu())
+        whole = x.new_zeros((sum(map(len, parts)), *x.shape[1:]))
+        for rank, part in enumerate(parts):
+            whole[rank::self.size] = part.to(x)
+        return whole
+
+    def total(self, values):
+        """The numbers of all processes, each summed."""
+        if self.size == 1:
+            return values
+        parts = [None] * self.size
+        torch.distributed.all_gather_object(parts, list(values))
+        return [sum(column) for column in zip(*parts, strict=True)]
+
+
+def join_team(device):
+    """Team, and this process's own device; ends with the process."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Team(), device
+    rank = int(os.environ["RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(rank, size), device

@@ -1,0 +1,30 @@
+#!/bin/sh
+# Adversarial training for free, beside natural and K-PGD training, and the table of them all; any
+# flag of free_at.py passes through.
+#   sh src/train_free.sh                                            digits, offline
+#   DATA=mnist REPLAYS="2 4 8" sh src/train_free.sh                 free with three values of m
+#   DATA=cifar10 sh src/train_free.sh --schedule onecycle           a GPU's work: PreActResNet-18
+set -eu
+DATA=${DATA:-digits}                         # digits, mnist, cifar10, or a folder of class folders
+MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: cnn)
+METHODS=${METHODS:-natural free pgd fast}    # what to train
+REPLAYS=${REPLAYS:-8}                        # m of free; several, separated by spaces
+RUNS=${RUNS:-runs/free}                      # a folder for the runs' folders
+
+. "$(dirname "$0")/env.sh"
+folders=
+train() {  # train NAME FLAG...
+    name=$1; shift
+    folders="$folders $RUNS/$name"
+    "$PYTHON" "$root/src/free_at.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} \
+        --save "$RUNS/$name" "$@"
+}
+for method in $METHODS; do
+    if [ "$method" = free ]; then
+        for m in $REPLAYS; do train "free$m" --method free --replays "$m" "$@"; done
+    else
+        train "$method" --method "$method" "$@"
+    fi
+done
+# shellcheck disable=SC2086  # a list, separated by spaces
+exec "$PYTHON" "$root/src/free_at.py" --compare $folders

@@ -1,0 +1,334 @@
+"""free_at.py: its methods beside naive algorithms, resuming, processes, evaluation."""
+
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SRC
+
+import free_at
+from attack_toys import pictures, toy
+from utils import models
+from utils.data import crop_flip, load, open_images
+from utils.run import Team, save_pth
+
+CPU = torch.device("cpu")
+SMALL = ("--model_name", "mlp", "--num_images", 150, "--epochs", 4, "--device", "cpu",
+         "--eval_images", 20, "--queries", 10)
+
+
+def options(**changed):
+    return SimpleNamespace(**{
+        "method": "free", "replays": 3, "eps": 0.1, "alpha": 0.1, "steps": 2, "epochs": 6,
+        "batch_size": 16, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "schedule": "step",
+        "augment": "auto", "guard": "off", "amp": "off", "seed": 0, "model_name": "mlp",
+        "pretrained": "random", "image_size": 28} | changed)
+
+
+def digits(n=40):
+    return load(open_images("digits", split="train").prepared(28, n), workers=0)
+
+
+class Bar:
+    def update(self):
+        pass
+
+
+def trained(passes=2, **changed):
+    """Weights after some passes, as one vector, and the training itself."""
+    training = free_at.Training(options(**changed), digits(), Team(), CPU)
+    for _ in range(passes):
+        training.run_epoch(Bar())
+    return torch.cat([p.detach().flatten() for p in training.model.parameters()]), training
+
+
+# ------------------------------------------------------------------ the methods
+
+def test_free_is_algorithm_1_written_naively():
+    """Weights and delta after two minibatches, the gradients taken one at a time."""
+    x, m, eps, alpha, lr, mu = pictures(6, torch.float64), 3, 0.2, 0.15, 0.05, 0.9
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    ours, theirs = (toy(torch.float64).requires_grad_(True) for _ in range(2))
+    optimizer, delta = torch.optim.SGD(ours.parameters(), lr, mu), torch.zeros_like(x)
+    naive_delta = torch.zeros_like(x)
+    velocity = [torch.zeros_like(p) for p in theirs.parameters()]
+    for part in (slice(0, 6), slice(2, 6)):  # the second is smaller: the first rows of delta
+        images, labels = x[part], y[part]
+
+        def update(z, labels=labels):
+            optimizer.zero_grad()
+            F.cross_entropy(ours(z), labels).backward()
+            optimizer.step()
+        free_at.free_minibatch(update, images, delta[:len(images)], eps=eps, alpha=alpha, m=m)
+        for _ in range(m):
+            d = naive_delta[:len(images)].clone().requires_grad_()
+            loss = F.cross_entropy(theirs((images + d).clamp(0, 1)), labels)
+            g_delta, = torch.autograd.grad(loss, d, retain_graph=True)
+            g_weights = torch.autograd.grad(loss, list(theirs.parameters()))
+            naive_delta[:len(images)] = (d.detach() + alpha * g_delta.sign()).clamp(-eps, eps)
+            with torch.no_grad():
+                for p, v, g in zip(theirs.parameters(), velocity, g_weights, strict=True):
+                    v.mul_(mu).add_(g)
+                    p.sub_(lr * v)
+    assert torch.allclose(delta, naive_delta, rtol=0, atol=1e-7)
+    assert (naive_delta.abs() == eps).any() and (naive_delta != 0).all(1).any()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=0, atol=1e-7)
+
+
+def test_free_with_one_replay_and_no_radius_is_natural_training():
+    free, _ = trained(method="free", replays=1, eps=0.0, alpha=0.0)
+    natural, _ = trained(method="natural")
+    assert torch.equal(free, natural)
+    other, _ = trained(method="free", replays=1)
+    assert not torch.equal(other, natural)
+
+
+def test_delta_goes_on_from_minibatch_to_minibatch_within_the_radius():
+    _, training = trained(passes=1)
+    assert training.delta.shape == (16, 1, 28, 28)
+    assert 0 < training.delta.abs().max() <= 0.1 + 1e-7
+    before = training.delta.clone()
+    x = torch.rand(8, 1, 28, 28)
+    free_at.free_minibatch(lambda z: z.sum().backward(), x, training.delta[:8], eps=0.1,
+                           alpha=0.01, m=1)
+    assert torch.equal(training.delta[8:], before[8:])
+    assert not torch.equal(training.delta[:8], before[:8])
+
+
+@pytest.mark.parametrize(("method", "m", "epochs", "passes"), [
+    ("natural", 8, 24, 24), ("free", 8, 24, 3), ("free", 5, 24, 5), ("pgd", 8, 2, 2),
+    ("free", 1, 7, 7)])
+def test_the_budget_is_counted_in_weight_steps(method, m, epochs, passes):
+    args = options(method=method, replays=m, epochs=epochs)
+    assert free_at.passes(args) == passes
+    training = free_at.Training(args, digits(40), Team(), CPU)  # 16 + 16 + 8
+    assert training.total == passes * 3 * (m if method == "free" else 1)
+
+
+def test_the_schedules():
+    assert [free_at.rate(k, 80, "step") for k in (0, 39, 40, 59, 60, 79)] == [
+        1, 1, 0.1, 0.1, 0.01, 0.01]
+    cycle = [free_at.rate(k, 100, "onecycle") for k in (0, 20, 40, 70, 100)]
+    assert cycle == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_fast_takes_one_step_from_a_random_point():
+    model, x = toy(torch.float64), pictures(4, torch.float64)
+    y, u = torch.tensor([0, 1, 2, 3]), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    found = free_at.fast_start(model, x, y, u, eps=0.1, alpha=0.125)
+    d = (0.1 * (2 * u - 1)).requires_grad_()
+    g, = torch.autograd.grad(F.cross_entropy(model((x + d).clamp(0, 1)), y, reduction="sum"), d)
+    wanted = (x + (d.detach() + 0.125 * g.sign()).clamp(-0.1, 0.1)).clamp(0, 1)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("method", ["pgd", "fast"])
+def test_the_weights_step_on_adversarial_images_within_the_radius(method, monkeypatch):
+    seen = []
+    real = free_at.Training.update
+    monkeypatch.setattr(free_at.Training, "update",
+                        lambda self, x, **k: seen.append(x.detach()) or real(self, x, **k))
+    _, training = trained(passes=1, method=method, augment="off")
+    clean = training.images.pixels.float() / 255
+    for batch in seen:
+        near = (batch[:, None] - clean[None]).flatten(2).abs().amax(2).amin(1)
+        assert (near <= 0.1 + 1e-6).all() and (near > 0.05).all()
+
+
+def test_crops_and_mirrors_are_those_of_a_loop():
+    x = torch.randint(0, 256, (5, 3, 12, 11), dtype=torch.uint8)
+    u = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
+    u[:, 0] = torch.tensor([0.0, 0.999999, 0.4])
+    found = crop_flip(x, 8, u)
+    assert found.dtype == torch.uint8
+    for i in range(5):
+        top, left = int(u[0, i] * 5), int(u[1, i] * 4)
+        one = x[i, :, top:top + 8, left:left + 8]
+        assert torch.equal(found[i], one.flip(2) if u[2, i] < 0.5 else one)
+    assert len(set((u[2] < 0.5).tolist())) == 2
+
+
+# --------------------------------------------------------------- a run, by flags
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", ["natural", "pgd", "free", "fast"])
+def test_a_run_leaves_a_network_that_every_script_takes_and_its_table(run_here, tmp_path, method):
+    done = run_here("free_at.py", *SMALL, "--method", method, "--replays", 2, "--save", "run")
+    assert done.returncode == 0, done.stderr
+    name = {"free": "free2_mlp"}.get(method, f"{method}_mlp")
+    facts = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+    assert facts["method"] == method and facts["weight_steps"] == 4 * 3
+    assert facts["passes"] == (2 if method == "free" else 4)
+    model = models.load_model("mlp", weights=str(tmp_path / "run" / f"{name}.pth"), kind="digits")
+    assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+    table = rows(tmp_path / "run" / "results.csv")
+    assert [row["attack"] for row in table] == [
+        "none", "FGSM", "PGD-20", "PGD-50-10", "CW-50", "APGD + Square 10", "worst case"]
+    left = [float(row["adv_acc"]) for row in table[1:]]
+    assert left[-1] == min(left)
+    assert "| clean_acc | adv_acc, FGSM |" in done.stdout
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script may catch it."""
+
+
+@pytest.mark.parametrize("method", ["free", "fast", "pgd"])
+def test_a_killed_run_resumes_to_the_same_bytes(run_here, tmp_path, monkeypatch, method):
+    flags = (*SMALL, "--method", method, "--replays", 2, "--guard", "stop")
+    assert run_here("free_at.py", *flags, "--save", "whole").returncode == 0
+    real, calls = free_at.Training.run_epoch, []
+
+    def killing(self, bar):
+        if len(calls) == 1:
+            raise Killed
+        calls.append(1)
+        return real(self, bar)
+    with monkeypatch.context() as patch:
+        patch.setattr(free_at.Training, "run_epoch", killing)
+        with pytest.raises(Killed):
+            run_here("free_at.py", *flags, "--save", "killed")
+    gc.collect()
+    assert len(rows(tmp_path / "killed" / "log.csv")) == 1
+    assert run_here("free_at.py", *flags, "--save", "killed", "--resume").returncode == 0
+    name = ("free2" if method == "free" else method) + "_mlp.pth"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    keys = ("epoch", "weight_steps", "loss", "train_acc", "probe_adv_acc")
+    assert [[row[k] for k in keys] for row in rows(tmp_path / "killed" / "log.csv")] == [
+        [row[k] for k in keys] for row in rows(tmp_path / "whole" / "log.csv")]
+
+
+@pytest.mark.parametrize(("method", "network"), [
+    ("free", "mlp"), ("fast", "mlp"), ("pgd", "mlp"), ("natural", "mlp")])
+def test_two_processes_make_the_network_of_one(tmp_path, method, network):
+    flags = [*map(str, SMALL), "--model_name", network, "--method", method, "--replays", "2",
+             "--batch_size", "50", "--num_images", "135", "--eval_images", "1", "--lr", "0.05",
+             "--epochs", "2"]
+    here = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for folder, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node",
+                                                "2", "--master_port", "29611"])):
+        done = subprocess.run([sys.executable, *start, str(SRC / "free_at.py"), *flags, "--save",
+                               folder], cwd=tmp_path, env=here, capture_output=True, text=True,
+                              check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    name = ("free2" if method == "free" else method) + f"_{network}.pth"
+    one, two = (torch.load(tmp_path / folder / name, weights_only=True)
+                for folder in ("one", "two"))
+    start = models.trainable(network, kind="digits")[1].state_dict()
+    assert max((one[k] - start[k]).abs().max() for k in one) > 2e-3
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=0, atol=2e-4), key
+    assert [row["weight_steps"] for row in rows(tmp_path / "two" / "log.csv")] == [
+        row["weight_steps"] for row in rows(tmp_path / "one" / "log.csv")]
+
+
+JOINT = """
+import copy, sys, torch
+from torch import nn
+sys.path.insert(0, sys.argv[1])
+from utils.models import joint_batch_norm
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(0)
+whole = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3),
+                      nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)).double()
+part = joint_batch_norm(copy.deepcopy(whole), torch.device("cpu"))
+x = torch.randn(9, 3, 5, 5).double().requires_grad_()
+own = x.detach()[rank::2].requires_grad_()
+(whole(x) ** 3).sum().backward()
+(part(own) ** 3).sum().backward()
+for p, q in zip(part.parameters(), whole.parameters(), strict=True):
+    torch.distributed.all_reduce(p.grad)
+    assert torch.allclose(p.grad, q.grad, rtol=0, atol=1e-12)
+for a, b in zip(part.buffers(), whole.buffers(), strict=True):
+    assert torch.allclose(a, b, rtol=0, atol=1e-14)
+assert torch.allclose(own.grad, x.grad[rank::2], rtol=0, atol=1e-14) and own.grad.abs().max() > 1e-3
+a, b = part.eval()(own.detach()), whole.eval()(own.detach())
+assert torch.allclose(a, b, rtol=0, atol=1e-12)
+"""
+
+
+def test_batch_statistics_of_two_processes_are_those_of_the_joint_batch(tmp_path):
+    (tmp_path / "joint.py").write_text(JOINT)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                           "--master_port", "29613", str(tmp_path / "joint.py"), str(SRC)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guard_ends_with_the_better_weights(run_here, tmp_path, monkeypatch):
+    values = iter([0.5, 0.6, 0.1, 0.9])
+    monkeypatch.setattr(free_at, "probe", lambda training: next(values))
+    done = run_here("free_at.py", *SMALL, "--method", "fast", "--guard", "stop", "--save", "run")
+    assert done.returncode == 0, done.stderr
+    assert "catastrophic overfitting; the run ends" in done.stdout
+    assert len(rows(tmp_path / "run" / "log.csv")) == 3
+    again = run_here("free_at.py", *SMALL, "--method", "fast", "--guard", "stop", "--save", "run",
+                     "--resume")
+    assert again.returncode == 0, again.stderr
+    assert len(rows(tmp_path / "run" / "log.csv")) == 3
+
+
+def test_a_universal_perturbation_is_measured_on_the_network(run_here, tmp_path):
+    save_pth(tmp_path / "u.pth", torch.zeros(1, 28, 28))
+    done = run_here("free_at.py", *SMALL, "--method", "natural", "--save", "run", "--uaps_save",
+                    "u.pth")
+    assert done.returncode == 0, done.stderr
+    assert "| u | 0.0 %" in done.stdout
+
+
+def test_passes_that_are_rounded_up_are_said(run_here):
+    done = run_here("free_at.py", *SMALL, "--replays", 3, "--save", "run")
+    assert "2 passes (rounded up), 18 weight steps" in done.stdout
+
+
+# ------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--model_name", "resnet9000"), ("resnet9000", "wanted one of cnn")),
+    (("--batch_size", 500), ("--batch_size 500", "150 training images")),
+    (("--eps", 8), ("outside (0, 1]",)), (("--eval_images", 400), ("has 355",)),
+    (("--pretrained", "nowhere.pth"), ("nowhere.pth",)),
+    (("--evaluate", "nowhere.pth"), ("nowhere.json",))], ids=str)
+def test_bad_input_is_one_line(run_here, refused, flags, words):
+    refused(run_here("free_at.py", *SMALL, *flags), *words)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
+        run_here, refused, tmp_path, monkeypatch):
+    real, calls = free_at.Training.run_epoch, []
+
+    def breaking(self, bar):
+        calls.append(1)
+        loss, acc = real(self, bar)
+        return (float("nan") if len(calls) == 2 else loss), acc
+    monkeypatch.setattr(free_at.Training, "run_epoch", breaking)
+    refused(run_here("free_at.py", *SMALL, "--method", "natural", "--save", "run"), "epoch 2",
+            "last checkpoint is kept")
+    saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert saved["epoch"] == 1 and all(v.isfinite().all() for v in saved["net"].values())
+
+
+def test_a_checkpoint_of_another_network_is_refused(run_here, refused, tmp_path):
+    assert run_here("free_at.py", *SMALL, "--save", "run").returncode == 0
+    refused(run_here("free_at.py", *SMALL, "--save", "run", "--model_name", "cnn", "--resume"),
+            "--model_name", "mlp")
+    facts = json.loads((tmp_path / "run" / "free8_mlp.json").read_text())
+    (tmp_path / "run" / "free8_mlp.json").write_text(json.dumps(facts | {"model_name": "cnn"}))
+    refused(run_here("free_at.py", *SMALL, "--evaluate", "run/free8_mlp.pth"),
+            "not the weights of cnn")
