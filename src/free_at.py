@@ -480,9 +480,11 @@ def train(training, folder, flags):
                   disable=None if team.first else True) as bar:
             loss, acc = training.run_epoch(bar)
         synchronize(device)
-        if not math.isfinite(loss):
-            raise UserError(f"epoch {training.epoch + 1}: the loss is {loss}; the last checkpoint "
-                            "is kept; type a smaller --lr")
+        broken = sum(not p.isfinite().all() for p in training.model.parameters())
+        if not math.isfinite(loss) or broken:
+            raise UserError(f"epoch {training.epoch + 1}: the loss is {loss:g}, {broken} layers "
+                            "have weights that are not finite; the last checkpoint is kept; type "
+                            "a smaller --lr")
         training.epoch += 1
         row = {"epoch": training.epoch, "weight_steps": training.done, "loss": round(loss, 6),
                "train_acc": round(acc, 6), "seconds": round(time.perf_counter() - start, 3),

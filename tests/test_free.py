@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SRC
+from PIL import Image
+from torchvision.transforms import v2
 
 import free_at
 from attack_toys import pictures, toy
 from utils import models
-from utils.data import crop_flip, load, open_images
-from utils.run import Team, save_pth
+from utils.data import crop_flip, load, open_images, random_crops
+from utils.run import Team, UserError, save_pth
 
 CPU = torch.device("cpu")
 SMALL = ("--model_name", "mlp", "--num_images", 150, "--epochs", 4, "--device", "cpu",
@@ -155,6 +157,61 @@ def test_crops_and_mirrors_are_those_of_a_loop():
         one = x[i, :, top:top + 8, left:left + 8]
         assert torch.equal(found[i], one.flip(2) if u[2, i] < 0.5 else one)
     assert len(set((u[2] < 0.5).tolist())) == 2
+
+
+# ------------------------------------------------------- photographs, read in passing
+
+@pytest.fixture
+def photographs(tmp_path, picture):
+    """A folder with train/ and val/ of two ImageNet classes, three photographs each."""
+    for split in ("train", "val"):
+        for i, wnid in enumerate(("n01440764", "n02504458")):
+            for k in range(3):
+                picture(tmp_path / "net" / split / wnid / f"{k}.JPEG", 90 + k, 70, seed=3 * i + k)
+    return tmp_path / "net"
+
+
+def test_crops_are_those_of_torchvision_with_the_seed_that_is_given(photographs):
+    images = open_images(photographs, split="train").prepared(32, None)
+    plan = [[(0, 5), (4, 6)], [(0, 7)]]
+    found = list(random_crops(images, plan, workers=0))
+    assert [index.tolist() for index, _ in found] == [[0, 4], [0]]
+    state = torch.get_rng_state()
+    ready = v2.Compose([v2.RandomResizedCrop(32), v2.PILToTensor()])
+    for (_, x), keys in zip(found, plan, strict=True):
+        for one, (i, seed) in zip(x, keys, strict=True):
+            torch.manual_seed(seed)
+            with Image.open(images.root / images.names[i]) as file:
+                wanted = ready(file.convert("RGB"))
+            same = (one.float() - wanted.float()).abs().max()
+            assert min(same, (one.flip(2).float() - wanted.float()).abs().max()) == 0
+    assert not torch.equal(found[0][1][0], found[1][1][0])
+    torch.set_rng_state(state)
+    for (_, x), (_, again) in zip(found, random_crops(images, plan, workers=1), strict=True):
+        assert torch.equal(x, again) and torch.equal(torch.get_rng_state(), state)
+    seeds = [list(enumerate(range(k, k + 6))) for k in range(0, 60, 6)]
+    plain = [x for _, x in random_crops(images, seeds, workers=0)]
+    assert len({x.sum().item() for x in torch.cat(plain)}) == 60
+
+
+def test_a_broken_photograph_is_left_out_of_its_minibatch(photographs, capsys):
+    (photographs / "train" / "n01440764" / "1.JPEG").write_text("no image")
+    images = open_images(photographs, split="train").prepared(32, None)
+    (index, x), = random_crops(images, [[(0, 1), (1, 2), (5, 3)]], workers=0)
+    assert index.tolist() == [0, 5] and len(x) == 2
+    assert "n01440764/1.JPEG: cannot be decoded, left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not one image"):
+        list(random_crops(images, [[(1, 2)]], workers=0))
+
+
+def test_imagenet_networks_train_on_crops_of_photographs(run_here, tmp_path, photographs):
+    done = run_here("free_at.py", "--data_dir", photographs, "--model_name", "squeezenet1_1",
+                    "--replays", 2, "--epochs", 2, "--batch_size", 3, "--lr", 0.001,
+                    "--device", "cpu", "--save", "run", "--workers", 0, "--queries", 1)
+    assert done.returncode == 0, done.stderr
+    assert "6 images of" in done.stdout and "1 passes, 4 weight steps" in done.stdout
+    facts = json.loads((tmp_path / "run" / "free2_squeezenet1_1.json").read_text())
+    assert facts["eps"] == 4 / 255 and facts["image_size"] == 224
 
 
 # --------------------------------------------------------------- a run, by flags
@@ -295,6 +352,24 @@ def test_a_universal_perturbation_is_measured_on_the_network(run_here, tmp_path)
 def test_passes_that_are_rounded_up_are_said(run_here):
     done = run_here("free_at.py", *SMALL, "--replays", 3, "--save", "run")
     assert "2 passes (rounded up), 18 weight steps" in done.stdout
+
+
+def test_finished_runs_stand_in_one_table_and_others_are_refused(run_here, refused, tmp_path):
+    for method in ("natural", "pgd"):
+        assert run_here("free_at.py", *SMALL, "--method", method, "--save", method).returncode == 0
+    assert run_here("free_at.py", *SMALL, "--replays", 8, "--save", "free8").returncode == 0
+    done = run_here("free_at.py", "--compare", "natural", "free8", "pgd")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [(line[0], line[1], line[2]) for line in lines[2:]] == [
+        ("| natural", "12", "12"), ("| free8", "24", "24"), ("| pgd", "12", "96")]
+    worst = {name: 100 * float(rows(tmp_path / name / "results.csv")[-1]["adv_acc"])
+             for name in ("natural", "free8", "pgd")}
+    assert f"natural: {worst['natural']:.1f} % are left" in done.stdout
+    assert f"free8 against pgd-7: {worst['free8'] - worst['pgd']:+.1f} points" in done.stdout
+    assert run_here("free_at.py", *SMALL, "--eps", 0.3, "--save", "far").returncode == 0
+    refused(run_here("free_at.py", "--compare", "natural", "far"), "has eps 0.3")
+    refused(run_here("free_at.py", "--compare", "natural", "none"), "none: no finished run")
 
 
 # ------------------------------------------------------------------- bad input
