@@ -10,8 +10,8 @@
     python free_at.py --method pgd --data_dir cifar10 --model_name preact_resnet18
     torchrun --nproc_per_node 4 free_at.py --method free --replays 4 --data_dir /data/imagenet \\
         --model_name resnet50
-    python free_at.py --evaluate runs/digits_free8_cnn/free8_cnn.pth
-    python free_at.py --compare runs/digits_natural_cnn runs/digits_free8_cnn runs/digits_pgd_cnn
+    python free_at.py --evaluate runs/digits_free8_mlp/free8_mlp.pth
+    python free_at.py --compare runs/digits_natural_mlp runs/digits_free8_mlp runs/digits_pgd_mlp
 
 Natural and free training take the same number of weight steps for the same --epochs: free passes
 over the images ceil(epochs / m) times. A run leaves NAME.pth (the network's state dict, which every
@@ -75,8 +75,8 @@ from utils.run import (
 from utils.uaps import find_uaps, fit_size, read_uaps
 
 PRESETS = {  # eps, alpha of pgd, network, epochs, batch, learning rate, weight decay
-    "digits": (0.1, 0.025, "cnn", 24, 64, 0.1, 0.0),
-    "mnist": (0.3, 0.05, "cnn", 8, 128, 0.1, 0.0),
+    "digits": (0.1, 0.025, "mlp", 80, 64, 0.03, 0.0),
+    "mnist": (0.3, 0.05, "cnn", 16, 128, 0.03, 0.0),
     "cifar10": (8 / 255, 2 / 255, "preact_resnet18", 80, 128, 0.1, 5e-4),
     "imagenet": (4 / 255, 1 / 255, "resnet50", 90, 256, 0.1, 1e-4)}
 NOT_THE_RESULT = {"workers", "resume", "overwrite", "save", "data_root", "data_dir", "evaluate",
@@ -247,9 +247,16 @@ class Training:
                 free_minibatch(update, x, self.delta[:len(x)], eps=args.eps, alpha=args.alpha,
                                m=args.replays)
             else:
-                update(self.attacked(x, y, joint))
+                with self.precision():
+                    x = self.attacked(x, y, joint)
+                update(x)
         loss, right, count = self.team.total(sums.tolist())
         return loss / count, right / count
+
+    def precision(self):
+        """bf16 for the network's layers where asked for; losses and images stay float32."""
+        amp = self.args.amp == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if amp else nullcontext()
 
     def attacked(self, x, y, joint):
         """What the weights step on: x itself, or its worst by pgd or fast."""
@@ -269,8 +276,7 @@ class Training:
         lr = self.args.lr * rate(self.done, self.total, self.args.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        amp = self.args.amp == "bf16"
-        with torch.autocast(x.device.type, torch.bfloat16) if amp else nullcontext():
+        with self.precision():
             logits = self.net(x)
         loss = F.cross_entropy(logits.float(), y, reduction="sum")
         self.optimizer.zero_grad()

@@ -6,7 +6,7 @@
 #   DATA=cifar10 sh src/train_free.sh --schedule onecycle           a GPU's work: PreActResNet-18
 set -eu
 DATA=${DATA:-digits}                         # digits, mnist, cifar10, or a folder of class folders
-MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: cnn)
+MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: mlp)
 METHODS=${METHODS:-natural free pgd fast}    # what to train
 REPLAYS=${REPLAYS:-8}                        # m of free; several, separated by spaces
 RUNS=${RUNS:-runs/free}                      # a folder for the runs' folders
