@@ -50,8 +50,8 @@ from utils.balls import NORMS, TINY, column, nearest, norm_of, random_point, spa
 from utils.run import UserError
 from utils.square import square
 
-__all__ = ["apgd", "bim", "bpda", "cw_l2", "eot", "fgsm", "fgv", "mim", "pgd", "square",
-           "worst_case"]
+__all__ = ["apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step", "mim",
+           "pgd", "square", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
@@ -110,13 +110,23 @@ def fgsm(model, x, y, *, eps, targeted=False, loss="ce", generator=None, report=
                report=report)
 
 
+def fgs_step(x, g, eps):
+    """x + eps * sign(g), in [0, 1]: fgsm, of a gradient g (N, ...) that is there already."""
+    return (x + eps * g.sign()).clamp_(0, 1)
+
+
+def fgv_step(x, g, alpha):
+    """x + alpha * g / max|g|, the maximum per image, in [0, 1]: fgv, of a gradient g (N, ...)."""
+    return (x + alpha * g / column(norm_of(g, "linf").clamp_min(TINY), g)).clamp_(0, 1)
+
+
 @attack
 def fgv(model, x, y, *, alpha, targeted=False, loss="ce", generator=None, report=None):
     """x + alpha * g / max|g|, the maximum per image, in [0, 1]: the gradient itself, no sign."""
     tally = Tally(x)
     if len(x):
         _, _, g = gradient(model, x, y, ascend(loss, targeted), tally, slice(None))
-        x = (x + alpha * g / column(norm_of(g, "linf").clamp_min(TINY), g)).clamp_(0, 1)
+        x = fgv_step(x, g, alpha)
     tally.fill(report)
     return x
 

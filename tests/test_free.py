@@ -302,7 +302,8 @@ torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 torch.manual_seed(0)
 whole = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3),
-                      nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)).double()
+                      nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.BatchNorm1d(2),
+                      nn.Linear(2, 2)).double()
 part = joint_batch_norm(copy.deepcopy(whole), torch.device("cpu"))
 x = torch.randn(9, 3, 5, 5).double().requires_grad_()
 own = x.detach()[rank::2].requires_grad_()

@@ -95,6 +95,58 @@ def training(rows, title):
     return _png(figure)
 
 
+def variations(logs):
+    """Accuracies over the epochs, a panel for every {variation: [rows of log.csv, a list a seed]}.
+
+    The line is the mean over the seeds, the band reaches from the lowest to the highest.
+    """
+    columns = min(4, len(logs))
+    lines = -(-len(logs) // columns)
+    figure = _figure(1 + 2.9 * columns, 0.6 + 2.5 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in panels.flat[len(logs):]:
+        axes.axis("off")
+    for axes, (name, seeds) in zip(panels.flat, logs.items(), strict=False):
+        for key, label, colour in (("clean", "clean", BLUE), ("fgs", "FGS", ORANGE),
+                                   ("fgv", "FGV", GREEN)):
+            values = 100 * np.array([[row[key] for row in rows] for rows in seeds])
+            epochs = [row["epoch"] for row in seeds[0]]
+            axes.plot(epochs, values.mean(0), color=colour, label=label, lw=1.4)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+        axes.set(title=name, ylim=(-2, 102))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("accuracy, %")
+    panels[0, 0].legend(fontsize=8, loc="lower right")
+    return _png(figure)
+
+
+def attacked(shown):
+    """Images clean, under FGS and under FGV with what is seen in them, for every variation.
+
+    shown: {variation: {x (3, n, C, H, W) in [0, 1], seen (3, n), y (n,)}}
+    """
+    n = max(len(one["y"]) for one in shown.values())
+    figure = _figure(0.9 + 0.85 * n * min(2, len(shown)), 0.3 + 2.9 * -(-len(shown) // 2))
+    groups = figure.subfigures(-(-len(shown) // 2), min(2, len(shown)), squeeze=False)
+    for group, (name, one) in zip(groups.flat, shown.items(), strict=False):
+        group.suptitle(f"trained on {name}", fontsize=9)
+        panels = group.subplots(3, n, squeeze=False)
+        for line, kind in enumerate(("clean", "FGS", "FGV")):
+            for axes in panels[line, len(one["y"]):]:
+                axes.axis("off")
+            for i, y in enumerate(one["y"]):
+                _show(panels[line, i], torch.from_numpy(one["x"][line, i]))
+                seen = one["seen"][line, i]
+                panels[line, i].set_title(str(seen), fontsize=8, pad=2,
+                                          color="black" if seen == y else ORANGE)
+            panels[line, 0].set_ylabel(kind, fontsize=8)
+    return _png(figure)
+
+
 def heatmap(values, rows, columns):
     """Fooling ratios in [0, 1], a row for every perturbation, a column for every target."""
     figure = _figure(3.5 + 0.9 * len(columns), 2 + 0.45 * len(rows))

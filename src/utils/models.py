@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.data import SMALL, default_workers, load, open_images, to_float
-from utils.resnets import RESNETS
+from utils.networks import NETWORKS
 from utils.run import UserError, load_pth, save_pth
 
 # how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
@@ -96,24 +96,28 @@ class JointSum(torch.autograd.Function):
         return JointSum.apply(g)
 
 
-class JointBatchNorm(nn.BatchNorm2d):
+class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Statistics over the images of all processes, on devices that SyncBatchNorm is not for."""
+
+    def _check_input_dim(self, x):
+        """(N, C, ...) of any dimension"""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         dtype, x = x.dtype, x.to(self.running_mean.dtype)
-        here = torch.stack([x.sum((0, 2, 3)), torch.full_like(x[0, :, 0, 0], x[:, 0].numel())])
-        total, n = JointSum.apply(here)
+        z = x.transpose(0, 1).flatten(1)  # (C, everything else)
+        total, n = JointSum.apply(torch.stack([z.sum(1), torch.full_like(z[:, 0], z.shape[1])]))
         mean = total / n
-        centred = x - mean[:, None, None]
-        var = JointSum.apply((centred ** 2).sum((0, 2, 3))) / n
+        var = JointSum.apply((z - mean[:, None]).square().sum(1)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         scale = self.weight / (var + self.eps).sqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+        channel = [1, -1] + [1] * (x.dim() - 2)
+        shift = self.bias - mean * scale
+        return (x * scale.view(channel) + shift.view(channel)).to(dtype)
 
 
 def joint_batch_norm(model, device):
@@ -121,7 +125,7 @@ def joint_batch_norm(model, device):
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
-        if type(layer) is nn.BatchNorm2d:
+        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
             layer.__class__ = JointBatchNorm  # the same parameters and buffers, summed elsewhere
     return model
 
@@ -132,7 +136,7 @@ def freeze(model):
 
 def check_name(name, kind):
     """UserError unless `name` is a network that goes with this kind of data."""
-    wanted = (*SMALL, *RESNETS) if kind in RECIPES else zoo.list_models(module=zoo)
+    wanted = (*SMALL, *NETWORKS) if kind in RECIPES else zoo.list_models(module=zoo)
     if name in wanted:
         return
     near = difflib.get_close_matches(name, wanted, n=1)
@@ -286,8 +290,8 @@ def _conv(cin, cout, *, norm, stride=1):
 
 def build_small(name, channels, size):
     """A network of ours with random weights; 10 classes, (N, channels, size, size)."""
-    if name in RESNETS:
-        return RESNETS[name](channels)
+    if name in NETWORKS:
+        return NETWORKS[name](channels, size)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     if name == "cnn":
         layers = [*_conv(channels, 32, norm=False), nn.MaxPool2d(2), *_conv(32, 64, norm=False),
@@ -318,8 +322,8 @@ def _small(name, kind, weights, path, data_dir, data_root, device):
         net = build_small(name, channels, size)
     if weights == "random":
         return net, half, half
-    if not path and (weights != "V1" or name in RESNETS):
-        ready = "" if name in RESNETS else "V1 (trained here on first use), "
+    if not path and (weights != "V1" or name in NETWORKS):
+        ready = "" if name in NETWORKS else "V1 (trained here on first use), "
         raise UserError(f"--weights {weights}: {name} has {ready}random, or the path of a state "
                         "dict, such as free_at.py makes")
     if path or cached.is_file():

@@ -1,5 +1,7 @@
-"""The two networks of adversarial training on CIFAR-10, for 32 x 32 pixels and smaller.
+"""Networks that free_at.py and fgsm_mnist.py train, for 32 x 32 pixels and smaller.
 
+    lenet, lenet_bn   two convolutions of stride 2 and two linear layers; with BatchNorm after all
+                      but the last of them
     preact_resnet18   He et al. 2016 (arXiv:1603.05027), widths 64 to 512
     wrn_32_10         Zagoruyko and Komodakis 2016 (arXiv:1605.07146) as Madry et al. count: five
                       blocks a stage, widths 160, 320, 640 (elsewhere called WRN-34-10)
@@ -39,5 +41,18 @@ def _network(channels, first, widths, blocks):
                          nn.Flatten(), nn.Linear(cin, 10))
 
 
-RESNETS = {"preact_resnet18": lambda channels: _network(channels, 64, (64, 128, 256, 512), 2),
-           "wrn_32_10": lambda channels: _network(channels, 16, (160, 320, 640), 5)}
+def _lenet(channels, size, norm):
+    layers, widths = [], ((channels, 16), (16, 32))
+    for cin, cout in widths:
+        layers += [nn.Conv2d(cin, cout, 4, 2, 1), *([nn.BatchNorm2d(cout)] if norm else []),
+                   nn.ReLU()]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(32 * (size // 4) ** 2, 100),
+        *([nn.BatchNorm1d(100)] if norm else []), nn.ReLU(), nn.Linear(100, 10))
+
+
+NETWORKS = {  # name: (channels, pixels) -> network of 10 classes
+    "lenet": lambda channels, size: _lenet(channels, size, norm=False),
+    "lenet_bn": lambda channels, size: _lenet(channels, size, norm=True),
+    "preact_resnet18": lambda channels, _: _network(channels, 64, (64, 128, 256, 512), 2),
+    "wrn_32_10": lambda channels, _: _network(channels, 16, (160, 320, 640), 5)}

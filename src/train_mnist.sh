@@ -1,0 +1,22 @@
+#!/bin/sh
+# The exercise: all eight variations, one table, one figure of curves, one of examples; any flag of
+# fgsm_mnist.py passes through.
+#   sh src/train_mnist.sh                                     digits, offline
+#   DATA=mnist sh src/train_mnist.sh --seeds 3                MNIST, downloaded by torchvision
+#   DATA=mnist TRAIN="fgs" sh src/train_mnist.sh --epochs 10  fgs alone, with and without BatchNorm
+set -eu
+DATA=${DATA:-digits}                     # digits, mnist, cifar10, or a folder that holds MNIST
+TRAIN=${TRAIN:-clean noise fgs fgv}      # what the batches are joined by
+RUNS=${RUNS:-runs/exercise}              # a folder for the runs' folders
+
+. "$(dirname "$0")/env.sh"
+folders=
+for bn in "" _bn; do
+    for name in $TRAIN; do
+        folders="$folders $RUNS/$name$bn"
+        "$PYTHON" "$root/src/fgsm_mnist.py" --data_dir "$DATA" --train "$name" \
+            ${bn:+--batch_norm} --save "$RUNS/$name$bn" "$@"
+    done
+done
+# shellcheck disable=SC2086  # a list, separated by spaces
+exec "$PYTHON" "$root/src/fgsm_mnist.py" --summary $folders --save "$RUNS"

@@ -1,0 +1,249 @@
+"""fgsm_mnist.py: the exercise's formulas by hand, resuming, and the whole command on digits."""
+
+import csv
+import gc
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SRC
+from torch import nn
+
+import fgsm_mnist
+from attack_toys import pictures, toy
+from attacks import fgs_step, fgsm, fgv, fgv_step
+from utils import models
+from utils.data import load, open_images
+
+CPU = torch.device("cpu")
+SMALL = ("--num_images", 120, "--epochs", 2, "--eval_images", 20, "--queries", 5, "--device", "cpu")
+
+
+# ----------------------------------------------------------------- the formulas
+
+@pytest.mark.parametrize("name", ["fgs", "fgv"])
+def test_the_joint_step_is_the_sum_of_two_gradients_computed_apart(name):
+    model, x = toy(torch.float64).requires_grad_(True), pictures(5, torch.float64)
+    y = torch.tensor([0, 1, 2, 3, 0])
+    step = {"fgs": lambda x, g: fgs_step(x, g, 0.3), "fgv": lambda x, g: fgv_step(x, g, 0.6)}[name]
+    losses = fgsm_mnist.joint_gradient(model, x, y, step)
+    found = [p.grad.clone() for p in model.parameters()]
+    attack = {"fgs": lambda: fgsm(model, x, y, eps=0.3), "fgv": lambda: fgv(model, x, y, alpha=0.6)}
+    x_adv = attack[name]()
+    total = [0, 0]
+    for i, images in enumerate((x, x_adv)):
+        loss = F.cross_entropy(model(images), y)
+        total[i] = loss.item()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found = [f - g for f, g in zip(found, gradients, strict=True)]
+    assert max(f.abs().max() for f in found) < 1e-7
+    assert [loss.item() for loss in losses] == pytest.approx(total, abs=1e-9)
+    assert not torch.equal(x, x_adv)
+
+
+def test_the_joint_step_takes_two_backward_passes_and_not_three(monkeypatch):
+    model, passes = toy(torch.float64).requires_grad_(True), []
+    real = torch.autograd.graph._engine_run_backward
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward",
+                        lambda *a, **k: passes.append(1) or real(*a, **k))
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward",
+                        torch.autograd.graph._engine_run_backward)
+    x, y = pictures(3, torch.float64), torch.tensor([0, 1, 2])
+    fgsm_mnist.joint_gradient(model, x, y, lambda x, g: fgs_step(x, g, 0.3))
+    assert len(passes) == 2
+    fgsm_mnist.joint_gradient(model, x, y, lambda x, g: fgs_step(x, g, 0.3), label="predicted")
+    assert len(passes) == 5
+
+
+def test_with_the_predicted_label_the_attack_does_not_know_the_true_one():
+    model, x = toy(torch.float64).requires_grad_(True), pictures(4, torch.float64)
+    seen = {}
+    predicted = model(x).argmax(1)
+    wrong = (predicted + 1) % 5
+    for label in ("true", "predicted"):
+        fgsm_mnist.joint_gradient(
+            model, x, wrong, lambda x, g, label=label: seen.setdefault(label, fgs_step(x, g, 0.1)),
+            label=label)
+    assert torch.equal(seen["predicted"], fgsm(model, x, predicted, eps=0.1))
+    assert torch.equal(seen["true"], fgsm(model, x, wrong, eps=0.1))
+    assert not torch.equal(seen["true"], seen["predicted"])
+
+
+def test_fgv_changes_the_pixel_of_the_largest_gradient_by_exactly_alpha_before_clipping():
+    g = torch.randn(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 1e-6
+    x = torch.full_like(g, 0.5)  # so far from 0 and 1 that nothing is clipped
+    change = fgv_step(x, g, 0.4) - x
+    assert torch.allclose(change.flatten(1).abs().amax(1), torch.full((6,), 0.4), atol=1e-7)
+    ratio = change / g
+    assert torch.allclose(ratio.flatten(1).amin(1), ratio.flatten(1).amax(1), rtol=1e-2)
+
+
+def test_noise_is_plus_or_minus_alpha_before_clipping():
+    x = torch.full((4, 1, 28, 28), 0.5)
+    change = fgsm_mnist.noise_step(x, 0.3, torch.Generator().manual_seed(0)) - x
+    assert torch.allclose(change.abs(), torch.full_like(x, 0.3), atol=1e-7)
+    assert 0.4 < (change > 0).float().mean() < 0.6
+    assert len({tuple(one.flatten().tolist()) for one in change}) == 4
+    x = torch.tensor([0.1, 0.9]).view(1, 1, 1, 2).expand(50, 1, 1, 2)
+    values = fgsm_mnist.noise_step(x, 0.3, torch.Generator().manual_seed(0)).unique()
+    assert torch.allclose(values, torch.tensor([0, 0.4, 0.6, 1]), atol=1e-6)
+
+
+class Ramp(nn.Module):
+    """Two classes, told apart by whether the only pixel is over one half."""
+
+    def forward(self, x):
+        z = x.flatten(1) - 0.5
+        return torch.cat([-z, z], 1)
+
+
+def test_the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else():
+    """Five pixels: right and far, right and near (two), wrong (two); a step of 0.2 moves them."""
+    pixels = torch.tensor([255, 140, 120, 200, 10], dtype=torch.uint8).view(5, 1, 1, 1)
+    labels = torch.tensor([1, 1, 0, 0, 1])  # the last two are wrong before
+
+    class Five(SimpleNamespace):
+        def __len__(self):
+            return 5
+    images = Five(pixels=pixels, labels=labels)
+    found = fgsm_mnist.accuracies(Ramp(), images, alpha_fgs=0.2, alpha_fgv=0.02, device=CPU)
+    assert (found["clean"]["k"], found["clean"]["n"]) == (3, 5)
+    assert (found["fgs"]["k"], found["fgs"]["n"]) == (1, 3)
+    assert (found["fgv"]["k"], found["fgv"]["n"]) == (3, 3)
+
+
+def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
+    images = load(open_images("digits", split="test").prepared(28, 30), workers=0)
+    model = models.freeze(models.trainable("lenet_bn", kind="digits", seed=3))
+    found = fgsm_mnist.accuracies(model, images, alpha_fgs=0.1, alpha_fgv=0.3, device=CPU)
+    right, left = 0, [0, 0]
+    for k in range(30):
+        x, y = images.pixels[k:k + 1] / 255, images.labels[k:k + 1]
+        if model(x).argmax() == y:
+            right += 1
+            for i, x_adv in enumerate((fgsm(model, x, y, eps=0.1), fgv(model, x, y, alpha=0.3))):
+                left[i] += int(model(x_adv).argmax() == y)
+    assert found["clean"]["k"] == right > 0
+    assert [found["fgs"]["k"], found["fgv"]["k"]] == left
+
+
+def test_hollow_robustness_is_said():
+    fine = {"clean": 0.98, "fgs": 0.9, "fgv": 0.8, "pgd40": 0.7, "strongest": 0.6}
+    assert not fgsm_mnist.hollow(fine)
+    said, = fgsm_mnist.hollow(fine | {"pgd40": 0.05})
+    assert "fgs leaves 90.0 %, pgd40 5.0 %" in said and "catastrophic" in said
+    said, = fgsm_mnist.hollow(fine | {"fgs": 0.99})
+    assert "more than the clean accuracy of 98.0 %: label leaking" in said
+    assert len(fgsm_mnist.hollow(fine | {"fgs": 0.99, "fgv": 0.99, "pgd40": 0.0})) == 3
+
+
+def test_batchnorm_comes_after_every_layer_but_the_last():
+    for name, count in (("lenet", 0), ("lenet_bn", 3)):
+        net = models.trainable(name, kind="mnist")[1]
+        norms = [isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) for layer in net]
+        assert sum(norms) == count
+        learns = [isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in net]
+        assert sum(learns) == 4
+        if count:
+            assert [norms[i + 1] for i, layer in enumerate(learns[:-1]) if layer] == [True] * 3
+        assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+# ---------------------------------------------------------------------- a run
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_whole_command_on_digits(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SRC / "fgsm_mnist.py"), *map(str, SMALL), "--seeds", "2"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "digits_fgs"
+    log = rows(folder / "seed0" / "log.csv")
+    assert [row["epoch"] for row in log] == ["1", "2"]
+    saved = json.loads((folder / "results.json").read_text())
+    assert [one["seed"] for one in saved["seeds"]] == [0, 1]
+    assert saved["seeds"][0]["clean"]["value"] == pytest.approx(float(log[-1]["clean"]), abs=1e-6)
+    values = [100 * one["clean"]["value"] for one in saved["seeds"]]
+    wanted = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    assert f"| fgs | {wanted} |" in done.stdout
+    assert len(rows(folder / "results.csv")) == 2 * 5
+    facts = json.loads((folder / "seed1" / "fgs.json").read_text())
+    model = models.load_model(facts["model_name"], weights=str(folder / "seed1" / "fgs.pth"),
+                              kind="digits")
+    test = load(open_images("digits", split="test"), workers=0)
+    right = sum(int((model(x / 255).argmax(1) == y).sum()) for x, y in zip(
+        test.pixels.split(50), test.labels.split(50), strict=True))
+    assert right == saved["seeds"][1]["clean"]["k"]
+
+
+@pytest.mark.parametrize("flags", [("--train", "clean"), ("--train", "noise", "--batch_norm"),
+                                   ("--train", "fgv", "--label", "predicted")], ids=str)
+def test_every_variation_runs_and_resumes_to_the_same_bytes(run_here, tmp_path, monkeypatch, flags):
+    flags = (*SMALL, *flags)
+    assert run_here("fgsm_mnist.py", *flags, "--save", "whole").returncode == 0
+    real, calls = fgsm_mnist.Training.epoch, []
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing of the script may catch it."""
+
+    def killing(self, bar):
+        if calls:
+            raise Killed
+        calls.append(1)
+        return real(self, bar)
+    with monkeypatch.context() as patch:
+        patch.setattr(fgsm_mnist.Training, "epoch", killing)
+        with pytest.raises(Killed):
+            run_here("fgsm_mnist.py", *flags, "--save", "killed")
+    gc.collect()
+    assert run_here("fgsm_mnist.py", *flags, "--save", "killed", "--resume").returncode == 0
+    name = next((tmp_path / "whole" / "seed0").glob("*_*.pth"), None) or next(
+        path for path in (tmp_path / "whole" / "seed0").glob("*.pth")
+        if path.stem != "checkpoint")
+    assert (tmp_path / "killed" / "seed0" / name.name).read_bytes() == name.read_bytes()
+
+
+def test_the_summary_puts_variations_beside_each_other(run_here, refused, tmp_path):
+    for train in ("clean", "fgs"):
+        assert run_here("fgsm_mnist.py", *SMALL, "--train", train, "--save",
+                        f"runs/{train}").returncode == 0
+    done = run_here("fgsm_mnist.py", "--summary", "runs/clean", "runs/fgs")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| clean", "| fgs"]
+    assert len(rows(tmp_path / "runs" / "summary.csv")) == 2 * 5
+    for name in ("curves.png", "examples.png"):
+        assert (tmp_path / "runs" / name).read_bytes().startswith(b"\x89PNG")
+    refused(run_here("fgsm_mnist.py", "--summary", "runs/nothing"), "no finished run")
+    assert run_here("fgsm_mnist.py", *SMALL, "--alpha_fgs", 0.1, "--save",
+                    "runs/weak").returncode == 0
+    refused(run_here("fgsm_mnist.py", "--summary", "runs/clean", "runs/weak"), "has alpha_fgs 0.1")
+
+
+# ------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--train", "pgd"), ("invalid choice",)), (("--alpha_fgs", 3), ("outside (0, 1]",)),
+    (("--data_dir", "nowhere"), ("nowhere",)), (("--batch_size", 1), ("--batch_size",))], ids=str)
+def test_bad_input_is_one_line(run_here, refused, flags, words):
+    refused(run_here("fgsm_mnist.py", *SMALL, *flags), *words)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(run_here, refused, monkeypatch):
+    monkeypatch.setattr(fgsm_mnist.Training, "epoch", lambda self, bar: (float("nan"), 0.0))
+    refused(run_here("fgsm_mnist.py", *SMALL), "epoch 1", "--lr")
+
+
+def test_a_checkpoint_of_other_flags_is_refused(run_here, refused):
+    assert run_here("fgsm_mnist.py", *SMALL, "--save", "run").returncode == 0
+    refused(run_here("fgsm_mnist.py", *SMALL, "--save", "run", "--batch_norm", "--resume"),
+            "--batch_norm")
