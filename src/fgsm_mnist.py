@@ -191,7 +191,8 @@ class Training:
     def __init__(self, args, images, seed, device):
         self.args, self.images, self.device = args, images, device
         name = "lenet_bn" if args.batch_norm else "lenet"
-        self.model = trainable(name, kind=images.kind, seed=seed).to(device)
+        self.model = trainable(name, kind=images.kind, seed=seed).to(
+            device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr)
         self.generator, self.rows = make_generator(seed), []
 

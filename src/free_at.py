@@ -23,6 +23,7 @@ import csv
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -180,6 +181,8 @@ class Training:
     """Network, optimiser, delta and generator of a run: what lives between two steps."""
 
     def __init__(self, args, images, team, device):
+        if images.pixels is not None:
+            images = replace(images, pixels=images.pixels_on(device))
         self.args, self.images, self.team, self.device = args, images, team, device
         self.model = trainable(args.model_name, kind=images.kind, weights=args.pretrained,
                                seed=args.seed).to(device, memory_format=torch.channels_last)
@@ -228,12 +231,11 @@ class Training:
         else:
             found = ((order[p], self.pixels(order[p], u[:, p])) for p in own)
         for part, (index, x) in zip(joint, found, strict=True):
-            yield (len(part), to_float(x.to(self.device, non_blocking=True)),
-                   images.labels[index].to(self.device))
+            yield len(part), to_float(x.to(self.device)), images.labels[index].to(self.device)
 
     def pixels(self, index, u):
         """The images of the index (n,), with the paper's shifts by four pixels and mirrors."""
-        pixels = self.images.pixels[index]
+        pixels = self.images.pixels[index.to(self.images.pixels.device)]
         if self.args.augment == "off" or self.images.kind in ("digits", "mnist"):
             return pixels
         return crop_flip(F.pad(pixels, (4,) * 4), self.images.size, u)
@@ -387,7 +389,11 @@ def finished(folder):
     with open(folder / "results.csv", newline="") as file:
         rows = {row["attack"]: row for row in csv.DictReader(file) if row.get("attack")}
     facts = found[0]
-    return f"{facts['method']}{facts['replays'] if facts['method'] == 'free' else ''}", facts, rows
+    name = facts["method"]
+    if name == "free":
+        share = facts["alpha"] / facts["eps"]
+        name += str(facts["replays"]) + f" (alpha {share:.3g} eps)" * (share != 1)
+    return name, facts, rows
 
 
 def compare(folders):
@@ -539,7 +545,8 @@ def main(args):
     if args.amp == "auto":
         args.amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
     if args.evaluate:
-        evaluate(args, args.evaluate, RunFolder(args.evaluate.parent), device)
+        if team.first:
+            evaluate(args, args.evaluate, RunFolder(args.evaluate.parent), device)
     else:
         run(args, team, device)
     if team.size > 1:

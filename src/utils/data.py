@@ -15,7 +15,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -366,11 +366,12 @@ def to_float(x):
 def crop_flip(x, size, u):
     """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
     n, channels, height, width = x.shape
+    u, line = u.to(x.device), partial(torch.arange, device=x.device)
     top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)
                  for i, side in ((0, height), (1, width)))
-    row, column = (corner[:, None] + torch.arange(size) for corner in (top, left))
+    row, column = (corner[:, None] + line(size) for corner in (top, left))
     column = torch.where(u[2, :, None] < 0.5, column.flip(1), column)
-    return x[torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None],
+    return x[line(n)[:, None, None, None], line(channels)[:, None, None],
              row[:, None, :, None], column[:, None, None, :]]
 
 
