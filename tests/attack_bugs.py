@@ -12,6 +12,7 @@ from dataclasses import dataclass
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attacking.py", "utils/balls.py"
 APGD, SQUARE = "utils/apgd.py", "utils/square.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "robustness.py", "utils/audit.py"
+FREE, SHEET, DATA = "free_at.py", "fgsm_mnist.py", "utils/data.py"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ def layer(name):
 
 def count(name):
     return f"tests/test_robustness.py::test_{name}"
+
+
+def free(name):
+    return f"tests/test_free.py::test_{name}"
+
+
+def sheet(name):
+    return f"tests/test_exercise.py::test_{name}"
 
 
 OPTIMUM = "on_a_linear_model_the_optimum_is_reached_and_not_passed"
@@ -167,6 +176,47 @@ BUGS = [
     Bug("another order of the attacks compared", AUDIT,
         'white - ar["square"] > POINTS', 'ar["square"] - white > POINTS',
         (count("every_sign_is_flagged_beyond_its_threshold_and_not_at_it"),)),
+    Bug("delta starts anew at every replay", FREE,
+        "delta.add_(alpha", "delta.copy_(alpha",
+        (free("free_is_algorithm_1_written_naively"),)),
+    Bug("the network sees images outside the box", FREE,
+        "update((x + noise).clamp(0, 1))", "update(x + noise)",
+        (free("free_is_algorithm_1_written_naively"),)),
+    Bug("a replay too few", FREE,
+        "for _ in range(m):", "for _ in range(m - 1):",
+        (free("free_is_algorithm_1_written_naively"),)),
+    Bug("free takes m times the budget", FREE,
+        "math.ceil(args.epochs / args.replays)", "args.epochs",
+        (free("the_budget_is_counted_in_weight_steps[free-8-24-3]"),)),
+    Bug("passes rounded down", FREE,
+        "math.ceil(args.epochs / args.replays)", "(args.epochs // args.replays)",
+        (free("the_budget_is_counted_in_weight_steps[free-5-24-5]"),)),
+    Bug("fast starts at the image", FREE,
+        "eps * (2 * u - 1)", "eps * (0 * u)",
+        (free("fast_takes_one_step_from_a_random_point"),)),
+    Bug("every image mirrored", DATA,
+        "u[2, :, None] < 0.5", "u[2, :, None] < 1.5",
+        (free("crops_and_mirrors_are_those_of_a_loop"),)),
+    Bug("the clean gradient is lost", SHEET,
+        "        loss.backward()\n        g = images.grad",
+        "        g, = torch.autograd.grad(loss, images)",
+        (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_apart[fgs]"),)),
+    Bug("FGS without the sign", ATTACKS,
+        "(x + eps * g.sign())", "(x + eps * g)",
+        (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_apart[fgs]"),)),
+    Bug("the true label where the predicted one is asked for", SHEET,
+        "F.cross_entropy(logits, logits.argmax(1))", "F.cross_entropy(logits, y)",
+        (sheet("with_the_predicted_label_the_attack_does_not_know_the_true_one"),)),
+    Bug("adversarial accuracy over all images", SHEET,
+        "share(count, right)", "share(count, len(images))",
+        (sheet("the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else"),)),
+    Bug("adversarial images of what was wrong before", SHEET,
+        "good = logits.argmax(1) == y", "good = torch.ones_like(y, dtype=torch.bool)",
+        (sheet("the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else"),)),
+    Bug("noise inside the range", SHEET,
+        "2 * torch.randint(0, 2, x.shape, generator=generator) - 1",
+        "2 * torch.rand(x.shape, generator=generator) - 1",
+        (sheet("noise_is_plus_or_minus_alpha_before_clipping"),)),
 ]
 
 
