@@ -147,6 +147,19 @@ def attacked(shown):
     return _png(figure)
 
 
+def named(pictures, columns=8):
+    """{name: (C, H, W) in [0, 1]} as a grid."""
+    lines = -(-len(pictures) // columns)
+    figure = _figure(1.5 * columns, 1.7 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for axes in panels.flat[len(pictures):]:
+        axes.axis("off")
+    for axes, (name, picture) in zip(panels.flat, pictures.items(), strict=False):
+        _show(axes, picture)
+        axes.set_title(name.replace("_", " "), fontsize=8, pad=3)
+    return _png(figure)
+
+
 def heatmap(values, rows, columns):
     """Fooling ratios in [0, 1], a row for every perturbation, a column for every target."""
     figure = _figure(3.5 + 0.9 * len(columns), 2 + 0.45 * len(rows))
