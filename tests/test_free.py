@@ -350,6 +350,19 @@ def test_a_universal_perturbation_is_measured_on_the_network(run_here, tmp_path)
     assert "| u | 0.0 %" in done.stdout
 
 
+def test_training_goes_on_from_weights_that_are_given(run_here, tmp_path):
+    assert run_here("free_at.py", *SMALL, "--method", "natural", "--save", "first").returncode == 0
+    first = tmp_path / "first" / "natural_mlp.pth"
+    done = run_here("free_at.py", *SMALL, "--method", "natural", "--pretrained", first, "--lr", 0,
+                    "--save", "second")
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(path, weights_only=True)
+            for path in (first, tmp_path / "second" / "natural_mlp.pth"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    start = models.trainable("mlp", kind="digits")[1].state_dict()
+    assert not all(torch.equal(a[k], start[k]) for k in a)
+
+
 def test_passes_that_are_rounded_up_are_said(run_here):
     done = run_here("free_at.py", *SMALL, "--replays", 3, "--save", "run")
     assert "2 passes (rounded up), 18 weight steps" in done.stdout
