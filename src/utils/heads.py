@@ -65,8 +65,8 @@ def with_head(net, head, classes, name):
     if head == "own" and _last(net).out_features == classes:
         return net
     if body is None:
-        raise UserError(f"--head {head}: {name} has no feature map that is known here; wanted a "
-                        "ConvNeXt, cnn_bn, vgg_small or resnet_small, or --head own with its own "
+        raise UserError(f"head {head}: {name} has no feature map that is known here; wanted a "
+                        "ConvNeXt, cnn_bn, vgg_small or resnet_small, or its own head with "
                         f"{_last(net).out_features} classes")
     if head == "own":
         top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
