@@ -170,7 +170,7 @@ def timed(turns, args, device):
 def main(args):
     device = resolve_device(args.device)
     images = open_images(args.data_dir, split="train", data_root=args.data_root)
-    if images.pixels is None:
+    if images.kind not in ("digits", "mnist", "cifar10"):
         raise UserError(f"--data_dir {args.data_dir}: wanted digits, mnist or cifar10")
     args.model_name = args.model_name or PRESETS[images.kind][2]
     check_name(args.model_name, images.kind)
