@@ -120,7 +120,7 @@ def variations(logs):
         axes.set_xlabel("epoch")
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy, %")
-    panels[0, 0].legend(fontsize=8, loc="lower right")
+    panels[0, 0].legend(fontsize=8, loc="center right")
     return _png(figure)
 
 
