@@ -591,7 +591,7 @@ def finish(training, folder, name):
             "seed", "image_size")},
         "passes": training.epoch, "weight_steps": training.done, "processes": training.team.size,
         "num_images": len(training.images), "images_sha256": training.images.sha256(),
-        "seconds": round(sum(row["seconds"] for row in training.rows), 1),
+        "seconds": round(sum(row["seconds"] for row in training.rows), 3),
         **provenance(training.device)}
     save_csv(folder / "log.csv", training.rows)
     save_pth(folder / f"{name}.pth", {k: v.cpu() for k, v in
