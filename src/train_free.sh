@@ -1,7 +1,7 @@
 #!/bin/sh
 # Adversarial training for free, beside natural and K-PGD training, and the table of them all; any
 # flag of free_at.py passes through.
-#   sh src/train_free.sh                                            digits, offline
+#   sh src/train_free.sh                                            digits, offline, 93 s
 #   DATA=mnist REPLAYS="2 4 8" sh src/train_free.sh                 free with three values of m
 #   DATA=cifar10 sh src/train_free.sh --schedule onecycle           a GPU's work: PreActResNet-18
 set -eu

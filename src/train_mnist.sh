@@ -1,7 +1,7 @@
 #!/bin/sh
 # The exercise: all eight variations, one table, one figure of curves, one of examples; any flag of
 # fgsm_mnist.py passes through.
-#   sh src/train_mnist.sh                                     digits, offline
+#   sh src/train_mnist.sh                                     digits, offline, a minute and a half
 #   DATA=mnist sh src/train_mnist.sh --seeds 3                MNIST, downloaded by torchvision
 #   DATA=mnist TRAIN="fgs" sh src/train_mnist.sh --epochs 10  fgs alone, with and without BatchNorm
 set -eu
