@@ -19,6 +19,7 @@ same bytes.
 """
 
 import csv
+import io
 import time
 from functools import partial
 from pathlib import Path
@@ -295,8 +296,9 @@ def save_examples(model, images, args, path, device):
     kinds = [x, fgs_step(x, g, args.alpha_fgs), fgv_step(x, g, args.alpha_fgv)]
     with torch.no_grad():
         seen = np.stack([model(kind).argmax(1).cpu().numpy() for kind in kinds])
-    with open(path, "wb") as file:
-        np.savez(file, x=torch.stack(kinds).cpu().numpy(), seen=seen, y=y.cpu().numpy())
+    buffer = io.BytesIO()
+    np.savez(buffer, x=torch.stack(kinds).cpu().numpy(), seen=seen, y=y.cpu().numpy())
+    write_atomic(path, buffer.getvalue())
 
 
 def variation(args):
@@ -312,6 +314,9 @@ def run(args, device):
     test = open_images(args.data_dir, split="test", data_root=args.data_root)
     test, images = (load(part, workers=0) for part in (test, images.prepared(images.size,
                                                                              args.num_images)))
+    if len(images) < 2:
+        raise UserError(f"--num_images {len(images)}: BatchNorm has no statistics of one image; "
+                        "wanted two at least")
     args.epochs = args.epochs or (30 if images.kind == "digits" else 50)
     few = test.prepared(test.size, args.eval_images)
     data = args.data_dir if args.data_dir in NAMED else images.kind

@@ -19,7 +19,6 @@ script takes as --weights), NAME.json, log.csv, curve.png, results.* and checkpo
 goes on with --resume, on a CPU to the same bytes.
 """
 
-import csv
 import math
 import time
 from contextlib import nullcontext
@@ -32,9 +31,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from attacks import apgd, fgsm, pgd, square, worst_case
-from robustness import Attack, figures, looks_at, run_cell
-from robustness import worst_case as worst_of
+from attacks import pgd
+from free_eval import compare, evaluate, test_images
 from utils import draw
 from utils.attacking import own_generators
 from utils.data import (
@@ -46,13 +44,10 @@ from utils.data import (
     random_crops,
     to_float,
 )
-from utils.metrics import markdown, percent, predictions, share
 from utils.models import (
     check_name,
-    describe_weights,
     input_size,
     joint_batch_norm,
-    load_model,
     trainable,
 )
 from utils.precision import synchronize
@@ -62,7 +57,6 @@ from utils.run import (
     UserError,
     at_least,
     join_team,
-    load_json,
     make_generator,
     provenance,
     radius,
@@ -73,7 +67,7 @@ from utils.run import (
     save_pth,
     write_atomic,
 )
-from utils.uaps import find_uaps, fit_size, read_uaps
+from utils.uaps import find_uaps
 
 PRESETS = {  # eps, alpha of pgd, network, epochs, batch, learning rate, weight decay
     "digits": (0.1, 0.025, "mlp", 80, 64, 0.03, 0.0),
@@ -82,13 +76,6 @@ PRESETS = {  # eps, alpha of pgd, network, epochs, batch, learning rate, weight 
     "imagenet": (4 / 255, 1 / 255, "resnet50", 90, 256, 0.1, 1e-4)}
 NOT_THE_RESULT = {"workers", "resume", "overwrite", "save", "data_root", "data_dir", "evaluate",
                   "compare", "uaps_save", "eval_images", "queries", "device"}
-PAPER = {  # CIFAR-10, WRN-32-10, eps 8/255: clean, PGD-20 with 10 restarts, minutes (Table 1)
-    "natural": (95.01, 0.00, 780), "free2": (91.45, 33.41, 816), "free4": (87.83, 40.73, 800),
-    "free8": (85.96, 46.33, 785), "free10": (83.94, 45.94, 785), "pgd": (87.25, 45.53, 5418)}
-BACKWARD = {"natural": lambda a: 1, "free": lambda a: 1, "fast": lambda a: 2,
-            "pgd": lambda a: a["steps"] + 1}  # backward passes of a weight step
-INTERVAL = ("n", "low", "high")
-EVAL_BATCH = 250
 PROBED = 200       # training images on which PGD looks every epoch
 
 
@@ -111,7 +98,7 @@ def get_args():
     add("--steps", type=at_least(1), default=7, help="K of pgd")
     add("--epochs", type=at_least(1), help="passes over the images, for free divided by m; None: "
         "preset")
-    add("--batch_size", type=at_least(1), help="images of a weight step over all processes; None: "
+    add("--batch_size", type=at_least(2), help="images of a weight step over all processes; None: "
         "preset")
     add("--lr", type=at_least(0, float), help="of SGD; None: preset")
     add("--momentum", type=at_least(0, float), default=0.9, help="of SGD")
@@ -132,7 +119,8 @@ def get_args():
     add("--queries", type=at_least(1), default=1000, help="of Square in the evaluation")
     add("--uaps_save", nargs="+", help="universal perturbations to measure on the network "
         "too")
-    add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
+    add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL; with --evaluate: "
+        "where its tables go, None: beside the network")
     add("--seed", type=at_least(0, high=2 ** 63 - 1), default=0, help="fixes everything random")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
@@ -192,8 +180,9 @@ class Training:
         self.delta = torch.zeros(shape)[team.rank::team.size].to(device)
         self.generator, self.rows, self.epoch, self.done = make_generator(args.seed), [], 0, 0
         self.best, self.stopped = {"probe": 0.0, "net": None}, False
+        self.smallest = max(2, team.size)  # BatchNorm has no statistics of one image; one for each
         last = len(images) % args.batch_size
-        batches = len(images) // args.batch_size + (last >= team.size)
+        batches = len(images) // args.batch_size + (last >= self.smallest)
         self.total = passes(args) * batches * (args.replays if args.method == "free" else 1)
         self.net = self.model if team.size == 1 else self.in_parallel()
 
@@ -223,7 +212,7 @@ class Training:
         u = torch.rand((3, len(images)), generator=self.generator)
         seeds = torch.randint(2 ** 62, (len(images),), generator=self.generator)
         joint = [part for part in torch.arange(len(images)).split(args.batch_size)
-                 if len(part) >= team.size]  # else too few for every process to have one
+                 if len(part) >= self.smallest]
         own = [part[team.rank::team.size] for part in joint]
         if images.pixels is None and args.augment == "auto":
             plan = [list(zip(order[p].tolist(), seeds[p].tolist(), strict=True)) for p in own]
@@ -288,157 +277,6 @@ class Training:
         sums += torch.stack([loss.detach(), (logits.argmax(1) == y).sum(),  # no wait for a GPU
                              loss.new_tensor(len(y))])
         bar.update()
-
-
-# ---------------------------------------------------------------- evaluation
-
-def catalogue(eps, queries):
-    """{column: Attack} in Linf, steps of eps / 4, from a random start; fooled images leave."""
-    steps = partial(pgd, eps=eps, alpha=eps / 4, stop_early=True)
-    strongest = partial(worst_case, attacks={
-        "apgd_ce": partial(apgd, eps=eps), "apgd_dlr": partial(apgd, eps=eps, loss="dlr_targeted"),
-        "square": partial(square, eps=eps, queries=queries)})
-    return {name: Attack(name, "linf", eps, run) for name, run in {
-        "FGSM": partial(fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
-        "PGD-50-10": partial(steps, steps=50, restarts=10),
-        "CW-50": partial(steps, steps=50, loss="margin"),
-        f"APGD + Square {queries}": strongest}.items()}
-
-
-def evaluate(args, path, folder, device):
-    """The network of NAME.pth, by its NAME.json, under every attack; tables beside it."""
-    facts = load_json(path.with_suffix(".json"))
-    if not isinstance(facts, dict) or not {"kind", "model_name", "eps", "image_size"} <= set(facts):
-        raise UserError(f"--evaluate {path}: {path.stem}.json beside it does not say how it was "
-                        "trained; wanted what free_at.py writes")
-    data_dir = args.data_dir or facts["data_dir"]
-    images = open_images(data_dir, split="test", data_root=args.data_root)
-    if images.kind != facts["kind"]:
-        raise UserError(f"--data_dir {data_dir}: {images.kind} images; {path} was trained on "
-                        f"{facts['kind']}")
-    if args.eval_images and args.eval_images > len(images):
-        raise UserError(f"--eval_images {args.eval_images}: {data_dir} has {len(images)}; type "
-                        f"--eval_images {len(images)}, or leave it out")
-    images = load(images.prepared(facts["image_size"], args.eval_images), workers=args.workers)
-    eps = args.eps or facts["eps"]
-    model = load_model(facts["model_name"], weights=str(path), kind=images.kind,
-                       device=device).to(memory_format=torch.channels_last)
-    run = provenance(device)
-    settings, cells = folder.load_cells({
-        "network": describe_weights(facts["model_name"], str(path), images.kind), "eps": eps,
-        "data": data_dir, "n": len(images), "images_sha256": images.sha256(), "seed": args.seed,
-        "device": run["device"], "torch": run["torch"]})
-    before = looks_at(model, images, draws=1, batch_size=EVAL_BATCH, device=device)
-    for name, attack in catalogue(eps, args.queries).items():
-        if name not in cells and before.any():
-            cells[name] = run_cell(attack, model, model, images, before, draws=1, device=device,
-                                   batch_size=EVAL_BATCH, generator=make_generator(args.seed),
-                                   desc=name) | {"commit": run["commit"]}
-            save_json(folder / "results.json", {"settings": settings, "cells": cells})
-    ratios = fooling_ratios(args, model, images, device)
-    text = report(folder, settings, facts, before, cells, ratios)
-    print(text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
-
-
-def fooling_ratios(args, model, images, device):
-    """{perturbation: share} of --uaps_save on this network."""
-    if not args.uaps_save:
-        return {}
-    before, found = predictions([model], images.pixels, device), {}
-    for uap in read_uaps(find_uaps(args.uaps_save, images.kind), scale="auto", eps=1.0):
-        delta = fit_size(uap, images.size, images.channels, 1.0, False)
-        after = predictions([model], images.pixels, device, delta=delta)
-        found[uap.name] = share(int((after != before).sum()), len(images))
-    return found
-
-
-def report(folder, settings, facts, before, cells, ratios):
-    """Writes results.md and results.csv; -> the Markdown"""
-    clean = share(int(before.sum()), len(before))
-    shares = {name: figures(cell)["adv_acc"] for name, cell in cells.items()}
-    if cells:
-        shares["worst case"] = figures(worst_of(list(cells.values())))["adv_acc"]
-    rows = [{"attack": "none", "clean_acc": clean["value"], **{k: clean[k] for k in INTERVAL}},
-            *({"attack": name, "adv_acc": s["value"], **{k: s[k] for k in INTERVAL}}
-              for name, s in shares.items()),
-            *({"uap": name, "fooling_ratio": s["value"], **{k: s[k] for k in INTERVAL}}
-              for name, s in ratios.items())]
-    table = markdown(["clean_acc", *(f"adv_acc, {name}" for name in shares)],
-                     [[percent(clean), *map(percent, shares.values())]])
-    text = (f"{facts['name']}, trained on {facts['data_dir']}: {facts['weight_steps']} weight "
-            f"steps, {facts['seconds']:.0f} s; tested on n={settings['n']}, list sha256 "
-            f"{settings['images_sha256'][:16]}, Linf eps {255 * settings['eps']:.4g}/255, float32, "
-            f"BatchNorm in eval mode, {settings['device']}, torch {settings['torch']}\n\n" + table)
-    if ratios:
-        text += "\n" + markdown(["UAP", "fooling_ratio"], [[k, percent(s)]
-                                                           for k, s in ratios.items()])
-    save_csv(folder / "results.csv", rows)
-    write_atomic(folder / "results.md", text.encode())
-    return text
-
-
-# ---------------------------------------------------------------- comparison
-
-def finished(folder):
-    """(name of the method, facts, {attack: row of results.csv}) of a run folder."""
-    found = [facts for path in sorted(folder.glob("*.json"))
-             if isinstance(facts := load_json(path), dict) and "weight_steps" in facts]
-    if len(found) != 1 or not (folder / "results.csv").is_file():
-        raise UserError(f"--compare {folder}: no finished run; wanted a folder that free_at.py "
-                        "left, with results.csv in it")
-    with open(folder / "results.csv", newline="") as file:
-        rows = {row["attack"]: row for row in csv.DictReader(file) if row.get("attack")}
-    facts = found[0]
-    name = facts["method"]
-    if name == "free":
-        share = facts["alpha"] / facts["eps"]
-        name += str(facts["replays"]) + f" (alpha {share:.3g} eps)" * (share != 1)
-    return name, facts, rows
-
-
-def compare(folders):
-    """The table of some runs on the same data, and what it says of the paper's claims."""
-    runs = [finished(folder) for folder in folders]
-    first = runs[0][1]
-    for name, facts, _ in runs:
-        for key in ("kind", "eps", "images_sha256", "device"):
-            if facts[key] != first[key]:
-                raise UserError(f"--compare: {name} has {key} {facts[key]}, {runs[0][0]} "
-                                f"{first[key]}; wanted runs on the same")
-    attacks = [name for name in runs[0][2] if name != "none"]
-    lines = []
-    for name, facts, rows in runs:
-        steps = facts["weight_steps"]
-        lines.append([name, steps, steps * BACKWARD[facts["method"]](facts),
-                      f"{facts['seconds'] / 60:.1f}", _cell(rows["none"], "clean_acc"),
-                      *(_cell(rows[attack], "adv_acc") for attack in attacks),
-                      *(PAPER.get(name, "---") if first["kind"] == "cifar10" else ())])
-    paper = ["paper: clean", "paper: PGD-20-10", "paper: minutes"]
-    head = ["training", "weight steps", "backward passes", "minutes", "clean_acc", *attacks,
-            *(paper if first["kind"] == "cifar10" else ())]
-    names = sorted({facts["model_name"] for _, facts, _ in runs})
-    return (f"{first['kind']}, {' and '.join(names)}, Linf eps {255 * first['eps']:.4g}/255, n="
-            f"{runs[0][2]['none']['n']} test images; adv_acc, %, with 95 % Wilson intervals; "
-            f"{first['device']}\n\n" + markdown(head, lines) + claims(runs))
-
-
-def _cell(row, key):
-    return "{:.1f} ({:.1f}-{:.1f})".format(*(100 * float(row[k]) for k in (key, "low", "high")))
-
-
-def claims(runs):
-    """What the paper says of natural and of free-8 beside pgd, in the figures of these runs."""
-    by = {name: (facts, 100 * float(rows["worst case"]["adv_acc"]))
-          for name, facts, rows in runs}
-    text = ""
-    if "natural" in by:
-        text += f"\nnatural: {by['natural'][1]:.1f} % are left by the worst case (paper: 0)\n"
-    if {"free8", "pgd"} <= by.keys():
-        (free, left), (pgd_facts, other) = by["free8"], by["pgd"]
-        text += (f"\nfree8 against pgd-{pgd_facts['steps']}: {left - other:+.1f} points under the "
-                 f"worst case, at 1/{pgd_facts['seconds'] / free['seconds']:.1f} of its time "
-                 "(paper: +0.8 under PGD-20-10, at 1/6.9)\n")
-    return text
 
 
 # --------------------------------------------------------------------- a run
@@ -546,7 +384,7 @@ def main(args):
         args.amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
     if args.evaluate:
         if team.first:
-            evaluate(args, args.evaluate, RunFolder(args.evaluate.parent), device)
+            measure(args, args.evaluate, RunFolder(args.save or args.evaluate.parent), device)
     else:
         run(args, team, device)
     if team.size > 1:
@@ -560,6 +398,12 @@ def run(args, team, device):
     name = run_name(args)
     data = args.data_dir if args.data_dir in NAMED else images.kind
     path = args.save or Path("runs") / f"{data}_{name}"
+    if args.batch_size < team.size:
+        raise UserError(f"--batch_size {args.batch_size}: there are {team.size} processes; wanted "
+                        "an image for each")
+    test_images(args.data_dir, args.data_root, args.eval_images)  # what is missing is said now
+    if args.uaps_save:
+        find_uaps(args.uaps_save, images.kind)
     folder = RunFolder(path, lock=team.first)
     flags = {key: value for key, value in vars(args).items() if key not in NOT_THE_RESULT}
     flags.update(images=images.sha256()[:16], processes=team.size, device=device.type)
@@ -578,7 +422,14 @@ def run(args, team, device):
               f"{passes(args)} passes{rounded}, {training.total} weight steps", flush=True)
     train(training, folder, flags)
     if team.first:
-        evaluate(args, finish(training, folder, name), folder, device)
+        measure(args, finish(training, folder, name), folder, device)
+
+
+def measure(args, path, folder, device):
+    """The attacks of --evaluate, and of the end of a training, on the network at `path`."""
+    evaluate(path, folder, device, data_dir=args.data_dir, data_root=args.data_root,
+             eval_images=args.eval_images, eps=args.eps, queries=args.queries,
+             uaps=args.uaps_save, seed=args.seed, workers=args.workers)
 
 
 def finish(training, folder, name):

@@ -235,7 +235,8 @@ def test_the_summary_puts_variations_beside_each_other(run_here, refused, tmp_pa
 
 @pytest.mark.parametrize(("flags", "words"), [
     (("--train", "pgd"), ("invalid choice",)), (("--alpha_fgs", 3), ("outside (0, 1]",)),
-    (("--data_dir", "nowhere"), ("nowhere",)), (("--batch_size", 1), ("--batch_size",))], ids=str)
+    (("--data_dir", "nowhere"), ("nowhere",)), (("--num_images", 1), ("two at least",)),
+    (("--batch_size", 1), ("--batch_size",))], ids=str)
 def test_bad_input_is_one_line(run_here, refused, flags, words):
     refused(run_here("fgsm_mnist.py", *SMALL, *flags), *words)
 

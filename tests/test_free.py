@@ -363,6 +363,26 @@ def test_training_goes_on_from_weights_that_are_given(run_here, tmp_path):
     assert not all(torch.equal(a[k], start[k]) for k in a)
 
 
+def test_a_last_minibatch_of_one_image_is_left_out_and_counted_so(run_here, tmp_path):
+    flags = (*SMALL, "--model_name", "lenet_bn", "--num_images", 65, "--batch_size", 32)
+    done = run_here("free_at.py", *flags, "--method", "natural", "--save", "run")
+    assert done.returncode == 0, done.stderr
+    assert "4 passes, 8 weight steps" in done.stdout
+    assert rows(tmp_path / "run" / "log.csv")[-1]["weight_steps"] == "8"
+
+
+def test_a_network_is_evaluated_at_another_radius_in_another_folder(run_here, refused, tmp_path):
+    assert run_here("free_at.py", *SMALL, "--method", "natural", "--save", "run").returncode == 0
+    again = ("--evaluate", "run/natural_mlp.pth", "--eval_images", 20, "--queries", 10, "--eps",
+             0.02, "--device", "cpu")
+    refused(run_here("free_at.py", *again), "--save run: holds a table made with eps 0.1")
+    done = run_here("free_at.py", *again, "--save", "near")
+    assert done.returncode == 0, done.stderr
+    near, far = (float(rows(tmp_path / folder / "results.csv")[-1]["adv_acc"])
+                 for folder in ("near", "run"))
+    assert near > far
+
+
 def test_passes_that_are_rounded_up_are_said(run_here):
     done = run_here("free_at.py", *SMALL, "--replays", 3, "--save", "run")
     assert "2 passes (rounded up), 18 weight steps" in done.stdout
@@ -384,6 +404,8 @@ def test_finished_runs_stand_in_one_table_and_others_are_refused(run_here, refus
     assert run_here("free_at.py", *SMALL, "--eps", 0.3, "--save", "far").returncode == 0
     refused(run_here("free_at.py", "--compare", "natural", "far"), "has eps 0.3")
     refused(run_here("free_at.py", "--compare", "natural", "none"), "none: no finished run")
+    assert run_here("free_at.py", *SMALL, "--queries", 5, "--save", "less").returncode == 0
+    refused(run_here("free_at.py", "--compare", "natural", "less"), "Square 5", "wanted the same")
 
 
 # ------------------------------------------------------------------- bad input
@@ -391,11 +413,14 @@ def test_finished_runs_stand_in_one_table_and_others_are_refused(run_here, refus
 @pytest.mark.parametrize(("flags", "words"), [
     (("--model_name", "resnet9000"), ("resnet9000", "wanted one of cnn")),
     (("--batch_size", 500), ("--batch_size 500", "150 training images")),
+    (("--batch_size", 1), ("at least 2",)), (("--uaps_save", "nowhere.pth"), ("nowhere.pth",)),
     (("--eps", 8), ("outside (0, 1]",)), (("--eval_images", 400), ("has 355",)),
     (("--pretrained", "nowhere.pth"), ("nowhere.pth",)),
     (("--evaluate", "nowhere.pth"), ("nowhere.json",))], ids=str)
-def test_bad_input_is_one_line(run_here, refused, flags, words):
+def test_bad_input_is_one_line_before_anything_is_trained(run_here, refused, tmp_path, flags,
+                                                          words):
     refused(run_here("free_at.py", *SMALL, *flags), *words)
+    assert not list(tmp_path.rglob("checkpoint.pth"))
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(

@@ -254,10 +254,11 @@ class RunFolder:
                                 f"{was}, given {now}; give the same flags or another folder")
         return saved
 
-    def load_cells(self, settings):
+    def load_cells(self, settings, flag="--results"):
         """Settings and cells of the table in results.json, to go on with; no cells: none yet.
 
         settings: dict of what every cell stands on; UserError if the table was made with others.
+        flag: what chooses the folder.
         """
         path = self.path / "results.json"
         if not path.exists():
@@ -267,7 +268,7 @@ class RunFolder:
             raise UserError(f"{path}: not a table of cells; choose another folder")
         was = saved["settings"]
         for key in [key for key in settings if key in was and settings[key] != was[key]]:
-            raise UserError(f"--results {self.path}: holds a table made with {key} {was[key]}, "
+            raise UserError(f"{flag} {self.path}: holds a table made with {key} {was[key]}, "
                             f"given {settings[key]}; choose another folder")
         return was | settings, saved["cells"]
 
