@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attacks import pgd
-from free_eval import compare, evaluate, test_images
+from free_eval import compare, evaluate, given_uaps, test_images
 from utils import draw
 from utils.attacking import own_generators
 from utils.data import (
@@ -67,7 +67,6 @@ from utils.run import (
     save_pth,
     write_atomic,
 )
-from utils.uaps import find_uaps
 
 PRESETS = {  # eps, alpha of pgd, network, epochs, batch, learning rate, weight decay
     "digits": (0.1, 0.025, "mlp", 80, 64, 0.03, 0.0),
@@ -402,8 +401,7 @@ def run(args, team, device):
         raise UserError(f"--batch_size {args.batch_size}: there are {team.size} processes; wanted "
                         "an image for each")
     test_images(args.data_dir, args.data_root, args.eval_images)  # what is missing is said now
-    if args.uaps_save:
-        find_uaps(args.uaps_save, images.kind)
+    given_uaps(args.uaps_save, images.kind)
     folder = RunFolder(path, lock=team.first)
     flags = {key: value for key, value in vars(args).items() if key not in NOT_THE_RESULT}
     flags.update(images=images.sha256()[:16], processes=team.size, device=device.type)

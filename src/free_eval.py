@@ -95,12 +95,17 @@ def evaluate(path, folder, device, *, data_dir, data_root, eval_images, eps, que
     print(text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
 
 
+def given_uaps(uaps, kind):
+    """The perturbations of the files and folders `uaps`; UserError if one cannot be read."""
+    return read_uaps(find_uaps(uaps, kind), scale="auto", eps=1.0) if uaps else []
+
+
 def fooling_ratios(uaps, model, images, device):
     """{perturbation: share} of the files and folders `uaps` on this network."""
     if not uaps:
         return {}
     before, found = predictions([model], images.pixels, device), {}
-    for uap in read_uaps(find_uaps(uaps, images.kind), scale="auto", eps=1.0):
+    for uap in given_uaps(uaps, images.kind):
         delta = fit_size(uap, images.size, images.channels, 1.0, False)
         after = predictions([model], images.pixels, device, delta=delta)
         found[uap.name] = share(int((after != before).sum()), len(images))

@@ -350,6 +350,19 @@ def test_a_universal_perturbation_is_measured_on_the_network(run_here, tmp_path)
     assert "| u | 0.0 %" in done.stdout
 
 
+def test_a_folder_of_runs_stands_for_its_perturbations_and_not_for_its_networks(
+        run_here, refused, tmp_path):
+    done = run_here("free_at.py", *SMALL, "--method", "natural", "--save", "runs/net")
+    assert done.returncode == 0, done.stderr
+    refused(run_here("eval_uap.py", "--device", "cpu"), "no perturbation for digits images")
+    save_pth(tmp_path / "runs" / "u.pth", torch.zeros(1, 28, 28))
+    (tmp_path / "runs" / "u.json").write_text(json.dumps({"kind": "digits", "scale": 1}))
+    done = run_here("free_at.py", "--evaluate", "runs/net/natural_mlp.pth", "--eval_images", 20,
+                    "--queries", 10, "--device", "cpu", "--uaps_save", "runs")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| u | 0.0 %") == 1 and "net |" not in done.stdout
+
+
 def test_training_goes_on_from_weights_that_are_given(run_here, tmp_path):
     assert run_here("free_at.py", *SMALL, "--method", "natural", "--save", "first").returncode == 0
     first = tmp_path / "first" / "natural_mlp.pth"

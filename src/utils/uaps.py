@@ -41,14 +41,18 @@ def rounded(delta):
 
 
 def find_uaps(paths, kind):
-    """Files as given; a folder stands for the perturbations below it made on this kind of data."""
+    """Files as given; a folder stands for the perturbations below it made on this kind of data.
+
+    Networks that were trained into the same folder are passed over: they have no `scale`.
+    """
     found = []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(path)
             continue
         below = [p.with_suffix(".pth") for p in sorted(path.rglob("*.json"))
-                 if p.with_suffix(".pth").is_file() and _facts(p).get("kind") == kind]
+                 if p.with_suffix(".pth").is_file() and _facts(p).get("kind") == kind
+                 and "scale" in _facts(p)]
         if not below:
             raise UserError(f"--uaps_save {path}: no perturbation for {kind} images below it; make "
                             "one with train_sga.py, or name the file")
