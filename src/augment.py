@@ -1,6 +1,7 @@
 """Augmentations and corruptions of a batch at once, every image with parameters of its own.
 
-    x = augment(x, ("rain", "rotation"), p=0.5, generator=generator)   # x (n, C, H, W)
+    x = augment(x, {"rain": 0.5, "rotation": 0.1}, generator=generator)   # x (n, C, H, W)
+    x = augment(x, PUBLISHED, generator=generator)                        # the authors' pipeline
     x = OPS["fog"](x, generator=generator)
 
     python augment.py --image FILE --out imgs/augment.png      # the grid of all of them
@@ -26,6 +27,14 @@ from utils.data import to_float
 from utils.run import Parser, UserError, at_least, make_generator, run_script, write_atomic
 
 OPS = {}  # {name: function(x, *, p=1.0, generator) -> x}, filled by @op
+PUBLISHED = {  # the authors' last pipeline (data_transform.py): in this order, with these p
+    "pepper_salt": 0.1, "colour_points": 0.1, "gaussian_noise": 0.1, "mosaic_block": 0.1,
+    "rgb_shuffle": 0.05, "rotation": 0.05, "horizontal_flip": 0.1, "vertical_flip": 0.01,
+    "gaussian_blur": 0.001, "blur": 0.001, "rain": 0.05, "extend": 0.01, "block_shuffle": 0.05,
+    "local_shuffle": 0.01, "random_padding": 0.01, "fog": 0.05, "shot_noise": 0.1,
+    "impulse_noise": 0.1, "speckle_noise": 0.1, "glass_blur": 0.1, "defocus_blur": 0.1,
+    "motion_blur": 0.1, "zoom_blur": 0.1, "snow": 0.1, "spatter": 0.1, "contrast": 0.05,
+    "brightness": 0.05, "saturation": 0.05, "jpeg": 0.01, "pixelate": 0.1, "elastic": 0.1}
 GREY = (0.299, 0.587, 0.114)  # of R, G, B in luma
 
 
@@ -58,7 +67,7 @@ class Draw:
 
 def op(function):
     """function(x, draw) on float images becomes op(x, *, p, generator) of any dtype, by name."""
-    def applied(x, *, p=1.0, generator):
+    def applied(x, *, p=1.0, generator, inplace=False):
         if x.dim() != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
             raise UserError(f"{function.__name__}: given {tuple(x.shape)} {x.dtype}; wanted images "
                             "(n, C, H, W), uint8 or float in [0, 1]")
@@ -68,7 +77,7 @@ def op(function):
         part = x[chosen]
         z = to_float(part) if x.dtype == torch.uint8 else part
         z = function(z, Draw(z, generator)).clamp(0, 1)
-        out = x.clone()
+        out = x if inplace else x.clone()
         out[chosen] = (z * 255).round().to(torch.uint8) if x.dtype == torch.uint8 else z.to(x.dtype)
         return out
     applied.__name__, applied.__doc__ = function.__name__, function.__doc__
@@ -76,12 +85,13 @@ def op(function):
     return applied
 
 
-def augment(x, names, *, p, generator):
-    """The named operations one after the other, each on every image with probability p."""
-    for name in names:
+def augment(x, chances, *, generator):
+    """The operations of {name: p} one after the other, each on every image with probability p."""
+    x = x.clone()  # once, not for every operation
+    for name, p in chances.items():
         if name not in OPS:
             raise UserError(f"augmentation {name}: wanted one of {', '.join(OPS)}")
-        x = OPS[name](x, p=p, generator=generator)
+        OPS[name](x, p=p, generator=generator, inplace=True)
     return x
 
 

@@ -35,21 +35,14 @@ from attacks import pgd
 from free_eval import compare, evaluate, given_uaps, test_images
 from utils import draw
 from utils.attacking import own_generators
-from utils.data import (
-    NAMED,
-    crop_flip,
-    default_workers,
-    load,
-    open_images,
-    random_crops,
-    to_float,
-)
+from utils.data import NAMED, default_workers, load, open_images, to_float
 from utils.models import (
     check_name,
     input_size,
     joint_batch_norm,
     trainable,
 )
+from utils.passes import one_pass
 from utils.precision import synchronize
 from utils.run import (
     Parser,
@@ -206,27 +199,11 @@ class Training:
 
     def minibatches(self):
         """(images of the joint batch, this process's x (n, C, H, W) in [0, 1], y (n,))"""
-        images, args, team = self.images, self.args, self.team
-        order = torch.randperm(len(images), generator=self.generator)
-        u = torch.rand((3, len(images)), generator=self.generator)
-        seeds = torch.randint(2 ** 62, (len(images),), generator=self.generator)
-        joint = [part for part in torch.arange(len(images)).split(args.batch_size)
-                 if len(part) >= self.smallest]
-        own = [part[team.rank::team.size] for part in joint]
-        if images.pixels is None and args.augment == "auto":
-            plan = [list(zip(order[p].tolist(), seeds[p].tolist(), strict=True)) for p in own]
-            found = random_crops(images, plan, workers=args.workers)
-        else:
-            found = ((order[p], self.pixels(order[p], u[:, p])) for p in own)
-        for part, (index, x) in zip(joint, found, strict=True):
-            yield len(part), to_float(x.to(self.device)), images.labels[index].to(self.device)
-
-    def pixels(self, index, u):
-        """The images of the index (n,), with the paper's shifts by four pixels and mirrors."""
-        pixels = self.images.pixels[index.to(self.images.pixels.device)]
-        if self.args.augment == "off" or self.images.kind in ("digits", "mnist"):
-            return pixels
-        return crop_flip(F.pad(pixels, (4,) * 4), self.images.size, u)
+        images, args = self.images, self.args
+        for joint, index, x in one_pass(images, args.batch_size, self.generator, self.team,
+                                        vary=args.augment == "auto", smallest=self.smallest,
+                                        workers=args.workers):
+            yield joint, to_float(x.to(self.device)), images.labels[index].to(self.device)
 
     def run_epoch(self, bar):
         """One pass over the shuffled images. -> mean loss, accuracy on what was trained on"""
@@ -446,7 +423,8 @@ def finish(training, folder, name):
     save_pth(folder / f"{name}.pth", {k: v.cpu() for k, v in
                                       training.model[1].state_dict().items()})
     save_json(folder / f"{name}.json", facts)
-    write_atomic(folder / "curve.png", draw.training(training.rows, name))
+    write_atomic(folder / "curve.png", draw.training(
+        training.rows, name, probe_adv_acc="PGD-10, some training images"))
     return folder / f"{name}.pth"
 
 

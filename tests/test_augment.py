@@ -70,11 +70,22 @@ def test_p_is_the_share_of_images_that_change(name):
 
 def test_several_are_done_one_after_the_other():
     x, generator = pictures(3), seeded(2)
-    out = augment.augment(x, ("rain", "rotation"), p=0.7, generator=seeded(2))
+    before = x.clone()
+    out = augment.augment(x, {"rain": 0.7, "rotation": 0.4}, generator=seeded(2))
     one = OPS["rain"](x, p=0.7, generator=generator)
-    assert torch.equal(out, OPS["rotation"](one, p=0.7, generator=generator))
+    assert torch.equal(out, OPS["rotation"](one, p=0.4, generator=generator))
+    assert torch.equal(x, before)
     with pytest.raises(UserError, match="wanted one of"):
-        augment.augment(x, ("hail",), p=1.0, generator=seeded())
+        augment.augment(x, {"hail": 1.0}, generator=seeded())
+
+
+def test_the_published_pipeline_changes_seven_images_of_eight():
+    assert set(augment.PUBLISHED) == set(OPS) - {"frost", "colour_jitter", "random_cut"}
+    assert sum(augment.PUBLISHED.values()) == pytest.approx(2.052)
+    x = pictures(60, (32, 32))
+    out = augment.augment(x, augment.PUBLISHED, generator=seeded())
+    changed = (out != x).flatten(1).any(1)
+    assert 45 <= changed.sum() <= 59
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)])

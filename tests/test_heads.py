@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import models as zoo
 
-from utils.heads import MLDecoder, fc_head, with_head
+from utils.heads import MLDecoder, fc_head, head_parameters, with_head
 from utils.models import build_small
 from utils.run import UserError
 
@@ -79,12 +79,31 @@ def test_convnext_takes_every_head(head):
         assert sizes == [512, 256, 12] and net[1][3].in_features == 768
 
 
-def test_a_network_without_a_known_feature_map_keeps_its_own_head_or_is_refused():
+def test_a_network_without_a_known_feature_map_takes_its_own_head_alone():
     net = build_small("mlp", 1, 28)
     assert with_head(net, "own", 10, "mlp") is net
-    for head, classes in (("own", 7), ("fc", 10), ("ml_decoder", 10)):
+    assert with_head(net, "own", 7, "mlp")(torch.rand(2, 1, 28, 28)).shape == (2, 7)
+    for head in ("fc", "ml_decoder"):
         with pytest.raises(UserError, match="no feature map"):
-            with_head(net, head, classes, "mlp")
+            with_head(net, head, 10, "mlp")
+    with pytest.raises(UserError, match="leave out --head"):
+        with_head(with_head(build_small("cnn_bn", 1, 28), "fc", 7, "cnn_bn"), "own", 7, "cnn_bn")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "squeezenet1_1", "mobilenet_v2",
+                                  "vit_b_16", "swin_t", "vgg11"])
+def test_torchvisions_networks_take_as_many_classes_as_there_are(name):
+    net, size = zoo.get_model(name, weights=None).eval(), 224 if name == "vit_b_16" else 64
+    x, own = torch.rand(1, 3, size, size), None
+    with torch.no_grad():
+        if name not in ("vit_b_16", "swin_t"):
+            assert with_head(net, "fc", 7, name).eval()(x).shape == (1, 7)
+        else:
+            with pytest.raises(UserError, match="no feature map"):
+                with_head(net, "fc", 7, name)
+        own = with_head(net, "own", 7, name)
+        assert own is net and own(x).shape == (1, 7)
+    assert sum(p.numel() for p in head_parameters(own)) % 7 == 0
 
 
 def test_the_fc_head_pools_so_that_any_size_goes_in():

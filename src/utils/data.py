@@ -27,6 +27,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from utils.lists import find_list, read_list
 from utils.run import UserError
 
 NAMED = ("digits", "mnist", "cifar10", "imagenette")
@@ -119,7 +120,8 @@ def open_images(data_dir, *, split, data_root="data"):
     """The images of a path or of a named data set; nothing but names and labels is read of files.
 
     data_dir: 'digits', 'mnist', 'cifar10', 'imagenette', or a folder: of class folders, of
-    train/ and val/ with class folders, or one that holds torchvision's MNIST or CIFAR-10.
+    train/ and val/ with class folders, or one that holds torchvision's MNIST or CIFAR-10, or an
+    image list (utils/lists.py) or the folder of one.
     split: 'train' or 'test'. UserError: no such data, no images in it, a download that failed.
     """
     if data_dir in NAMED:
@@ -179,6 +181,12 @@ def _arrays(kind, x, y, classes, split):
 
 def _open_path(data_dir, split):
     root = Path(data_dir)
+    sorted_already = any(entry.is_dir() for sub in SPLITS[split] for entry in root.glob(f"{sub}/*"))
+    listed = find_list(root, split) if root.exists() and not sorted_already else None
+    if listed:
+        root, names, labels, classes = read_list(listed)
+        return Images("folder", names, torch.tensor(labels), classes, PRESETS["folder"].size,
+                      root=root)
     if not root.is_dir():
         near = difflib.get_close_matches(str(data_dir), NAMED, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -228,6 +236,14 @@ def wnids():
 
 def imagenet_classes():
     return torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+
+
+def hold_out(labels, share):
+    """True for a share of the labels (N,), taken evenly over the classes: those held out."""
+    step, order = round(1 / share), torch.argsort(labels, stable=True)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order[step // 2::step]] = True
+    return held
 
 
 def spread(labels, num):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 def _figure(width, height):
@@ -72,8 +72,8 @@ def curves(rows, title):
     return _png(figure)
 
 
-def training(rows, title):
-    """Loss and accuracies over the epochs, from the rows of free_at.py's log.csv."""
+def training(rows, title, **also):
+    """Loss and accuracy over the epochs of a log.csv; also: label of every further column."""
     figure = _figure(6, 3.4)
     left = figure.add_subplot()
     right = left.twinx()
@@ -81,13 +81,12 @@ def training(rows, title):
     left.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker="o", ms=3)
     left.set(xlabel="pass over the images", title=title)
     left.set_ylabel("training loss", color=BLUE)
-    right.plot(epochs, [100 * row["train_acc"] for row in rows], color=ORANGE, marker="s", ms=3,
-               label="accuracy on what was trained on")
-    probed = [(row["epoch"], 100 * row["probe_adv_acc"]) for row in rows
-              if row["probe_adv_acc"] != ""]
-    if probed:
-        right.plot(*zip(*probed, strict=True), color=GREEN, marker="^", ms=3,
-                   label="PGD-10, some training images")
+    columns = {"train_acc": "accuracy on what was trained on", **also}
+    for (column, label), colour, marker in zip(columns.items(), (ORANGE, GREEN, PINK), "s^v",
+                                               strict=False):
+        there = [(row["epoch"], 100 * row[column]) for row in rows if row[column] != ""]
+        if there:
+            right.plot(*zip(*there, strict=True), color=colour, marker=marker, ms=3, label=label)
     right.set(ylim=(0, 100), ylabel="accuracy, %")
     right.legend(fontsize=8, loc="center right")
     left.xaxis.get_major_locator().set_params(integer=True)

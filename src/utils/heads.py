@@ -1,5 +1,6 @@
-"""Heads of the challenge's classifier on the feature maps of ConvNeXt and of our small networks.
+"""Heads of the challenge's classifier on the feature maps of ConvNeXt and of other networks.
 
+    own          the network's own, its last layer for as many classes as there are
     fc           pool, 512, 256, classes, with GELU, dropout and LayerNorm between
     ml_decoder   queries that look at the places of the feature map   arXiv:2111.12933
 """
@@ -8,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import torchvision.models as zoo
 from torch import nn
 
 from utils.run import UserError
@@ -59,32 +61,71 @@ def fc_head(channels, classes, dropout=0.2):
     return nn.Sequential(*layers, nn.Linear(channels, classes))
 
 
+class WithHead(nn.Sequential):
+    """Sequential(body, head): the body's feature map has `channels` channels."""
+
+    def __init__(self, body, head, channels):
+        super().__init__(body, head)
+        self.channels = channels
+
+
 def with_head(net, head, classes, name):
-    """The network with another head: 'own' keeps it where it has as many classes."""
-    body, channels = _body(net)
-    if head == "own" and _last(net).out_features == classes:
-        return net
-    if body is None:
-        raise UserError(f"head {head}: {name} has no feature map that is known here; wanted a "
-                        "ConvNeXt, cnn_bn, vgg_small or resnet_small, or its own head with "
-                        f"{_last(net).out_features} classes")
+    """The network with another head: 'own' changes its last layer alone, and only where it must."""
     if head == "own":
-        top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-    else:
-        top = {"fc": fc_head, "ml_decoder": MLDecoder}[head](channels, classes)
-    return nn.Sequential(body, top)
+        if isinstance(net, WithHead):
+            raise UserError(f"--head own: these weights of {name} have another; leave out --head")
+        last, layer = _last(net)
+        if layer.weight.shape[0] != classes:
+            setattr(net.get_submodule(last.rpartition(".")[0]), last.rpartition(".")[2],
+                    _with_outputs(layer, classes))
+        return net
+    body, channels = _body(net, name)
+    return WithHead(body, {"fc": fc_head, "ml_decoder": MLDecoder}[head](channels, classes),
+                    channels)
+
+
+def head_parameters(net):
+    """The parameters of the head: of another one all, of the network's own the last layer's."""
+    return list((net[1] if isinstance(net, WithHead) else _last(net)[1]).parameters())
 
 
 def _last(net):
-    return [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1]
+    """Name and layer of the network's last linear layer, which in SqueezeNet is a convolution."""
+    return [(name, layer) for name, layer in net.named_modules()
+            if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
 
 
-def _body(net):
-    """What makes the feature map, and its channels; (None, None) where that is not known."""
-    if hasattr(net, "features") and type(net).__name__ == "ConvNeXt":
-        return net.features, net.classifier[-1].in_features
-    if isinstance(net, nn.Sequential):
-        pools = [i for i, layer in enumerate(net) if isinstance(layer, nn.AdaptiveAvgPool2d)]
-        if pools:
-            return net[:pools[0]], _last(net).in_features
-    return None, None
+def _with_outputs(layer, classes):
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(layer.in_channels, classes, layer.kernel_size)
+    return nn.Linear(layer.in_features, classes)
+
+
+def _body(net, name):
+    """What makes the feature map (n, C, H, W), and C; UserError where that is not known."""
+    if isinstance(net, WithHead):
+        return net[0], net.channels
+    if isinstance(net, zoo.ResNet):
+        body = nn.Sequential(*list(net.children())[:-2])
+    elif isinstance(net, zoo.DenseNet):
+        body = nn.Sequential(net.features, nn.ReLU())
+    elif hasattr(net, "features") and not isinstance(net, zoo.SwinTransformer):
+        body = net.features
+    else:
+        pools = [i for i, layer in enumerate(net.children())
+                 if isinstance(layer, nn.AdaptiveAvgPool2d)]
+        if not isinstance(net, nn.Sequential) or not pools:
+            raise UserError(f"--head: {name} has no feature map that is known here; type --head "
+                            "own, or another network, such as convnext_tiny, resnet50, cnn_bn")
+        body = net[:pools[0]]
+    return body, _channels(body)
+
+
+def _channels(body):
+    """Of the feature map, by looking at one."""
+    first = next(layer for layer in body.modules() if isinstance(layer, nn.Conv2d))
+    was = body.training
+    with torch.no_grad():
+        found = body.eval()(torch.zeros((1, first.in_channels, 64, 64))).shape[1]
+    body.train(was)
+    return found

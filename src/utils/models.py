@@ -22,8 +22,9 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.data import SMALL, default_workers, load, open_images, to_float
+from utils.heads import with_head
 from utils.networks import NETWORKS
-from utils.run import UserError, load_pth, save_pth
+from utils.run import UserError, load_json, load_pth, save_pth
 
 # how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
 # which the networks with BatchNorm change their mind at any pattern on the black of digits
@@ -61,10 +62,11 @@ def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root=
     return freeze(nn.Sequential(Normalize(mean, std), net)).to(device)
 
 
-def trainable(name, *, kind, weights="random", seed=0):
+def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None):
     """Sequential(Normalize, net) to be trained, in training mode; its net[1] is what is saved.
 
     weights: 'random' (drawn from the seed), or as in load_model where they start from others.
+    head, classes: of utils/heads.py, and how many; drawn anew unless the weights have such a one.
     """
     check_name(name, kind)
     path = weights_path(name, weights)
@@ -74,11 +76,16 @@ def trainable(name, *, kind, weights="random", seed=0):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = build_small(name, channels, size)
-        net = load_state(net, path, name) if path else net
+        net = _fit(net, path, name) if path else net
     else:
         net, mean, std = _local(name, path, seed), _transforms(name).mean, _transforms(name).std
     if not path and weights != "random":
         net = load_model(name, weights=weights, kind=kind)[1]
+    classes = classes or num_classes(kind)
+    if (head, classes) != (path and head_of(path)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = with_head(net, head, classes, name)
     return nn.Sequential(Normalize(mean, std), net).train().requires_grad_(True)
 
 
@@ -162,7 +169,10 @@ def input_size(name, kind, size, weights):
     """Side in pixels that the weights were trained for; `size` where the data decides."""
     if kind in RECIPES:
         return size
-    if weights == "random" or weights_path(name, weights):
+    path = weights_path(name, weights)
+    if path and head_of(path):
+        return trained(path)["image_size"]
+    if path or weights == "random":
         return _transforms(name).crop_size[0]
     return _enum(name, weights).transforms().crop_size[0]
 
@@ -219,7 +229,7 @@ def _local(name, path, seed=0):
     with torch.random.fork_rng(devices=[]):  # random weights are the same every time
         torch.manual_seed(seed)
         net = zoo.get_model(name, weights=None, **options)
-    return load_state(net, path, name) if path else net
+    return _fit(net, path, name) if path else net
 
 
 def weights_path(name, weights):
@@ -233,6 +243,28 @@ def weights_path(name, weights):
         raise UserError(f"--weights {weights}: no file {path}; type the path of a state dict of "
                         f"{name}, V1, V2 or random")
     return None
+
+
+def trained(path):
+    """What stands in NAME.json beside weights NAME.pth that a script of ours trained, else {}."""
+    beside = path.with_suffix(".json")
+    facts = load_json(beside) if beside.is_file() else {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def head_of(path):
+    """(head, classes) of a network that train_gcm.py trained; None: the network's own."""
+    facts = trained(path)
+    return (facts["head"], len(facts["classes"])) if "head" in facts else None
+
+
+def _fit(net, path, name):
+    """The network with the weights of the file, its head as train_gcm.py changed it."""
+    found = head_of(path)
+    if found:
+        with torch.random.fork_rng(devices=[]):
+            net = with_head(net, *found, name)
+    return load_state(net, path, name)
 
 
 def load_state(net, path, name):
@@ -327,7 +359,7 @@ def _small(name, kind, weights, path, data_dir, data_root, device):
         raise UserError(f"--weights {weights}: {name} has {ready}random, or the path of a state "
                         "dict, such as free_at.py makes")
     if path or cached.is_file():
-        return load_state(net, path or cached, name), half, half
+        return _fit(net, path or cached, name), half, half
     model = nn.Sequential(Normalize(half, half), net).to(device)
     _train_small(model, name, kind, data_dir, data_root)
     cached.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,33 @@
+#!/bin/sh
+# The challenge's classifier in its two stages, the robustness table of both, and a table of it all;
+# any flag of train_gcm.py passes through to both stages.
+#   sh src/train_gcm.sh                                          digits, offline, SECONDS s
+#   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, a GPU's work
+#   DATA=/data/photos PROCESSES=4 sh src/train_gcm.sh            four GPUs
+set -eu
+DATA=${DATA:-digits}         # digits, mnist, cifar10, a folder of class folders, or an image list
+MODEL=${MODEL:-}             # network; empty: convnext_tiny, on small images the data set's own
+RUNS=${RUNS:-runs/challenge}  # a folder for the runs' folders
+EPOCHS2=${EPOCHS2:-}         # passes of stage 2; empty: those of stage 1
+ATTACKED=${ATTACKED:-}       # test images of the robustness table; empty: all
+PROCESSES=${PROCESSES:-1}    # of training, by torchrun
+
+. "$(dirname "$0")/env.sh"
+launch="$PYTHON"
+if [ "$PROCESSES" -gt 1 ]; then
+    launch="$PYTHON -m torch.distributed.run --nproc_per_node $PROCESSES"
+fi
+for stage in 1 2; do
+    if [ $stage = 1 ]; then epochs=; defense=gcm; else epochs=$EPOCHS2; defense=gcm+resizepad; fi
+    # shellcheck disable=SC2086  # a command with its flags
+    $launch "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
+        ${MODEL:+--model_name "$MODEL"} --save "$RUNS/stage$stage" "$@" \
+        ${epochs:+--epochs "$epochs"}
+    for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
+        model=${weights##*/stage"$stage"_}
+        "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --model_name "${model%.pth}" \
+            --weights "$weights" --defense $defense --results "$RUNS/stage$stage/gcm" \
+            ${ATTACKED:+--num_images "$ATTACKED"}
+    done
+done
+exec "$PYTHON" "$root/src/train_gcm.py" --compare "$RUNS/stage1" "$RUNS/stage2"
