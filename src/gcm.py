@@ -28,7 +28,7 @@ from tqdm import tqdm
 from robustness import FARTHER, STEPS, Network, catalogue, figures, radii, show, worst_case
 from utils import draw
 from utils.audit import checklist, compare, verdict
-from utils.data import NAMED, PRESETS, default_workers, load, open_images
+from utils.data import NAMED, PRESETS, default_workers, load, open_images, unseen
 from utils.defenses import (
     DEFENSES,
     GradientConcealment,
@@ -45,6 +45,8 @@ from utils.models import (
     input_size,
     load_model,
     one_each,
+    trained,
+    weights_path,
 )
 from utils.run import (
     Parser,
@@ -312,17 +314,15 @@ def report_sweep(folder, settings, found, networks, args):
 def settle(args):
     """Fills in what the data set presets, refuses what cannot work; -> images (names only)."""
     images = open_images(args.data_dir, split="test", data_root=args.data_root)
-    if not images.labelled:
-        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks; "
-                        "wanted folders named by wnid, such as n01440764")
-    if args.num_images and args.num_images > len(images):
-        raise UserError(f"--num_images {args.num_images}: {args.data_dir} has {len(images)}; type "
-                        f"--num_images {len(images)}, or leave it out")
     preset = PAPER if images.kind == "imagenet" else PRESETS[images.kind].targets
     args.model_name = list(dict.fromkeys(sum(args.model_name or [], []) or preset))
     for name in args.model_name:
         check_name(name, images.kind)
     args.weights = one_each(args.model_name, sum(args.weights, []))
+    images = attacked_images(args, images)
+    if args.num_images and args.num_images > len(images):
+        raise UserError(f"--num_images {args.num_images}: {args.data_dir} has {len(images)}; type "
+                        f"--num_images {len(images)}, or leave it out")
     if args.audit and args.w_sweep:
         raise UserError("--audit --w_sweep: one at a time; they share a folder")
     if args.audit and args.stop_early:
@@ -331,6 +331,21 @@ def settle(args):
     if args.w_sweep and "gcm" not in args.defense:
         raise UserError(f"--w_sweep --defense {args.defense}: there is no w; type --defense gcm")
     defend(torch.nn.Identity(), args.defense, size=images.size, w=args.w, epsilon=args.epsilon)
+    return images
+
+
+def attacked_images(args, images):
+    """The test images; for networks of train_gcm.py none that they were trained on."""
+    paths = map(weights_path, args.model_name, args.weights)
+    ours = [facts for path in paths if path and "hold_out" in (facts := trained(path))]
+    if ours:
+        images, _ = unseen(args.data_dir, args.data_root, ours[0]["hold_out"],
+                           ours[0]["given_images"])
+    taught = [one for one in ours if one["classes"] == list(images.classes)]
+    if not images.labelled and len(taught) < len(args.model_name):
+        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks; "
+                        "wanted folders named by wnid, such as n01440764, or --weights that "
+                        "train_gcm.py trained on them")
     return images
 
 

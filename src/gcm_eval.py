@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from augment import OPS
-from utils.data import batches, hold_out, open_images, to_float
+from utils.data import batches, to_float, unseen
 from utils.defenses import defend, describe
 from utils.metrics import interval, markdown, percent, share
 from utils.models import describe_weights, load_model
@@ -32,12 +32,7 @@ def test_images(data_dir, data_root, eval_images, share_held, num_images, classe
 
     -> images, whether they chose the best epoch. UserError: too few, or of other classes.
     """
-    images, train = (open_images(data_dir, split=split, data_root=data_root)
-                     for split in ("test", "train"))
-    chosen_by = (images.root, images.names) == (train.root, train.names)
-    if chosen_by:
-        images = train.prepared(train.size, num_images)
-        images = images.select(hold_out(images.labels, share_held).nonzero()[:, 0].tolist())
+    images, chosen_by = unseen(data_dir, data_root, share_held, num_images)
     if list(images.classes) != classes[:len(images.classes)]:
         raise UserError(f"--data_dir {data_dir}: the test images have other classes than "
                         f"the network ({len(images.classes)}, {len(classes)}); wanted the same")

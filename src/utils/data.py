@@ -246,6 +246,19 @@ def hold_out(labels, share):
     return held
 
 
+def unseen(data_dir, data_root, share, num):
+    """The test images; where there are no such, those that hold_out(share) kept from training.
+
+    share, num: --hold_out and --num_images of the training. -> images, whether they are held out.
+    """
+    test, train = (open_images(data_dir, split=split, data_root=data_root)
+                   for split in ("test", "train"))
+    if (test.root, test.names) != (train.root, train.names):
+        return test, False
+    train = train.prepared(train.size, num)
+    return train.select(hold_out(train.labels, share).nonzero()[:, 0].tolist()), True
+
+
 def spread(labels, num):
     """Indices of `num` items spread evenly over the classes, the first ones of each class.
 
