@@ -17,10 +17,11 @@ import io
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 from utils import draw
 from utils.data import to_float
@@ -42,7 +43,8 @@ class Draw:
     """Random numbers for n images on a device."""
 
     def __init__(self, x, generator):
-        self.x, self.n, self.cpu = x, len(x), generator
+        self.n, self.cpu, self.channels = len(x), generator, x.shape[1]
+        self.x = x.new_empty(0, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
         seed = int(torch.randint(2 ** 62, (), generator=generator))
         self.fields = torch.Generator(x.device).manual_seed(seed)
 
@@ -62,11 +64,18 @@ class Draw:
 
     def colour(self):
         """(n, C, 1, 1) in [0, 1]."""
-        return torch.rand((self.n, self.x.shape[1], 1, 1), generator=self.cpu).to(self.x)
+        return torch.rand((self.n, self.channels, 1, 1), generator=self.cpu).to(self.x)
 
 
-def op(function):
-    """function(x, draw) on float images becomes op(x, *, p, generator) of any dtype, by name."""
+def op(function=None, *, as_it_is=False):
+    """function(x, draw) on images becomes op(x, *, p, generator) on images of any dtype, by name.
+
+    The function gets floats that it may write into. as_it_is: it gets uint8 too, and writes into
+    nothing: operations that only move pixels need no numbers for them, and cost a tenth so.
+    """
+    if function is None:
+        return lambda function: op(function, as_it_is=as_it_is)
+
     def applied(x, *, p=1.0, generator, inplace=False):
         if x.dim() != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
             raise UserError(f"{function.__name__}: given {tuple(x.shape)} {x.dtype}; wanted images "
@@ -74,11 +83,18 @@ def op(function):
         chosen = (torch.rand(len(x), generator=generator) < p).nonzero()[:, 0].to(x.device)
         if not len(chosen):
             return x
-        part = x[chosen]
-        z = to_float(part) if x.dtype == torch.uint8 else part
-        z = function(z, Draw(z, generator)).clamp(0, 1)
+        part = x if len(chosen) == len(x) else x[chosen]
+        if as_it_is:
+            z = function(part, Draw(part, generator))
+            z = z if z.dtype == torch.uint8 else z.clamp(0, 1)
+        else:
+            z = to_float(part) if x.dtype == torch.uint8 else part.clone()
+            z = function(z, Draw(z, generator)).clamp_(0, 1)
+            z = z.mul_(255).round_().to(torch.uint8) if x.dtype == torch.uint8 else z.to(x.dtype)
+        if part is x and not inplace:
+            return z
         out = x if inplace else x.clone()
-        out[chosen] = (z * 255).round().to(torch.uint8) if x.dtype == torch.uint8 else z.to(x.dtype)
+        out[chosen] = z
         return out
     applied.__name__, applied.__doc__ = function.__name__, function.__doc__
     OPS[function.__name__] = applied
@@ -172,7 +188,8 @@ def luma(x):
     """(n, 1, H, W)."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
-    return (x * x.new_tensor(GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 # ----------------------------------------------------------------------- noise
@@ -219,7 +236,7 @@ def speckle_noise(x, draw):
 
 # ---------------------------------------------------------------------- colour
 
-@op
+@op(as_it_is=True)
 def rgb_shuffle(x, draw):
     """The channels in another order, never the same."""
     if x.shape[1] != 3:
@@ -232,13 +249,12 @@ def rgb_shuffle(x, draw):
 @op
 def colour_jitter(x, draw):
     """Brightness, contrast, saturation by 0.6 to 1.4; hue by up to 36 degrees, in YIQ."""
-    x = x * draw.uniform(0.6, 1.4)
-    mean = luma(x).mean((1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * draw.uniform(0.6, 1.4)
+    x.mul_(draw.uniform(0.6, 1.4))
+    x.lerp_(luma(x).mean((1, 2, 3), keepdim=True), 1 - draw.uniform(0.6, 1.4))
     if x.shape[1] != 3:
         return x
-    grey = luma(x)
-    return turned(grey + (x - grey) * draw.uniform(0.6, 1.4), draw.uniform(-0.2, 0.2) * math.pi)
+    x.lerp_(luma(x), 1 - draw.uniform(0.6, 1.4))
+    return turned(x, draw.uniform(-0.2, 0.2) * math.pi)
 
 
 def turned(x, angle):
@@ -250,35 +266,36 @@ def turned(x, angle):
     return (matrix @ x.flatten(2)).view(x.shape)
 
 
-@op
+@op(as_it_is=True)
 def brightness(x, draw):
     """Lighter by 0.1 to 0.5."""
-    return x + draw.uniform(0.1, 0.5)
+    by = draw.uniform(0.1, 0.5)
+    if x.dtype == torch.uint8:
+        return x.to(torch.int16).add_((255 * by).round().to(torch.int16)).clamp_(0, 255).to(x.dtype)
+    return x + by
 
 
 @op
 def contrast(x, draw):
     """A tenth to a half of it."""
-    mean = x.mean((2, 3), keepdim=True)
-    return mean + (x - mean) * draw.uniform(0.1, 0.5)
+    return x.lerp_(x.mean((2, 3), keepdim=True), 1 - draw.uniform(0.1, 0.5))
 
 
 @op
 def saturation(x, draw):
     """None at all to three times as much."""
-    grey = luma(x)
-    return grey + (x - grey) * draw.uniform(0.0, 3.0)
+    return x.lerp_(luma(x), 1 - draw.uniform(0.0, 3.0))
 
 
 # -------------------------------------------------------------------- geometry
 
-@op
+@op(as_it_is=True)
 def horizontal_flip(x, draw):
     """Left and right."""
     return x.flip(3)
 
 
-@op
+@op(as_it_is=True)
 def vertical_flip(x, draw):
     """Top and bottom."""
     return x.flip(2)
@@ -292,23 +309,36 @@ def rotation(x, draw):
     return warp(x, theta.view(-1, 2, 3))
 
 
-@op
+@op(as_it_is=True)
 def random_cut(x, draw):
     """A part of 50 to 95 % of each side, at the whole size."""
-    scale = draw.uniform(0.5, 0.95)
-    return warp(x, scaling(scale, scale, (1 - scale) * draw.uniform(-1, 1),
-                           (1 - scale) * draw.uniform(-1, 1)), "border")
+    return torch.stack([
+        TF.resized_crop(one, *corner, *sides, list(x.shape[2:]))
+        for one, corner, sides in zip(x, *places(x, draw, 0.5), strict=True)])
 
 
-@op
+@op(as_it_is=True)
 def random_padding(x, draw):
     """Resized to 60 to 95 % and put anywhere on grey or a colour."""
-    small = draw.uniform(0.6, 0.95)
-    theta = scaling(1 / small, 1 / small, (1 / small - 1) * draw.uniform(-1, 1),
-                    (1 / small - 1) * draw.uniform(-1, 1))
-    inside = warp(torch.ones_like(x[:, :1]), theta)
     back = torch.where(draw.uniform(0, 1) < 0.5, torch.full_like(draw.colour(), 0.5), draw.colour())
-    return warp(x, theta) + (1 - inside) * back
+    out = level(back, x).expand_as(x).contiguous()
+    for canvas, one, (top, left), (high, wide) in zip(out, x, *places(x, draw, 0.6), strict=True):
+        canvas[:, top:top + high, left:left + wide] = TF.resize(one, [high, wide])
+    return out
+
+
+def places(x, draw, least):
+    """Of n rectangles of `least` to 95 % of the sides: corners (top, left), sides; lists of pairs.
+    """
+    size = torch.tensor(x.shape[2:])
+    sides = ((draw.uniform(least, 0.95).cpu().view(-1, 1) * size).round()).long().clamp_min(1)
+    corner = torch.stack([draw.uniform(0, 1).cpu().flatten() for _ in range(2)], 1)
+    return (corner * (size - sides + 1)).long().minimum(size - sides).tolist(), sides.tolist()
+
+
+def level(values, x):
+    """Values in [0, 1] as pixels of x have them."""
+    return (255 * values).round().to(x.dtype) if x.dtype == torch.uint8 else values.to(x.dtype)
 
 
 @op
@@ -325,7 +355,7 @@ def elastic(x, draw):
 
 # ---------------------------------------------------------------------- blocks
 
-@op
+@op(as_it_is=True)
 def mosaic_block(x, draw):
     """A rectangle of 10 to 40 % of each side in a colour, black, white or grey."""
     row, column = grid(x)
@@ -337,10 +367,10 @@ def mosaic_block(x, draw):
     kind, fill = draw.integers(0, 3).view(-1, 1, 1, 1), draw.colour()
     for k, grey in ((1, 0.0), (2, 1.0), (3, 0.5)):
         fill = torch.where(kind == k, torch.full_like(fill, grey), fill)
-    return torch.where(inside[:, None], fill, x)
+    return torch.where(inside[:, None], level(fill, x), x)
 
 
-@op
+@op(as_it_is=True)
 def block_shuffle(x, draw):
     """The two halves swapped, left and right or top and bottom."""
     (row, column), (h, w) = grid(x), x.shape[2:]
@@ -349,7 +379,7 @@ def block_shuffle(x, draw):
                 torch.where(across, (column + w // 2) % w, column).expand(-1, h, w))
 
 
-@op
+@op(as_it_is=True)
 def local_shuffle(x, draw):
     """The patches of a 2 x 2 to 4 x 4 grid in another order."""
     (row, column), (h, w) = grid(x), x.shape[2:]
@@ -365,7 +395,7 @@ def local_shuffle(x, draw):
                 torch.where(whole, source % cells * wide + column % wide, column))
 
 
-@op
+@op(as_it_is=True)
 def extend(x, draw):
     """Pixels, 0.5 to 3 %, that spread over the 3 x 3 to 7 x 7 around them."""
     n, _, h, w = x.shape
@@ -378,7 +408,7 @@ def extend(x, draw):
     return take(x, source // w, source % w)
 
 
-@op
+@op(as_it_is=True)
 def pixelate(x, draw):
     """In blocks of 2 pixels up to a tenth of the side."""
     (row, column), (h, w) = grid(x), x.shape[2:]
@@ -500,15 +530,18 @@ def spatter(x, draw):
 
 # --------------------------------------------------------------------- storage
 
-@op
+@op(as_it_is=True)
 def jpeg(x, draw):
     """Quality 8 to 40. The codec works on the CPU, an image at a time."""
-    pixels, found = (x * 255).round().to(torch.uint8).cpu(), []
-    for one, quality in zip(pixels, draw.integers(8, 40).tolist(), strict=True):
+    pixels = (x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)).cpu()
+    pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # as the codec has them
+    found = np.empty_like(pixels)
+    for k, quality in enumerate(draw.integers(8, 40).tolist()):
         buffer = io.BytesIO()
-        v2.functional.to_pil_image(one).save(buffer, "JPEG", quality=quality)
-        found.append(v2.functional.pil_to_tensor(Image.open(buffer)))
-    return to_float(torch.stack(found)).to(x)
+        Image.fromarray(pixels[k].squeeze()).save(buffer, "JPEG", quality=quality)
+        found[k] = np.asarray(Image.open(buffer, formats=("JPEG",))).reshape(found[k].shape)
+    found = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous().to(x.device)
+    return found if x.dtype == torch.uint8 else to_float(found).to(x)
 
 
 # -------------------------------------------------------------------- the grid
@@ -547,10 +580,10 @@ def main(args):
     if args.image:
         try:
             with Image.open(args.image) as file:
-                picture = v2.functional.pil_to_tensor(file.convert("RGB"))
+                picture = TF.pil_to_tensor(file.convert("RGB"))
         except OSError as error:
             raise UserError(f"--image {args.image}: {error}") from None
-        picture = v2.functional.center_crop(v2.functional.resize(picture, args.image_size),
+        picture = TF.center_crop(TF.resize(picture, args.image_size),
                                             args.image_size)
     else:
         picture = scene(args.image_size)

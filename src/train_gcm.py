@@ -245,8 +245,8 @@ class Training:
             for joint, index, x in one_pass(self.images, args.batch_size, self.generator, self.team,
                                             vary=bool(self.chances), smallest=self.smallest,
                                             workers=args.workers):
-                x, y = to_float(x.to(self.device)), self.images.labels[index].to(self.device)
-                sums += self.step(augment(x, self.chances, generator=self.own), y, joint)
+                x = augment(x.to(self.device), self.chances, generator=self.own)
+                sums += self.step(to_float(x), self.images.labels[index].to(self.device), joint)
                 bar.update()
         loss, right, count = self.team.total(sums.tolist())
         return loss / count, right / count if args.w_clean else ""

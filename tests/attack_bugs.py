@@ -13,6 +13,7 @@ ATTACKS, CORE, BALLS = "attacks.py", "utils/attacking.py", "utils/balls.py"
 APGD, SQUARE = "utils/apgd.py", "utils/square.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "robustness.py", "utils/audit.py"
 FREE, SHEET, DATA = "free_at.py", "fgsm_mnist.py", "utils/data.py"
+STAGES, EVALUATED, HEADS = "train_gcm.py", "gcm_eval.py", "utils/heads.py"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Bug:
     old: str
     new: str
     tests: tuple
+
+
+def stage(name):
+    return f"tests/test_challenge.py::test_{name}"
 
 
 def form(name):
@@ -217,6 +222,42 @@ BUGS = [
         "2 * torch.randint(0, 2, x.shape, generator=generator) - 1",
         "2 * torch.rand(x.shape, generator=generator) - 1",
         (sheet("noise_is_plus_or_minus_alpha_before_clipping"),)),
+    Bug("the training attack goes through GCM", STAGES,
+        "seen = adaptive(self.model)", "seen = self.model",
+        (stage("the_training_attack_knows_the_layer_that_hides_the_gradient"),)),
+    Bug("FGSM's weight forgotten", STAGES,
+        "total + weight * F.cross_entropy", "total + F.cross_entropy",
+        (stage("the_plain_and_the_attacked_loss_by_hand"),)),
+    Bug("the attacked images of the last step are the plain ones", STAGES,
+        'attack(x, y) if name == "fgsm" else x', "x",
+        (stage("the_plain_and_the_attacked_loss_by_hand"),)),
+    Bug("mixed images wanted as the first alone", STAGES,
+        "inputs, wanted = mix(x, y)", "inputs, wanted = mix(x, y)[0], y",
+        (stage("mixed_images_are_wanted_as_what_they_are_mixed_of[mixup]"),)),
+    Bug("one rate for head and backbone", STAGES,
+        "(args.lr_head, args.lr_backbone)", "(args.lr_head, args.lr_head)",
+        (stage("head_and_backbone_have_rates_of_their_own[backbone]"),)),
+    Bug("rates never cut", STAGES,
+        "rate * args.gamma ** (self.epoch // args.step_epochs)", "rate",
+        (stage("rates_are_cut_in_steps"),)),
+    Bug("the same augmentation in every pass", STAGES,
+        "self.own.manual_seed(seed)", "self.own.manual_seed(0)",
+        (stage("augmentations_are_drawn_anew_in_every_pass"),)),
+    Bug("the last epoch for the best", STAGES,
+        'if (val + hard) / 2 > training.best["score"]:', "if True:",
+        (stage("the_best_epoch_is_the_one_that_is_kept"),)),
+    Bug("gradients of several processes halved", STAGES,
+        "(loss * (self.team.size / joint)).backward()", "(loss / joint).backward()",
+        (stage("two_processes_step_as_one_does"),)),
+    Bug("tested on what was held out to choose", DATA,
+        "if (test.root, test.names) != (train.root, train.names):", "if False:",
+        (stage("the_test_images_are_the_test_images"),)),
+    Bug("accuracy under an augmentation of the plain image", EVALUATED,
+        "right[name] += int((model(z)", "right[name] += int((model(x)",
+        (stage("accuracy_under_an_augmentation_is_a_plain_loop"),)),
+    Bug("queries that are learnt away", HEADS,
+        "q = self.norm_query(q + self.dropout(q))", "q = self.norm_query(q)",
+        ("tests/test_heads.py::test_ml_decoder_is_attention_written_naively",)),
 ]
 
 

@@ -16,7 +16,7 @@ import augment
 import gcm_eval
 import train_gcm
 from attacks import fgsm
-from utils.data import hold_out, load, open_images, to_float
+from utils.data import hold_out, load, open_images, to_float, unseen
 from utils.defenses import GradientConcealment
 from utils.lists import read_list
 from utils.models import load_model, trainable
@@ -268,6 +268,21 @@ def test_the_running_mean_is_what_is_saved(run_here, tmp_path):
             start["1." + key], last["1." + key])
 
 
+def test_the_best_epoch_is_the_one_that_is_kept(run_here, tmp_path, monkeypatch):
+    scores, kept = iter([(0.2, 0.2), (0.9, 0.4), (0.6, 0.6), (0.95, 0.35)]), []
+
+    def validate(training):
+        kept.append({k: v.clone() for k, v in training.core[1].state_dict().items()})
+        return next(scores)
+    monkeypatch.setattr(train_gcm.Training, "validate", validate)
+    done = run_here("train_gcm.py", *SMALL, *PLAIN, "--epochs", 4, "--save", "run")
+    assert done.returncode == 0, done.stderr
+    saved = weights_of(tmp_path / "run/stage1_cnn_bn.pth")
+    assert json.loads((tmp_path / "run/stage1_cnn_bn.json").read_text())["best_epoch"] == 2
+    assert all(torch.equal(saved[k], kept[1][k]) for k in saved)
+    assert not all(torch.equal(saved[k], kept[3][k]) for k in saved)
+
+
 def test_two_processes_step_as_one_does(tmp_path):
     """One step: Adamax goes by signs, so that rounding of what is nearly zero shows at once; the
     weight decay makes the signs depend on the gradient's scale."""
@@ -403,13 +418,18 @@ def test_no_image_that_was_trained_on_chooses_or_is_tested(run_here, monkeypatch
     assert not trained & held and not (trained | held) & set(test.names)
 
 
+def test_the_test_images_are_the_test_images():
+    images, held = unseen("digits", "data", 0.1, None)
+    assert images.names == open_images("digits", split="test").names and not held
+
+
 # ---------------------------------------------------------------- evaluation
 
 def test_accuracy_under_an_augmentation_is_a_plain_loop(monkeypatch):
     monkeypatch.setattr(gcm_eval, "OPS", {k: augment.OPS[k] for k in ("rain", "rotation")})
     images = open_images("digits", split="test").prepared(28, 130)
     torch.manual_seed(0)
-    model = trainable("cnn_bn", kind="digits").eval()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     found = gcm_eval.accuracies(model, images, torch.device("cpu"), generator=make_generator(4),
                                 workers=0)
     generator, right = make_generator(4), {"clean": 0, "rain": 0, "rotation": 0}

