@@ -99,8 +99,8 @@ def get_args():
     add("--defense", choices=DEFENSES, help="layers in front; None: gcm, in stage 2 gcm+resizepad")
     add("--low", type=at_least(1), help="smallest side that resizepad draws, in pixels; None: 218 "
         "of 224")
-    add("--augment", type=names, default=["published"], help="published, all, none, or names of "
-        "augment.py's operations: rain,rotation")
+    add("--augment", type=names, default=["published"], help="published, all, names of "
+        "augment.py's operations (rain,rotation), or none: no random crops either")
     add("--p", type=at_least(0, float, 1), default=0.1, help="chance of every operation of "
         "--augment, but for published")
     add("--w_clean", type=at_least(0, float), default=1.0, help="weight of the plain loss")

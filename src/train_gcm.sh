@@ -1,7 +1,7 @@
 #!/bin/sh
 # The challenge's classifier in its two stages, the robustness table of both, and a table of it all;
 # any flag of train_gcm.py passes through to both stages.
-#   sh src/train_gcm.sh                                          digits, offline, SECONDS s
+#   sh src/train_gcm.sh                                          digits, offline, 5 minutes
 #   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, a GPU's work
 #   DATA=/data/photos PROCESSES=4 sh src/train_gcm.sh            four GPUs
 set -eu
