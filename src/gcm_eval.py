@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from augment import OPS
+from utils import draw
 from utils.data import batches, to_float, unseen
 from utils.defenses import defend, describe
 from utils.metrics import interval, markdown, percent, share
@@ -111,8 +112,8 @@ def report(facts, settings, found):
 
 # ---------------------------------------------------------------- comparison
 
-def compare(folders):
-    """The table of some runs on the same test images."""
+def compare(folders, save=None):
+    """The table of some runs on the same test images; a folder also gets it, and a picture."""
     runs, lines, columns = [finished(folder) for folder in folders], [], []
     first = runs[0][1]["settings"]
     for folder, (_, results, _) in zip(folders, runs, strict=True):
@@ -129,11 +130,18 @@ def compare(folders):
                       interval(found["clean"]), f"{100 * corrupted(found)['value']:.1f}",
                       *(table.get(name, "-") for name in columns)])
     facts = runs[0][0]
-    return (f"{first['data']}, {facts['model_name']} with head {facts['head']}, n={first['n']} "
+    text = (f"{first['data']}, {facts['model_name']} with head {facts['head']}, n={first['n']} "
             f"test images; %, with 95 % Wilson intervals; {first['device']}, torch "
             f"{first['torch']}\n\n"
             + markdown(["run", "stage", "in front", "augmented by", "w_fgsm", "minutes",
                         "clean_acc", f"mean of {len(found) - 1} augmentations", *columns], lines))
+    if save:
+        save.mkdir(parents=True, exist_ok=True)
+        write_atomic(save / "comparison.md", text.encode())
+        write_atomic(save / "comparison.png", draw.corruptions({
+            folder.name: results["accuracy"]
+            for folder, (_, results, _) in zip(folders, runs, strict=True)}))
+    return text
 
 
 def finished(folder):

@@ -127,7 +127,8 @@ def get_args():
         "table")
     add("--eval_images", type=at_least(1), help="test images, evenly over the classes; None: all")
     add("--save", type=Path, help="run folder; None: runs/gcm_DATA_MODEL/stage1 or stage2; with "
-        "--evaluate: where its tables go, None: beside the network")
+        "--evaluate: where its tables go, None: beside the network; with --compare: where table "
+        "and picture go")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, if it is installed")
     add("--seed", type=at_least(0, high=2 ** 62), default=0, help="fixes everything random")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -453,7 +454,7 @@ def finish(training, folder):
 
 def main(args):
     if args.compare:
-        print(compare(args.compare), end="")
+        print(compare(args.compare, args.save), end="")
         return
     team, device = join_team(resolve_device(args.device))
     if args.amp == "auto":

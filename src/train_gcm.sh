@@ -30,4 +30,5 @@ for stage in 1 2; do
             ${ATTACKED:+--num_images "$ATTACKED"}
     done
 done
-exec "$PYTHON" "$root/src/train_gcm.py" --compare "$RUNS/stage1" "$RUNS/stage2"
+exec "$PYTHON" "$root/src/train_gcm.py" --save "$RUNS" \
+    --compare "$RUNS/stage1" "$RUNS/stage2"

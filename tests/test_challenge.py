@@ -219,8 +219,10 @@ def test_the_two_stages_and_their_tables(run_here, tmp_path):
                      "runs/stage1/stage1_cnn_bn.pth", "--attacks", "fgsm", "--num_images", 20,
                      "--results", "runs/stage1/gcm", "--device", "cpu")
     assert table.returncode == 0, table.stderr
-    both = run_here("train_gcm.py", "--compare", "runs/stage1", "runs/stage2")
+    both = run_here("train_gcm.py", "--compare", "runs/stage1", "runs/stage2", "--save", "both")
     assert both.returncode == 0, both.stderr
+    assert (tmp_path / "both/comparison.md").read_text() == both.stdout
+    assert (tmp_path / "both/comparison.png").read_bytes().startswith(b"\x89PNG")
     lines = [line for line in both.stdout.splitlines() if line.startswith("| stage")]
     assert "AR, attacker who knows" in both.stdout and len(lines) == 2
     assert lines[0].count("-") > 3 and lines[1].endswith("| - | - | - |")

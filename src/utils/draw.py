@@ -94,6 +94,26 @@ def training(rows, title, **also):
     return _png(figure)
 
 
+def corruptions(runs):
+    """{run: {operation: share}}: accuracy with its interval, worst of the first run on top."""
+    first = next(iter(runs.values()))
+    order = sorted(first, key=lambda name: (name == "clean", first[name]["value"]), reverse=True)
+    figure = _figure(6.4, 0.6 + 0.19 * len(order))
+    axes = figure.add_subplot()
+    for k, (run, found) in enumerate(runs.items()):
+        at = [i + 0.7 * ((k + 0.5) / len(runs) - 0.5) for i in range(len(order))]
+        value = np.array([100 * found[name]["value"] for name in order])
+        low, high = (np.array([100 * found[name][side] for name in order])
+                     for side in ("low", "high"))
+        axes.errorbar(value, at, xerr=(value - low, high - value), fmt="os^v"[k % 4], ms=3, lw=0.8,
+                      color=(BLUE, ORANGE, GREEN, PINK)[k % 4], label=run)
+    axes.set_yticks(range(len(order)), [name.replace("_", " ") for name in order], fontsize=7)
+    axes.set(xlabel="accuracy, %", ylim=(-0.7, len(order) - 0.3))
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
 def variations(logs):
     """Accuracies over the epochs, a panel for every {variation: [rows of log.csv, a list a seed]}.
 
