@@ -17,18 +17,19 @@ launch="$PYTHON"
 if [ "$PROCESSES" -gt 1 ]; then
     launch="$PYTHON -m torch.distributed.run --nproc_per_node $PROCESSES"
 fi
+weights= epochs= defense=gcm
 for stage in 1 2; do
-    if [ $stage = 1 ]; then epochs=; defense=gcm; else epochs=$EPOCHS2; defense=gcm+resizepad; fi
     # shellcheck disable=SC2086  # a command with its flags
     $launch "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
         ${MODEL:+--model_name "$MODEL"} --save "$RUNS/stage$stage" "$@" \
-        ${epochs:+--epochs "$epochs"}
+        ${epochs:+--epochs "$epochs"} ${weights:+--pretrained "$weights"}
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
         model=${weights##*/stage"$stage"_}
         "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --model_name "${model%.pth}" \
             --weights "$weights" --defense $defense --results "$RUNS/stage$stage/gcm" \
             ${ATTACKED:+--num_images "$ATTACKED"}
     done
+    epochs=$EPOCHS2 defense=gcm+resizepad  # of stage 2, which starts from these weights
 done
 exec "$PYTHON" "$root/src/train_gcm.py" --save "$RUNS" \
     --compare "$RUNS/stage1" "$RUNS/stage2"

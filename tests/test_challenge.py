@@ -323,11 +323,13 @@ def test_everything_at_once_trains_in_two_processes(tmp_path):
 
 def test_the_door_trains_both_stages_and_attacks_them(tmp_path):
     done = subprocess.run(
-        ["sh", str(SRC / "train_gcm.sh"), *map(str, SMALL[:-4]), "--epochs", "1"], cwd=tmp_path,
+        ["sh", str(SRC / "train_gcm.sh"), *map(str, SMALL[:-4]), "--epochs", "1", "--pretrained",
+         "random"], cwd=tmp_path,
         env={**os.environ, "PYTHON": sys.executable, "ATTACKED": "8", "EPOCHS2": "2"},
         capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "runs/challenge/stage2/log.csv")) == 2
+    assert "from runs/challenge/stage1/stage1_cnn_bn.pth" in done.stdout
     last = done.stdout.splitlines()[-2:]
     assert last[0].startswith("| stage1 | 1 | gcm |") and last[1].startswith(
         "| stage2 | 2 | gcm+resizepad |")
