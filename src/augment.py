@@ -275,16 +275,27 @@ def brightness(x, draw):
     return x + by
 
 
-@op
+@op(as_it_is=True)
 def contrast(x, draw):
     """A tenth to a half of it."""
-    return x.lerp_(x.mean((2, 3), keepdim=True), 1 - draw.uniform(0.1, 0.5))
+    return blend(x, lambda z: z.mean((2, 3), keepdim=True), 1 - draw.uniform(0.1, 0.5))
 
 
-@op
+@op(as_it_is=True)
 def saturation(x, draw):
     """None at all to three times as much."""
-    return x.lerp_(luma(x), 1 - draw.uniform(0.0, 3.0))
+    return blend(x, luma, 1 - draw.uniform(0.0, 3.0))
+
+
+def blend(x, other, share):
+    """x, of which a share (n, 1, 1, 1), on either side of [0, 1] too, is other(x)."""
+    if x.dtype != torch.uint8:
+        return x.lerp(other(x), share)
+    size, out = 2 if x.device.type == "cpu" else len(x), torch.empty_like(x)  # what a cache holds
+    for part, to, by in zip(x.split(size), out.split(size), share.split(size), strict=True):
+        z = part.float().add_(0.5)  # so that cutting off the fraction rounds
+        to.copy_(z.lerp_(other(z), by).clamp_(0, 255.5))
+    return out
 
 
 # -------------------------------------------------------------------- geometry
@@ -301,12 +312,14 @@ def vertical_flip(x, draw):
     return x.flip(2)
 
 
-@op
+@op(as_it_is=True)
 def rotation(x, draw):
     """By up to 45 degrees, corners black."""
     a, ratio = draw.uniform(-math.pi / 4, math.pi / 4), x.shape[2] / x.shape[3]
     theta = torch.cat([a.cos(), -a.sin() * ratio, 0 * a, a.sin() / ratio, a.cos(), 0 * a], 1)
-    return warp(x, theta.view(-1, 2, 3))
+    if x.dtype != torch.uint8:
+        return warp(x, theta.view(-1, 2, 3))
+    return warp(x.float(), theta.view(-1, 2, 3)).round_().to(torch.uint8)
 
 
 @op(as_it_is=True)
