@@ -165,7 +165,8 @@ class Training:
             images = replace(images, pixels=images.pixels_on(device))
         self.args, self.images, self.team, self.device = args, images, team, device
         self.model = trainable(args.model_name, kind=images.kind, weights=args.pretrained,
-                               seed=args.seed).to(device, memory_format=torch.channels_last)
+                               seed=args.seed, data_dir=args.data_dir, data_root=args.data_root
+                               ).to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.model.parameters(), args.lr, args.momentum,
                                          weight_decay=args.weight_decay)
         shape = (args.batch_size, images.channels, args.image_size, args.image_size)

@@ -192,7 +192,8 @@ class Training:
         self.chances = chances(args)
         self.generator, self.own = make_generator(args.seed), make_generator(0)
         self.core = trainable(args.model_name, kind=images.kind, weights=args.pretrained,
-                              seed=args.seed, head=args.head, classes=len(args.classes)).to(
+                              seed=args.seed, head=args.head, classes=len(args.classes),
+                              data_dir=args.data_dir, data_root=args.data_root).to(
                                   device, memory_format=torch.channels_last)
         if team.size > 1:
             self.core = joint_batch_norm(self.core, device)
@@ -346,7 +347,7 @@ def start_from(args, path):
         if args.stage == 2 and not first.is_file():
             raise UserError(f"--stage 2: no {first}; type --stage 1 first, or --pretrained PATH")
         args.pretrained = str(first) if args.stage == 2 else "random"
-    file = weights_path(args.model_name, args.pretrained)
+    file = weights_path(args.model_name, args.pretrained, "--pretrained")
     there = head_of(file) if file else None
     args.head = args.head or (there[0] if there else "fc")
 

@@ -336,6 +336,16 @@ def test_the_door_trains_both_stages_and_attacks_them(tmp_path):
     assert all(line.count("(") == 4 for line in last)  # clean_acc and three attackers
 
 
+def test_a_network_of_ours_may_be_where_it_begins(run_here, tmp_path):
+    done = run_here("train_gcm.py", *SMALL, *PLAIN, "--pretrained", "V1", "--lr_backbone", 0,
+                    "--weight_decay", 0, "--model_name", "vgg_small", "--save", "run")
+    assert done.returncode == 0, done.stderr
+    first = load_model("vgg_small", kind="digits", data_dir="digits")[1].state_dict()
+    saved = weights_of(tmp_path / "run/stage1_vgg_small.pth")
+    assert all(torch.equal(saved[f"0.{k}"], v) for k, v in first.items() if f"0.{k}" in saved)
+    assert "0.0.weight" in saved and saved["1.2.weight"].shape[0] == 128
+
+
 # ---------------------------------------------------------------- own images
 
 def photographs(tmp_path, picture, classes=3, each=6):
@@ -488,7 +498,7 @@ def test_runs_tested_on_other_images_are_not_put_side_by_side(run_here, refused)
 @pytest.mark.parametrize(("flags", "words"), [
     (("--model_name", "resnet9000"), ("resnet9000",)), (("--augment", "hail"), ("--augment hail",)),
     (("--batch_size", 500), ("--batch_size 500",)), (("--eval_images", 400), ("has 355",)),
-    (("--pretrained", "nowhere.pth"), ("nowhere.pth",)), (("--p", 2), ("at most 1",)),
+    (("--pretrained", "nowhere.pth"), ("--pretrained nowhere.pth",)), (("--p", 2), ("at most 1",)),
     (("--model_name", "mlp"), ("no feature map", "--head own")),
     (("--fgsm_eps", 0.2, 0.1), ("the smaller one first",)),
     (("--image_size", 40), ("digits images are 28",)), (("--hold_out", 0.9), ("at most 0.5",)),

@@ -428,7 +428,7 @@ def test_finished_runs_stand_in_one_table_and_others_are_refused(run_here, refus
     (("--batch_size", 500), ("--batch_size 500", "150 training images")),
     (("--batch_size", 1), ("at least 2",)), (("--uaps_save", "nowhere.pth"), ("nowhere.pth",)),
     (("--eps", 8), ("outside (0, 1]",)), (("--eval_images", 400), ("has 355",)),
-    (("--pretrained", "nowhere.pth"), ("nowhere.pth",)),
+    (("--pretrained", "nowhere.pth"), ("--pretrained nowhere.pth",)),
     (("--evaluate", "nowhere.pth"), ("nowhere.json",))], ids=str)
 def test_bad_input_is_one_line_before_anything_is_trained(run_here, refused, tmp_path, flags,
                                                           words):

@@ -62,14 +62,15 @@ def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root=
     return freeze(nn.Sequential(Normalize(mean, std), net)).to(device)
 
 
-def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None):
+def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None, data_dir=None,
+              data_root="data"):
     """Sequential(Normalize, net) to be trained, in training mode; its net[1] is what is saved.
 
     weights: 'random' (drawn from the seed), or as in load_model where they start from others.
     head, classes: of utils/heads.py, and how many; drawn anew unless the weights have such a one.
     """
     check_name(name, kind)
-    path = weights_path(name, weights)
+    path = weights_path(name, weights, "--pretrained")
     if kind in RECIPES:
         channels, size = (3, 32) if kind == "cifar10" else (1, 28)
         mean = std = (0.5,) * channels
@@ -80,7 +81,11 @@ def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None)
     else:
         net, mean, std = _local(name, path, seed), _transforms(name).mean, _transforms(name).std
     if not path and weights != "random":
-        net = load_model(name, weights=weights, kind=kind)[1]
+        try:
+            net = load_model(name, weights=weights, kind=kind, data_dir=data_dir or kind,
+                             data_root=data_root)[1]
+        except UserError as error:
+            raise UserError(str(error).replace("--weights", "--pretrained")) from None
     classes = classes or num_classes(kind)
     if (head, classes) != (path and head_of(path)):
         with torch.random.fork_rng(devices=[]):
@@ -232,15 +237,15 @@ def _local(name, path, seed=0):
     return _fit(net, path, name) if path else net
 
 
-def weights_path(name, weights):
-    """The file that --weights names (for a folder: NAME.pth in it), None if it names none."""
+def weights_path(name, weights, flag="--weights"):
+    """The file that the flag names (for a folder: NAME.pth in it), None if it names none."""
     path = Path(weights)
     if path.is_dir():
         path = path / f"{name}.pth"
     if path.is_file():
         return path
     if path.suffix or len(path.parts) > 1:
-        raise UserError(f"--weights {weights}: no file {path}; type the path of a state dict of "
+        raise UserError(f"{flag} {weights}: no file {path}; type the path of a state dict of "
                         f"{name}, V1, V2 or random")
     return None
 
