@@ -31,7 +31,8 @@ def options(**changed):
         "method": "free", "replays": 3, "eps": 0.1, "alpha": 0.1, "steps": 2, "epochs": 6,
         "batch_size": 16, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "schedule": "step",
         "augment": "auto", "guard": "off", "amp": "off", "seed": 0, "model_name": "mlp",
-        "pretrained": "random", "image_size": 28} | changed)
+        "pretrained": "random", "image_size": 28, "workers": 0, "data_dir": "digits",
+        "data_root": "data"} | changed)
 
 
 def digits(n=40):
