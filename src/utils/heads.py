@@ -73,7 +73,8 @@ def with_head(net, head, classes, name):
     """The network with another head: 'own' changes its last layer alone, and only where it must."""
     if head == "own":
         if isinstance(net, WithHead):
-            raise UserError(f"--head own: these weights of {name} have another; leave out --head")
+            raise UserError(f"these weights of {name} have another head than its own; give others, "
+                            "or leave out --head")
         last, layer = _last(net)
         if layer.weight.shape[0] != classes:
             setattr(net.get_submodule(last.rpartition(".")[0]), last.rpartition(".")[2],
