@@ -49,6 +49,14 @@ def test_shape_dtype_and_range_stay_and_the_input_too(name, size, channels):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_grey_levels_come_out_as_floats_do(name):
+    x = pictures(5)
+    levels = OPS[name](x, generator=seeded(2)).float()
+    floats = 255 * OPS[name](x.float() / 255, generator=seeded(2))
+    assert (levels - floats).abs().max() < 1.6  # rounding, in resizing twice
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_images_differ_and_a_seed_repeats_them(name):
     x, p = pictures(6), 0.5 if name.endswith("flip") else 1.0  # a flip has no other parameter
     state = torch.get_rng_state()
