@@ -17,6 +17,7 @@ from utils.metrics import interval, markdown, percent, predictions, share
 from utils.models import describe_weights, load_model
 from utils.run import (
     UserError,
+    finished_run,
     load_json,
     make_generator,
     provenance,
@@ -141,14 +142,9 @@ def report(folder, settings, facts, before, cells, ratios):
 
 def finished(folder):
     """(name of the method, facts, {attack: row of results.csv}) of a run folder."""
-    found = [facts for path in sorted(folder.glob("*.json"))
-             if isinstance(facts := load_json(path), dict) and "weight_steps" in facts]
-    if len(found) != 1 or not (folder / "results.csv").is_file():
-        raise UserError(f"--compare {folder}: no finished run; wanted a folder that free_at.py "
-                        "left, with results.csv in it")
+    facts = finished_run(folder, "weight_steps", "results.csv", "free_at.py")
     with open(folder / "results.csv", newline="") as file:
         rows = {row["attack"]: row for row in csv.DictReader(file) if row.get("attack")}
-    facts = found[0]
     name = facts["method"]
     if name == "free":
         share = facts["alpha"] / facts["eps"]

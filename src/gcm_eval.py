@@ -17,6 +17,7 @@ from utils.metrics import interval, markdown, percent, share
 from utils.models import describe_weights, load_model
 from utils.run import (
     UserError,
+    finished_run,
     load_json,
     make_generator,
     provenance,
@@ -146,11 +147,7 @@ def compare(folders, save=None):
 
 def finished(folder):
     """(facts, results, {row of gcm.py's table: worst-case attack_robustness}) of a run folder."""
-    facts = [found for path in sorted(folder.glob("stage*_*.json"))
-             if isinstance(found := load_json(path), dict) and "best_epoch" in found]
-    if len(facts) != 1 or not (folder / "results.json").is_file():
-        raise UserError(f"--compare {folder}: no finished run; wanted a folder that train_gcm.py "
-                        "left, with results.json in it")
+    facts = finished_run(folder, "best_epoch", "results.json", "train_gcm.py")
     table, path = {}, folder / "gcm" / "results.csv"
     if path.is_file():
         with open(path, newline="") as file:
@@ -160,4 +157,4 @@ def finished(folder):
                     table["AR, " + label] = interval({
                         "value": float(row["attack_robustness"]),
                         **{k: float(row[f"attack_robustness_{k}"]) for k in ("low", "high")}})
-    return facts[0], load_json(folder / "results.json"), table
+    return facts, load_json(folder / "results.json"), table

@@ -359,6 +359,11 @@ def prepare(args, team, device):
     if args.batch_size < team.size:
         raise UserError(f"--batch_size {args.batch_size}: there are {team.size} processes; wanted "
                         "an image for each")
+    if len(args.classes) < 2:
+        raise UserError(f"--data_dir {args.data_dir}: one class, '{args.classes[0]}'; wanted a "
+                        "folder for each class, or an image list")
+    if args.tensorboard:
+        tensorboard()  # what is missing is said before an old run is lost
     test_images(args.data_dir, args.data_root, args.eval_images, args.hold_out, args.num_images,
                 args.classes)
     folder = RunFolder(path, lock=team.first)
@@ -378,10 +383,20 @@ def prepare(args, team, device):
     return training, folder, flags
 
 
+def tensorboard():
+    """TensorBoard's SummaryWriter; UserError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: it is not installed; type pip install tensorboard, or "
+                        "leave out the flag (log.csv has the same)") from None
+    return SummaryWriter
+
+
 def train(training, folder, flags):
     """The epochs that are left; after each a line, a row of log.csv and a checkpoint."""
-    args, team, device, board = training.args, training.team, training.device, writer(
-        training.args, training.team, folder)
+    args, team, device = training.args, training.team, training.device
+    board = tensorboard()(str(folder / "tensorboard")) if args.tensorboard and team.first else None
     while training.epoch < args.epochs:
         synchronize(device)
         start = time.perf_counter()
@@ -416,18 +431,6 @@ def train(training, folder, flags):
                         board.add_scalar(key, value, training.epoch)
     if board:
         board.close()
-
-
-def writer(args, team, folder):
-    """TensorBoard's, if asked for; UserError if it is not installed."""
-    if not args.tensorboard or not team.first:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: it is not installed; type pip install tensorboard, or "
-                        "leave out the flag (log.csv has the same)") from None
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def finish(training, folder):

@@ -517,9 +517,19 @@ def test_a_rate_that_explodes_is_said_and_the_last_checkpoint_kept(run_here, ref
     assert not list(tmp_path.rglob("stage1_*.pth"))
 
 
-def test_without_tensorboard_the_flag_says_so(run_here, refused, monkeypatch):
+def test_without_tensorboard_the_flag_says_so_and_no_run_is_lost(run_here, refused, monkeypatch,
+                                                                 tmp_path):
+    assert run_here("train_gcm.py", *SMALL, *PLAIN, "--save", "run").returncode == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    refused(run_here("train_gcm.py", *SMALL, "--tensorboard"), "pip install tensorboard")
+    refused(run_here("train_gcm.py", *SMALL, *PLAIN, "--save", "run", "--overwrite",
+                     "--tensorboard"), "pip install tensorboard")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_one_class_is_none(run_here, refused, tmp_path, picture):
+    photographs(tmp_path, picture)  # images/, and no list beside it
+    refused(run_here("train_gcm.py", "--data_dir", "phase1", *OWN), "one class, 'images'")
 
 
 def test_tensorboard_gets_every_column(run_here, monkeypatch, tmp_path):

@@ -273,6 +273,19 @@ class RunFolder:
         return was | settings, saved["cells"]
 
 
+def finished_run(folder, key, results, script):
+    """The facts NAME.json of a finished run of `script`: the one in the folder that has `key`.
+
+    results: name of the file that its evaluation left. UserError: no such run, or several.
+    """
+    found = [facts for path in sorted(folder.glob("*.json"))
+             if isinstance(facts := load_json(path), dict) and key in facts]
+    if len(found) != 1 or not (folder / results).is_file():
+        raise UserError(f"--compare {folder}: no finished run; wanted a folder that {script} left, "
+                        f"with {results} in it")
+    return found[0]
+
+
 # ------------------------------------------------------------------- processes
 
 @dataclass(frozen=True)
