@@ -1,0 +1,12 @@
+#!/bin/sh
+# What a weight step of natural, free, K-PGD and fast training costs. Nothing else may run on the
+# machine meanwhile.
+#   sh docs/results/free_cost/run.sh        from the root of the repository
+set -eu
+DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+PYTHON=${PYTHON:-python}
+RUNS=${RUNS:-runs/free_cost}
+
+mkdir -p "$RUNS"
+PYTHONPATH=src "$PYTHON" benchmarks/free_cost.py --data_dir "$DATA" --model_name cnn_bn --bf16 \
+    --results "$RUNS/cost.json"
