@@ -4,7 +4,7 @@
         pyautoattack==0.2.0
     pip install --no-deps torchattacks==3.5.1
 
-Each function is (model, x, y, *, settings of the library) -> x_adv on a network that takes [0, 1]
+Each function is (model, x, y, *, settings of the library) -> x_adv for a network that takes [0, 1]
 pixels, with the library's own preprocessing off. They draw from the global random state.
 """
 
@@ -17,8 +17,8 @@ from importlib.util import find_spec
 
 import torch
 
-EPS = {"linf": 8 / 255, "l1": 1600.0, "l2": 8.0}     # the protocol of RobustART and GCM,
-ALPHA = {"linf": 0.6 / 255, "l1": 120.0, "l2": 0.6}  # 20 steps of eps * 3/40
+EPS = {"linf": 8 / 255, "l1": 1600.0, "l2": 8.0}     # the settings of RobustART and GCM:
+ALPHA = {"linf": 0.6 / 255, "l1": 120.0, "l2": 0.6}  # 20 steps of 3/40 eps
 MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art",
            "adv-lib": "adv_lib", "pyautoattack": "pyautoattack"}
 
@@ -35,7 +35,7 @@ def positive(text):
 
 
 def installed():
-    """Names of the libraries that are there, imported now, so that no timing includes it."""
+    """Names of the libraries that are installed, imported now so that no timing includes it."""
     sys.modules.setdefault("visdom", types.ModuleType("visdom"))  # adv-lib draws no plot here
     found = [name for name, module in MODULES.items() if find_spec(module)]
     for name in found:
@@ -49,7 +49,7 @@ def foolbox(model, x, y, *, name, eps=None, **settings):
 
     boxed = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
     _, x_adv, success = getattr(fb.attacks, name)(**settings)(boxed, x, y, epsilons=eps)
-    if eps is None:  # what failed comes back black, and counts as a success if black is an error
+    if eps is None:  # a failure comes back as a black image, which may be misclassified too
         found = success & (x_adv != 0).flatten(1).any(1)
         x_adv = torch.where(found.view(-1, 1, 1, 1), x_adv, x)
     return x_adv

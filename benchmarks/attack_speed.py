@@ -1,7 +1,7 @@
-"""Speed of attacks beside other libraries, in one process, alternating.
+"""Speed of attacks compared with other libraries, in one process, alternating.
 
-    ours         on a copy of the network in the layout that is faster here: float32 and bf16, and
-                 both where fooled images leave the batch (stop early; C&W: abort_early)
+    ours         on a copy of the network in the layout that is faster here: float32 and bf16, each
+                 also with fooled images leaving the batch (stop early; C&W: abort_early)
     the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1 and for C&W adv-lib 0.2.8, on the
                  frozen float32 network itself; those not installed are left out (attack_others.py)
 
@@ -10,10 +10,10 @@
 
 Nothing else may run on the machine meanwhile. Every implementation attacks the same images, all of
 which the network gets right, and what it returns is measured again by the float32 network. Images/s
-count images attacked; passes, how often an image went through the network. The yardstick is the
-fastest other library that took every step. C&W takes binary_steps x cw_steps steps from c = 1
-without early aborts; torchattacks' takes them all with one c and may stop. ART's is left out: every
-step costs it a backward pass for each class among the labels.
+counts attacked images, passes counts forward passes of an image. Ratios are to the fastest other
+library that took every step. C&W takes binary_steps x cw_steps steps from c = 1 without early
+aborts; that of torchattacks takes them all with one c and may stop early. That of ART is left out:
+each step costs it a backward pass for each class among the labels.
 """
 
 import statistics
@@ -35,19 +35,14 @@ from attack_others import (
     torchattacks,
 )
 from attacks import cw_l2, fgsm, pgd
+from utils.cli import Parser, at_least, run_script
 from utils.data import batches, default_workers, open_images, to_float
-from utils.metrics import markdown, share
+from utils.errors import UserError
+from utils.measure import share
 from utils.models import describe_weights, input_size, load_model
-from utils.precision import Fast, choose, synchronize, to_layout
-from utils.run import (
-    Parser,
-    UserError,
-    at_least,
-    provenance,
-    resolve_device,
-    run_script,
-    save_json,
-)
+from utils.precision import Fast, fastest, synchronize, to_layout
+from utils.report import markdown
+from utils.run import provenance, resolve_device, save_json
 
 ATTACKS = ("fgsm", "pgd_linf", "pgd_l2", "cw_l2")
 C, LR = 1.0, 0.01  # C&W: first constant, step size of Adam
@@ -154,7 +149,7 @@ def implementations(model, x, y, args):
     """{implementation: {attack: () -> x_adv}}, ours first; and all networks that they call."""
     found, networks, judge = {}, [model], None
     for amp, name in (("off", "float32"), ("bf16", "bf16")):
-        _, layout = choose([model], lambda fast, batch: fgsm(
+        _, layout = fastest([model], lambda fast, batch: fgsm(
             fast[0], batch, y, eps=args.eps["linf"]), x, amp=amp)
         fast, laid = Fast(model, amp, layout), to_layout(x, layout)
         networks.append(fast.model)

@@ -1,31 +1,31 @@
-"""Robust accuracy of networks under eight attacks, beside the same attack of another library.
+"""Accuracy of networks under eight attacks, compared with the same attack of another library.
 
-    attack          ours (src/attacks.py)                       beside it
+    attack          ours (src/attacks.py)                       compared with
     fgsm            Linf 8/255, one step                        foolbox
     pgd_linf        Linf 8/255, 20 steps of 0.6/255             foolbox
     pgd_l2          L2 8, 20 steps of 0.6                       foolbox
     pgd_l1_dense    L1 1600, 20 steps of 120, g / ||g||_1       foolbox
     pgd_l1          L1 1600, 20 sparse steps of 120, exact      no other library has it
                     projection on ball and box together
-    cw_pgd_l2       L2 8, pgd_l2 on the margin (a table's       no other library has it
+    cw_pgd_l2       L2 8, pgd_l2 on the margin (in tables,      no other library has it
                     "C&W L2=8")
     apgd_ce         Linf 8/255, APGD, cross-entropy, 100 steps  pyautoattack 0.2.0
     square          Linf 8/255, 1000 queries                    pyautoattack 0.2.0
     worst case      fooled by any of them: the union, image by image
 
-fgsm, the dense pgds and cw_pgd_l2 are the columns of GCM's table (arXiv:2205.10617), by the
-protocol of RobustART. PGD starts at a random point and, but for pgd_l1, projects as foolbox 3.3.4
-does: scaled to the ball, then clipped to the box. The other libraries (attack_others.py) have fewer
-of these attacks, so their worst case is of fewer.
+fgsm, the pgds with dense steps and cw_pgd_l2 are the columns of GCM's table (arXiv:2205.10617),
+with the settings of RobustART. PGD starts at a random point and, except for pgd_l1, projects as
+foolbox 3.3.4 does: scaled to the ball, then clipped to the box. The other libraries
+(attack_others.py) have fewer of these attacks, so their worst case is over fewer.
 
     PYTHONPATH=src python benchmarks/attack_table.py \\
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
-    ... --eps_scale 1/16 --results runs/attack_table_16     # undefended networks, told apart
+    ... --eps_scale 1/16 --save runs/attack_table_16     # radii at which undefended networks differ
 
 Both sides attack the same float32 network, its weights in channels-last order because that is
 faster here. Only images that the network gets right are attacked. What an attack returns is
-measured again: it fools if the float32 network errs on it and it lies in the ball and in [0, 1].
-Every cell is saved when it is done, and the same command goes on where it was stopped.
+measured again: it counts if the float32 network misclassifies it and it lies in the ball and in
+[0, 1]. Every cell is saved when it is done, and the same command continues where it was stopped.
 """
 
 from dataclasses import dataclass
@@ -38,19 +38,17 @@ from tqdm import tqdm
 
 from attack_others import ALPHA, EPS, foolbox, installed, positive, pyautoattack
 from attacks import apgd, fgsm, pgd, square
-from robustness import COUNTED, Attack, figures, looks_at, run_cell, worst_case
+from utils.cli import Parser, at_least, run_script
 from utils.data import default_workers, load, open_images
-from utils.metrics import markdown, percent
+from utils.errors import UserError
+from utils.measure import COUNTED, Attack, figures, run_cell, times_right_on, worst_of
 from utils.models import describe_weights, input_size, load_model
+from utils.report import csv_columns, markdown, percent, protocol
 from utils.run import (
-    Parser,
     RunFolder,
-    UserError,
-    at_least,
     make_generator,
     provenance,
     resolve_device,
-    run_script,
     save_csv,
     save_json,
     write_atomic,
@@ -70,15 +68,15 @@ def get_args():
     add("--model_name", nargs="+", default=["squeezenet1_0", "squeezenet1_1", "mobilenet_v2"],
         help="networks")
     add("--weights", default="V1", help="V1, random, or a folder of NAME.pth")
-    add("--attacks", nargs="+", choices=list(catalogue(1)), default=list(catalogue(1)),
+    add("--attacks", nargs="+", choices=list(attack_pairs(1)), default=list(attack_pairs(1)),
         help="which attacks")
     add("--eps_scale", type=positive, default=1.0, help="times every eps and alpha, such as 1/16")
-    add("--stop_early", action="store_true", help="ours: fooled images leave the batch of a pgd")
+    add("--stop_early", action="store_true", help="ours: fooled images leave PGD")
     add("--batch_size", type=at_least(1), default=50, help="images at a time")
     add("--seed", type=at_least(0), default=0, help="random starts and squares")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where")
     add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
-    add("--results", type=Path, default=Path("runs/attack_table"), help="folder for the tables")
+    add("--save", "--results", type=Path, default=Path("runs/attack_table"), help="output folder")
     return parser.parse_args()
 
 
@@ -86,7 +84,7 @@ def get_args():
 
 @dataclass(frozen=True)
 class Pair:
-    """One row: our attack, and another library's."""
+    """One row: our attack, and that of another library."""
     ours: Attack
     library: str = None
     other: Attack = None
@@ -98,7 +96,7 @@ def seeded(attack, model, x, y, *, generator, report):
     return attack(model, x, y)
 
 
-def catalogue(scale, stop_early=False):
+def attack_pairs(scale, stop_early=False):
     """{name: Pair}, every eps and alpha times `scale`."""
     def row(ball, attack, other=None, name=None, given=None, **settings):
         """The settings are ours, `given` those of the other library's attack `name`."""
@@ -154,12 +152,12 @@ def audit_line(cells):
 def worst_row(cells):
     """The row of the images that none of these cells fooled."""
     return {"model": cells[0]["model"], "side": cells[0]["side"], "attack": WORST,
-            "library": f"worst of {len(cells)}", **worst_case(cells)}
+            "library": f"worst of {len(cells)}", **worst_of(cells)}
 
 
 def rows_of(cells):
-    """Cells sorted, and behind every network's own the worst cases of either side."""
-    rows, order = [], list(catalogue(1))
+    """The cells of each network in order, followed by the worst case of either side."""
+    rows, order = [], list(attack_pairs(1))
     for model in dict.fromkeys(cell["model"] for cell in cells):
         own = sorted((cell for cell in cells if cell["model"] == model),
                      key=lambda cell: order.index(cell["attack"]))
@@ -183,41 +181,44 @@ def table(rows):
                 line.append(row["zero_gradient"] if row.get("gradients") else "-")
         lines.append(line)
     kinds = [f"{METRICS[0]} (95 % Wilson)", METRICS[1], "s"]
-    return markdown(["network", "attack", "ours", *kinds, "zero gradient", "beside it", *kinds],
-                    lines)
+    return markdown(["network", "attack", "implementation", *kinds, "zero gradient",
+                     "other library", *(f"other: {kind}" for kind in kinds)], lines)
 
 
 def flat(row):
     """A row of results.csv."""
-    result = {key: value for key, value in row.items() if key not in ("before", "after")}
-    for name in METRICS:
-        value = figures(row)[name]
-        result |= {name: value["value"], **{f"{name}_{k}": value[k] for k in ("n", "low", "high")}}
-    return result
+    found = figures(row)
+    return {key: value for key, value in row.items() if key not in ("before", "after")} \
+        | csv_columns({name: found[name] for name in METRICS})
 
 
-def protocol(settings, cells):
-    """What every figure stands on."""
-    s = settings["eps_scale"]
-    nets = "; ".join(f"{key.removeprefix(NETWORK)} {about['size']} pixels ({about['weights']}, "
-                     f"{about['right']} right)" for key, about in settings.items()
-                     if key.startswith(NETWORK))
-    early = "fooled images leave the batch of our PGD; " * settings["stop_early"]
-    commits = ", ".join(sorted({str(cell["commit"]) for cell in cells}))
-    return (f"Protocol: {settings['data']}, n={settings['n']}, list sha256 "
-            f"{settings['images_sha256'][:16]}; {nets}; eps Linf {8 * s:g}/255, L1 {1600 * s:g}, "
-            f"L2 {8 * s:g}; PGD {PGD_STEPS} steps of {0.6 * s:g}/255, {120 * s:g}, {0.6 * s:g} "
-            f"from a random start, FGSM from the image, APGD {APGD_STEPS} steps, Square {QUERIES} "
-            f"queries; {early}batches of {settings['batch_size']}, seed {settings['seed']}; "
-            f"float32, {settings['device']}, torch {settings['torch']}, commit {commits}\n")
+def facts(settings, cells):
+    """{name: value} of what every figure stands on."""
+    scale = settings["eps_scale"]
+    return {
+        "data": settings["data"], "n": settings["n"],
+        "image list": f"sha256 {settings['images_sha256'][:16]}",
+        "networks": ", ".join(
+            f"{key.removeprefix(NETWORK)} {about['size']} pixels ({about['weights']}, "
+            f"{about['right']} right)" for key, about in settings.items()
+            if key.startswith(NETWORK)),
+        "eps": f"Linf {8 * scale:g}/255, L1 {1600 * scale:g}, L2 {8 * scale:g}",
+        "FGSM": "from the image",
+        "PGD": f"{PGD_STEPS} steps of {0.6 * scale:g}/255, {120 * scale:g}, {0.6 * scale:g} from a "
+               "random start",
+        "APGD": f"{APGD_STEPS} steps", "Square": f"{QUERIES} queries",
+        "fooled images leave our PGD": "yes" if settings["stop_early"] else "no",
+        "gradients": "float32", "seed": settings["seed"], "batch size": settings["batch_size"],
+        "device": settings["device"], "torch": settings["torch"],
+        "commit": ", ".join(sorted({str(cell["commit"]) for cell in cells}))}
 
 
 def save(folder, settings, cells):
-    """All three files, results.json last: what it has, the others have too. -> the Markdown"""
+    """All three files, results.json last: the others have all that it has. -> the Markdown"""
     rows, groups = rows_of(cells.values()), {}
     for row in rows:
         groups.setdefault((row["attack"], row["library"]), []).append(row)
-    text = (protocol(settings, cells.values()) + "\n" + table(rows) + "\n" + "".join(
+    text = (protocol(facts(settings, cells.values())) + "\n" + table(rows) + "\n" + "".join(
         audit_line(group) + "\n" for key, group in groups.items() if key[0] != WORST))
     save_csv(folder / "results.csv", list(map(flat, rows)))
     write_atomic(folder / "results.md", text.encode())
@@ -240,7 +241,7 @@ def prepare(args, device):
         if size not in in_memory:
             in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)
         sized = in_memory[size]
-        right = looks_at(model, sized, draws=1, batch_size=args.batch_size, device=device)
+        right = times_right_on(model, sized, draws=1, batch_size=args.batch_size, device=device)
         if not right.any():
             raise UserError(f"{name} gets none of these images right: nothing to attack; type "
                             "--weights of a trained network")
@@ -257,10 +258,10 @@ def prepare(args, device):
 
 def main(args):
     device = resolve_device(args.device)
-    folder = RunFolder(args.results)
+    folder = RunFolder(args.save)
     networks, settings, commit = prepare(args, device)
     settings, cells = folder.load_cells(settings)
-    attacks, there = catalogue(args.eps_scale, args.stop_early), installed()
+    attacks, there = attack_pairs(args.eps_scale, args.stop_early), installed()
     for model_name, name, side in product(networks, args.attacks, ("ours", "other")):
         attack, key = attacks[name], f"{model_name} {name} {side}"
         if key in cells or (side == "other" and attack.library not in there):

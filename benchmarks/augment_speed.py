@@ -1,11 +1,11 @@
-"""What augmentations cost: each beside torchvision's on PIL images, and all beside a training step.
+"""Cost of the augmentations, compared with torchvision's on PIL images and with a training step.
 
     PYTHONPATH=src python benchmarks/augment_speed.py
     PYTHONPATH=src python benchmarks/augment_speed.py --model_name convnext_tiny --batch_size 64
 
-Ours take a batch of uint8 images and give one; torchvision's take and give a PIL image at a time.
-Both draw their parameters for every image, over the same ranges. Turns alternate, and the median
-counts.
+Ours take and return a batch of uint8 images; torchvision's take and return one PIL image at a time.
+Both draw their parameters for every image, over the same ranges. The operations are timed in turns,
+and the median counts.
 """
 
 import statistics
@@ -18,25 +18,27 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from augment import OPS, PUBLISHED, augment, scene
+from utils.augment import OPS, PUBLISHED, augment
+from utils.cli import Parser, at_least, run_script
 from utils.data import to_float
-from utils.metrics import markdown
+from utils.draw import scene
 from utils.models import trainable
 from utils.precision import synchronize
-from utils.run import Parser, at_least, make_generator, resolve_device, run_script, save_json
+from utils.report import markdown
+from utils.run import make_generator, resolve_device, save_json
 
 
 def get_args():
-    parser = Parser("Time augmentations beside torchvision's, and beside a training step.")
+    parser = Parser("Time our augmentations, torchvision's, and a training step.")
     add = parser.add_argument
-    add("--model_name", default="convnext_tiny", help="whose training step is timed")
+    add("--model_name", default="convnext_tiny", help="network whose training step is timed")
     add("--batch_size", type=at_least(2), default=32, help="images at a time")
-    add("--image_size", type=at_least(32), default=224, help="pixels of a side")
-    add("--turns", type=at_least(1), default=5, help="of each, alternating; the median counts")
-    add("--bf16", action="store_true", help="the step in bf16")
-    add("--threads", type=at_least(1), help="of the CPU; None: as torch chooses")
+    add("--image_size", type=at_least(32), default=224, help="side in pixels")
+    add("--turns", type=at_least(1), default=5, help="timings of each operation; the median counts")
+    add("--bf16", action="store_true", help="train in bf16")
+    add("--threads", type=at_least(1), help="CPU threads; None: as torch chooses")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--out", type=Path, default=Path("runs/augment_speed.json"), help="file for the figures")
+    add("--out", type=Path, default=Path("runs/augment_speed.json"), help="file of the results")
     return parser.parse_args()
 
 
@@ -82,7 +84,7 @@ def seconds(work, device):
 
 
 def medians(works, turns, device):
-    """{name: median seconds of work()}; a first turn does not count, the others alternate."""
+    """{name: median seconds of work()}; timed in turns, of which the first does not count."""
     taken = {name: [] for name in works}
     for turn in tqdm(range(turns + 1), leave=False, disable=None):
         for name, work in works.items():

@@ -1,19 +1,20 @@
-"""What a weight step costs: natural, free-m, pgd-K and fast beside a plain loop of free-m.
+"""What a weight step costs: natural, free-m, pgd-K and fast compared with a plain loop of free-m.
 
     PYTHONPATH=src python benchmarks/free_cost.py --data_dir cifar10 --data_root DATA \\
         --model_name resnet_small
 
 One process, in turns, the same network and images: seconds per weight step and per
 epoch-equivalent (as many weight steps as natural training takes for one pass over all the training
-images). Nothing else may run on the machine meanwhile. The plain loop runs as published PyTorch
-code of free training does: images through PIL and a DataLoader, contiguous float32, loss and two
-accuracies asked of the device at every replay, their running means kept in Python.
+images). Nothing else may run on the machine meanwhile. The plain loop does what published PyTorch
+code of free training does: images go through PIL and a DataLoader, the network is contiguous
+float32, and loss and two accuracies are read back from the device at every replay.
 """
 
 import statistics
 import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -21,43 +22,37 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from free_at import PRESETS, Training
+from free_at import FreeTraining, settle
+from utils.cli import Parser, at_least, run_script
 from utils.data import NAMED, load, open_images
-from utils.metrics import markdown
-from utils.models import check_name, input_size, trainable
+from utils.errors import UserError
+from utils.models import trainable
 from utils.precision import synchronize
-from utils.run import (
-    Parser,
-    Team,
-    UserError,
-    at_least,
-    provenance,
-    resolve_device,
-    run_script,
-    save_json,
-)
+from utils.report import markdown
+from utils.run import make_generator, provenance, resolve_device, save_json
+from utils.team import Team
 
 
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data_dir", default="digits", help="small images: " + ", ".join(NAMED[:3]))
-    add("--data_root", default="data", help="where named data sets are kept or downloaded to")
+    parser.shared("data_dir", "data_root",
+                  data_dir={"help": "small images: " + ", ".join(NAMED[:3])})
     add("--model_name", help="network; None: the data set's preset")
     add("--replays", type=at_least(1), default=8, help="m of free")
     add("--steps", type=at_least(1), default=7, help="K of pgd")
-    add("--batch_size", type=at_least(1), default=128, help="images of a weight step")
+    add("--batch_size", type=at_least(2), default=128, help="images of a weight step")
     add("--minibatches", type=at_least(1), default=4, help="minibatches of a turn")
     add("--turns", type=at_least(1), default=3, help="turns of each loop; the median counts")
-    add("--bf16", action="store_true", help="also every loop of ours in bf16")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where")
-    add("--workers", type=at_least(0), default=2, help="processes that load for the plain loop")
+    add("--bf16", action="store_true", help="also time each of our loops in bf16")
+    parser.shared("device", "workers", workers={
+        "default": 2, "help": "processes that load images for the plain loop"})
     add("--results", type=Path, help="JSON file to write")
     return parser.parse_args()
 
 
 class Silent:
-    """In the place of a progress bar, which would be measured too."""
+    """Takes the place of a progress bar, whose time would be measured too."""
 
     def update(self):
         pass
@@ -65,20 +60,24 @@ class Silent:
 
 # ------------------------------------------------------- loops: () -> weight steps
 
-def ours(images, args, device, method, amp):
+def settings(args, method, amp, device):
+    """What free_at.py settles for these flags, with a low learning rate, and its images."""
+    s, images = settle(Namespace(
+        data_dir=args.data_dir, data_root=args.data_root, model_name=args.model_name,
+        num_images=args.batch_size * args.minibatches, pretrained="random", method=method, amp=amp,
+        replays=args.replays, steps=args.steps, batch_size=args.batch_size, epochs=10 ** 6,
+        eps=None, alpha=None, lr=None, momentum=0.9, weight_decay=None, schedule="step",
+        augment="auto", guard="off", seed=0, workers=0), Team(), device)
+    return replace(s, lr=s.lr / 100), images
+
+
+def ours(s, images, device):
     """A turn of free_at.py's own training."""
-    eps, alpha, _, _, _, lr, decay = PRESETS[images.kind]
-    alpha = {"free": eps, "fast": 1.25 * eps}.get(method, alpha)
-    training = Training(SimpleNamespace(
-        method=method, amp=amp, eps=eps, alpha=alpha, replays=args.replays, steps=args.steps,
-        model_name=args.model_name, pretrained="random", seed=0, batch_size=args.batch_size,
-        lr=lr / 100, momentum=0.9, weight_decay=decay, schedule="step", epochs=10 ** 6,
-        image_size=images.size, augment="auto", workers=0), images, Team(), device)
+    training = FreeTraining(s, images, Team(), device)
 
     def turn():
         before = training.done
-        training.net.train()
-        training.run_epoch(Silent())
+        training.one_pass(Silent())
         return training.done - before
     return turn
 
@@ -118,22 +117,21 @@ def accuracies(logits, y, ks):
     return [right[:k].reshape(-1).float().sum() * (100 / len(y)) for k in ks]
 
 
-def plain(images, args, device):
-    """A turn of free-m written the straight way: read back and count at every replay."""
-    eps, _, _, _, _, lr, decay = PRESETS[images.kind]
-    model = trainable(args.model_name, kind=images.kind).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr / 100, 0.9, weight_decay=decay)
+def plain(s, images, device, workers):
+    """A turn of free-m written without any care for speed."""
+    model = trainable(s.model_name, kind=images.kind).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay)
     loader = torch.utils.data.DataLoader(
-        Pictures(images), args.batch_size, shuffle=True, num_workers=args.workers,
-        persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
-    delta = torch.zeros((args.batch_size, images.channels, images.size, images.size),
-                        device=device)
+        Pictures(images), s.batch_size, shuffle=True, num_workers=workers,
+        persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+        generator=make_generator(s.seed))
+    delta = torch.zeros((s.batch_size, images.channels, images.size, images.size), device=device)
 
     def turn():
         losses, top1, top5 = Mean(), Mean(), Mean()
         for x, y in loader:
             x, y = x.to(device), y.to(device)
-            for _ in range(args.replays):
+            for _ in range(s.replays):
                 noise = delta[:len(x)].clone().requires_grad_(True)
                 logits = model((x + noise).clamp(0, 1))
                 loss = F.cross_entropy(logits, y)
@@ -142,20 +140,20 @@ def plain(images, args, device):
                     mean.add(value.item(), len(x))
                 optimizer.zero_grad()
                 loss.backward()
-                delta[:len(x)] += eps * noise.grad.sign()
-                delta.clamp_(-eps, eps)
+                delta[:len(x)] += s.eps * noise.grad.sign()
+                delta.clamp_(-s.eps, s.eps)
                 optimizer.step()
-        return len(loader) * args.replays
+        return len(loader) * s.replays
     return turn
 
 
 # ------------------------------------------------------------------- measuring
 
-def timed(turns, args, device):
-    """{loop: seconds of a weight step in every turn}; a first turn of each does not count."""
+def timed(turns, count, device):
+    """{loop: seconds of a weight step in each of `count` turns}; a first turn does not count."""
     seconds = {name: [] for name in turns}
-    with tqdm(total=(args.turns + 1) * len(turns), disable=None) as bar:
-        for number in range(args.turns + 1):
+    with tqdm(total=(count + 1) * len(turns), disable=None) as bar:
+        for number in range(count + 1):
             for name, turn in turns.items():
                 synchronize(device)
                 start = time.perf_counter()
@@ -167,40 +165,40 @@ def timed(turns, args, device):
     return seconds
 
 
+def table(seconds, free, natural, slow, epoch):
+    """Markdown: a row for each loop; natural, slow: what its median is compared with."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    lines = [[name, f"{1000 * s:.1f}", f"{1000 * min(seconds[name]):.1f}-"
+              f"{1000 * max(seconds[name]):.1f}", f"{s * epoch:.1f}", f"{s / median[natural]:.2f}",
+              f"{median[slow] / s:.2f}" if name.startswith(free) else ""]
+             for name, s in median.items()]
+    return markdown(["training", "ms per weight step", "range", "s per epoch-equivalent",
+                     "over natural", "times as fast as the plain loop"], lines)
+
+
 def main(args):
     device = resolve_device(args.device)
-    images = open_images(args.data_dir, split="train", data_root=args.data_root)
-    if images.kind not in ("digits", "mnist", "cifar10"):
+    whole = open_images(args.data_dir, split="train", data_root=args.data_root)
+    if whole.kind not in ("digits", "mnist", "cifar10"):
         raise UserError(f"--data_dir {args.data_dir}: wanted digits, mnist or cifar10")
-    args.model_name = args.model_name or PRESETS[images.kind][2]
-    check_name(args.model_name, images.kind)
-    size = input_size(args.model_name, images.kind, images.size, "random")
-    whole, images = len(images), load(images.prepared(
-        size, args.batch_size * args.minibatches), workers=0)
-    free, pgd = f"free-{args.replays}", f"pgd-{args.steps}"
-    turns = {}
+    free, turns = f"free-{args.replays}", {}
+    slow = f"plain loop of {free}, float32"
     for amp in ("off", "bf16")[:1 + args.bf16]:
-        for name, method in (("natural", "natural"), (free, "free"), (pgd, "pgd"),
+        for name, method in (("natural", "natural"), (free, "free"), (f"pgd-{args.steps}", "pgd"),
                              ("fast", "fast")):
-            turns[f"{name}, {'float32' if amp == 'off' else amp}"] = ours(
-                images, args, device, method, amp)
-    turns[f"plain loop of {free}, float32"] = plain(images, args, device)
-    seconds = timed(turns, args, device)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    natural, slow = median["natural, float32"], median[f"plain loop of {free}, float32"]
-    epoch = -(-whole // args.batch_size)
-    lines = [[name, f"{1000 * s:.1f}", f"{1000 * min(seconds[name]):.1f}-"
-              f"{1000 * max(seconds[name]):.1f}", f"{s * epoch:.1f}", f"{s / natural:.2f}",
-              f"{slow / s:.2f}" if name.startswith(free) else ""] for name, s in median.items()]
+            s, images = settings(args, method, amp, device)
+            images = load(images, workers=0)
+            turns[f"{name}, {'float32' if amp == 'off' else amp}"] = ours(s, images, device)
+    turns[slow] = plain(s, images, device, args.workers)
+    seconds = timed(turns, args.turns, device)
     run = provenance(device)
-    print(f"{args.model_name}, {args.data_dir}, batch {args.batch_size}, "
+    print(f"{s.model_name}, {args.data_dir}, batch {args.batch_size}, "
           f"{args.minibatches} minibatches a turn, median of {args.turns} turns, {run['device']}, "
           f"torch {run['torch']}, {args.workers} loading processes for the plain loop\n")
-    print(markdown(["training", "ms per weight step", "range", "s per epoch-equivalent",
-                    "over natural", "times as fast as the plain loop"], lines), end="")
+    print(table(seconds, free, "natural, float32", slow, -(-len(whole) // args.batch_size)), end="")
     if args.results:
-        save_json(args.results, {"args": {k: str(v) for k, v in vars(args).items()},
-                                 "seconds_per_weight_step": seconds, **run})
+        flags = {k: str(v) for k, v in vars(args).items()} | {"model_name": s.model_name}
+        save_json(args.results, {"args": flags, "seconds_per_weight_step": seconds, **run})
 
 
 if __name__ == "__main__":

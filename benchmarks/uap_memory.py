@@ -1,10 +1,10 @@
-"""Memory that training data costs besides the model: 10,000 photographs of 224 pixels, one epoch.
+"""Memory that training data needs besides the model: 10,000 photographs of 224 pixels, one epoch.
 
     PYTHONPATH=src python benchmarks/uap_memory.py
 
-Reads --num_images files (links to one generated JPEG, so it needs no data set) through the code
-that train_sga.py runs; the gradient is a stand-in that costs nothing, so what is left is the data.
-Linux: resident memory of this process and its decoders' shared pages, above that before reading.
+Reads --num_images files (links to one generated JPEG, so no data set is needed) with the code of
+train_sga.py. The gradient is a stand-in that needs no memory, so that only the data counts. Linux:
+resident memory of this process and of pages shared with its decoders, minus that before reading.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import train_sga
+from utils.cli import Parser, at_least, run_script
 from utils.data import default_workers, load, open_images, wnids
-from utils.run import Parser, at_least, make_generator, run_script
+from utils.run import make_generator
 
 
 def get_args():
@@ -52,13 +53,15 @@ def main(args):
         before = resident(peak=False)
         images = open_images(str(Path(folder) / "train"), split="train").prepared(224, None)
         images = load(images, workers=default_workers())
-    flags = argparse.Namespace(method="sga", batch_size=250, minibatch=10, iter=1, augment=True,
-                               momentum=0.9, eps=10 / 255, alpha=1 / 255)
-    state = {"delta": torch.zeros(1, 3, 224, 224), "v": torch.zeros(1, 3, 224, 224),
-             "labels": torch.zeros((1, len(images)), dtype=torch.long), "layout": args.layout}
+    s = argparse.Namespace(method="sga", batch_size=250, minibatch=10, iter=1, augment=True,
+                           momentum=0.9, eps=10 / 255, alpha=1 / 255, loss="ce", beta=9.0,
+                           target=None, defense="none", image_size=224)
+    training = train_sga.SgaTraining(s, [], images, make_generator(0), torch.device("cpu"))
+    training.labels = torch.zeros((1, len(images)), dtype=torch.long)
+    training.delta = training.v = torch.zeros(1, 3, 224, 224)
+    training.layout, training.gradient = args.layout, no_gradient
     with tqdm(desc="epoch", disable=None) as bar:
-        train_sga.run_epoch(flags, no_gradient, state, images.pixels, make_generator(0),
-                            torch.device("cpu"), bar)
+        training.one_pass(bar)
     print(f"{len(images)} images of 224 pixels: {images.pixels.nbytes / 1e6:.0f} MB of pixels, "
           f"{resident(peak=True) - before:.0f} MB in all at the peak")
 

@@ -1,10 +1,10 @@
-"""Speed and memory of the inner step of SGA, side by side in one process, alternating.
+"""Speed and memory of the inner step of SGA, three implementations that take turns in one process.
 
-    (a) ours      train_sga.sga_gradient on the precision and layout that were asked for
+    (a) ours      train_sga.sga_gradient
     (b) plain     the step as the published code runs it: weights that require gradients, float32,
                   contiguous, one copy of delta per image and a gradient for each, then averaged;
                   clean labels recomputed every epoch (their share of the forward passes included)
-    (c) bare      forward and backward to the input alone, precision and layout of (a): the limit
+    (c) bare      forward and backward pass to the input, precision and layout of (a): the limit
 
     PYTHONPATH=src python benchmarks/uap_speed.py --model_name squeezenet1_0 vgg16 --weights random
 
@@ -14,18 +14,21 @@ Nothing else may run on the machine meanwhile. Images/s count gradients of one i
 import copy
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from train_sga import clamped_ce, input_gradient, sga_gradient
-from utils.metrics import markdown
+from utils.cli import Parser, at_least, run_script
 from utils.models import input_size, load_model
-from utils.precision import Fast, choose, synchronize, to_layout
-from utils.run import Parser, at_least, provenance, resolve_device, run_script, save_json
+from utils.precision import Fast, fastest, synchronize, to_layout
+from utils.report import markdown
+from utils.run import provenance, resolve_device, save_json
 
 EPS, ALPHA, BETA, K = 10 / 255, 1 / 255, 9.0, 4
+LOSS = partial(clamped_ce, beta=BETA)
 
 
 def get_args():
@@ -42,13 +45,12 @@ def get_args():
 
 
 def ours(fast, x, y, delta, draws):
-    def gradient(batch, inner, labels):
-        return input_gradient([fast], batch, inner, labels, lambda z, t: clamped_ce(z, t, BETA))
+    gradient = partial(input_gradient, [fast], loss=LOSS)
     return sga_gradient(gradient, x, y[None], delta, draws, eps=EPS, alpha=ALPHA)[1]
 
 
 def plain(model, x, y, delta, draws):
-    with torch.no_grad():  # the labels of this share of the epoch's images
+    with torch.no_grad():  # the clean labels, of which an epoch needs one for K gradients
         y[:len(draws) * len(draws[0]) // K] = model(
             x[:len(draws) * len(draws[0]) // K]).argmax(1)
     inner, gradients = delta.clone(), []
@@ -89,7 +91,7 @@ def memory(device, reset=False):
 
 
 def measure(name, amp, args, device):
-    """A row: images/s of the three, the ratios of their turns, what was run."""
+    """A row: images/s of the three, medians of the ratios of their turns, precision and layout."""
     model = load_model(name, weights=args.weights, device=device)
     size = input_size(name, "imagenet", None, args.weights)
     generator = torch.Generator().manual_seed(0)
@@ -98,9 +100,8 @@ def measure(name, amp, args, device):
     delta = torch.zeros((1, 3, size, size), device=device)
     draws = torch.stack([torch.randperm(len(x), generator=generator)[:args.minibatch]
                          for _ in range(args.steps)]).to(device)
-    _, layout = choose([model], lambda fast, batch: input_gradient(
-        fast, batch, delta, y[None, :len(batch)], lambda z, t: clamped_ce(z, t, BETA)),
-        x[:args.minibatch], amp=amp)
+    step = partial(input_gradient, delta=delta, y=y[None, :args.minibatch], loss=LOSS)
+    _, layout = fastest([model], step, x[:args.minibatch], amp=amp)
     fast, trainable = Fast(model, amp, layout), copy.deepcopy(model).requires_grad_()
     laid, laid_delta = to_layout(x, layout), to_layout(delta, layout)
     runs = {"ours": lambda: ours(fast, laid, y, laid_delta, draws),

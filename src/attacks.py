@@ -4,11 +4,11 @@
     fgv            one step along the gradient itself     Rozsa et al., arXiv:1605.01775
     bim, pgd       projected gradient steps               arXiv:1607.02533; Madry et al., 1706.06083
     mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
-    cw_l2          the smallest L2 that fools, and who    Carlini and Wagner, arXiv:1608.04644
-    worst_case     several, each on what the ones before left
-    bpda, eot      how to attack a defence that is known  Athalye et al., arXiv:1802.00420
-    apgd           in utils/apgd.py: step size by itself  Croce and Hein, arXiv:2003.01690
-    square         in utils/square.py: no gradient        Andriushchenko et al., arXiv:1912.00049
+    cw_l2          the smallest L2 norm that fools        Carlini and Wagner, arXiv:1608.04644
+    worst_case     several attacks, each on the images that the ones before did not fool
+    bpda, eot      for adaptive attackers                 Athalye et al., arXiv:1802.00420
+    apgd           Auto-PGD, in utils/attack/apgd.py      Croce and Hein, arXiv:2003.01690
+    square         no gradient, utils/attack/square.py    Andriushchenko et al., arXiv:1912.00049
 
     model = load_model("resnet50")                 # [0, 1] pixels -> logits
     x_adv = pgd(model, x, y, norm="l2", eps=8.0, alpha=0.6, steps=20, generator=generator)
@@ -17,38 +17,48 @@ The contract. x (N, ...) float32 or float64 in [0, 1], y (N,) int64: the labels 
 targeted=True the classes to reach. The result is detached, within eps and [0, 1], of x's shape,
 dtype and device; x, the weights, every `.grad`, flag, buffer and mode of the model and the global
 RNG are as before (the attack itself runs in eval mode). Losses are summed over images, and every
-image has random numbers of its own, so that its result does not depend on the others in the batch:
-`generator` gives one seed per image (or is itself a list of one generator per image); every attack
-takes one, those that draw nothing leave it alone; None is seed 0, the same at every call. A model
-that is a plain function is called as it is: the modes and the eots inside it are not seen.
+image has its own random numbers, so that its result does not depend on the others in the batch:
+`generator` gives one seed per image (or is a list with one generator per image). Every attack takes
+one, and attacks that draw nothing ignore it; None means seed 0, the same at every call. If the
+model is a plain function, modes and eots inside it are not seen.
 
 `report`, a dict, is filled with what the result alone does not show: `zero_gradient` (N,), True
-where no gradient that was looked at had a single non-zero entry (such an image was not attacked, it
-is returned at its start), and how many gradients of one image (`gradients`) or queries (`queries`)
-it took. Bad input and NaN gradients are a UserError.
+where every gradient was zero in all entries (such an image was not attacked, it is returned at its
+start), how many gradients of one image (`gradients`) and how many queries (`queries`) were taken,
+and `losses`, one (N,) per step, of gradient attacks in which all images took all steps. Bad input
+and NaN gradients are a UserError.
 """
 
 import math
 
 import torch
 
-from utils.apgd import apgd
-from utils.attacking import (
+from utils.attack.apgd import apgd
+from utils.attack.balls import (
+    NORMS,
+    TINY,
+    column,
+    nearest,
+    norm_of,
+    random_point,
+    sparse_sign,
+    unit,
+)
+from utils.attack.core import (
     Tally,
     ascend,
     attack,
     bpda,
-    choose,
     eot,
     gradient,
     is_fooled,
     margin,
     measure,
+    one_of,
     own_generators,
 )
-from utils.balls import NORMS, TINY, column, nearest, norm_of, random_point, sparse_sign, unit
-from utils.run import UserError
-from utils.square import square
+from utils.attack.square import square
+from utils.errors import UserError
 
 __all__ = ["apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step", "mim",
            "pgd", "square", "worst_case"]
@@ -65,11 +75,11 @@ def _direction(step, q):
     rules = {"sign": lambda g, _: g.sign(), "normalized": lambda g, _: unit(g, "l2"),
              "dense": lambda g, _: unit(g, "l1"),
              "sparse": lambda g, at: sparse_sign(g.masked_fill(_held(g, at), 0), float(q))}
-    return rules[choose("step", step, rules)]
+    return rules[one_of("step", step, rules)]
 
 
 def _held(g, at):
-    """Pixels that the box keeps from going where g points: no share of a sparse step for them."""
+    """Pixels that the box keeps from moving along g: they take no part in a sparse step."""
     return ((at <= 1e-6) & (g < 0)) | ((at >= 1 - 1e-6) & (g > 0))
 
 
@@ -77,11 +87,12 @@ def _climb(model, x, y, x_adv, who, *, steps, alpha, direction, into_ball, loss,
            stop_early, tally):
     """x_adv after `steps` of x_adv <- into_ball(x_adv + alpha * direction(g, who, x_adv)).
 
-    who: indices of these images in the whole batch; with stop_early fooled ones leave.
+    who: positions of these images in the whole batch; with stop_early, fooled images leave.
     """
     result, row = x_adv, torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        logits, _, g = gradient(model, x_adv, y, loss, tally, who)
+        logits, value, g = gradient(model, x_adv, y, loss, tally, who)
+        tally.follow(value)
         if stop_early:
             left = (~is_fooled(logits, y, targeted)).nonzero()[:, 0]
             if len(left) < len(row):
@@ -111,18 +122,18 @@ def fgsm(model, x, y, *, eps, targeted=False, loss="ce", generator=None, report=
 
 
 def fgs_step(x, g, eps):
-    """x + eps * sign(g), in [0, 1]: fgsm, of a gradient g (N, ...) that is there already."""
+    """x + eps * sign(g), in [0, 1]: fgsm with a given gradient g (N, ...)."""
     return (x + eps * g.sign()).clamp_(0, 1)
 
 
 def fgv_step(x, g, alpha):
-    """x + alpha * g / max|g|, the maximum per image, in [0, 1]: fgv, of a gradient g (N, ...)."""
+    """x + alpha * g / max|g|, the maximum per image, in [0, 1]: fgv with a given gradient g."""
     return (x + alpha * g / column(norm_of(g, "linf").clamp_min(TINY), g)).clamp_(0, 1)
 
 
 @attack
 def fgv(model, x, y, *, alpha, targeted=False, loss="ce", generator=None, report=None):
-    """x + alpha * g / max|g|, the maximum per image, in [0, 1]: the gradient itself, no sign."""
+    """x + alpha * g / max|g|, the maximum per image, in [0, 1]: the gradient without the sign."""
     tally = Tally(x)
     if len(x):
         _, _, g = gradient(model, x, y, ascend(loss, targeted), tally, slice(None))
@@ -133,7 +144,7 @@ def fgv(model, x, y, *, alpha, targeted=False, loss="ce", generator=None, report
 
 def bim(model, x, y, *, eps, alpha, steps, targeted=False, loss="ce", stop_early=False,
         generator=None, report=None):
-    """Basic iterative method: pgd in Linf from x itself."""
+    """Basic iterative method: pgd in Linf that starts at x."""
     return pgd(model, x, y, eps=eps, alpha=alpha, steps=steps, random_start=False,
                targeted=targeted, loss=loss, stop_early=stop_early, report=report)
 
@@ -166,17 +177,16 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
     norm: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
     'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
     of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
-    then box, as the other libraries do. loss: 'ce', 'margin' (with l2: what a table calls C&W
-    L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to be climbed. restarts: the worst per
-    image is kept: fooled, or else of the highest loss. stop_early: fooled images leave the batch
-    and have no further restarts, so that less is computed; without it the result is the textbook
-    attack's, which walks on.
+    then box, as the other libraries do. loss: 'ce', 'margin' (with l2: what tables call C&W
+    L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to be climbed. restarts: per image, the
+    one that fools is kept, or else that of the highest loss. stop_early: fooled images leave the
+    batch and are not restarted, which saves time; the textbook attack takes all steps.
     """
-    choose("norm", norm, NORMS)
-    choose("projection", projection, ("exact", "rescale"))
+    one_of("norm", norm, NORMS)
+    one_of("projection", projection, ("exact", "rescale"))
     move, climbed, tally = _direction(step or STEPS[norm], q), ascend(loss, targeted), Tally(x)
     if restarts > 1 and not random_start:
-        raise UserError(f"restarts={restarts} without a random start are all the same; type "
+        raise UserError(f"restarts={restarts} are all the same without a random start; type "
                         "random_start=True or restarts=1")
     own = own_generators(generator, len(x)) if random_start else []
     best, fooled = x, torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -205,15 +215,15 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
 
 # ----------------------------------------------------------------------------- the smallest L2 norm
 
-SQUEEZE = 0.1  # how far pixels at 0 and 1 start inside the range of tanh, where it has a slope
+SQUEEZE = 0.1  # pixels at 0 and 1 start this far inside the range of tanh, where it is not flat
 
 
 class _Tanh:
-    """x' (n, ...) in [0, 1] as a function of w without bounds; x'(start) = x, at 0 and 1 too.
+    """x' (n, ...) in [0, 1] as a function of an unbounded w, with x'(start) = x.
 
     u = (tanh(w) + 1) / 2 starts at u0, which is x squeezed into the open interval; [0, u0] is
-    stretched to [0, x] and [u0, 1] to [x, 1]. Unlike the paper, where x' starts beside x and a
-    black pixel sits where tanh is flat, so that it hardly moves.
+    stretched to [0, x] and [u0, 1] to [x, 1]. In the paper x' starts near x, and black pixels
+    hardly move because tanh is flat there.
     """
 
     def __init__(self, x):
@@ -228,7 +238,7 @@ class _Tanh:
         return (self.x + (u - self.u0) * slope).clamp_(0, 1), slope * 2 * u * (1 - u)
 
     def hold(self, w):
-        """w, but not beyond the start where x' ends there: out there it would have no slope."""
+        """w, but not beyond the start of pixels at 0 or 1, where x' would have no slope."""
         w = torch.where(self.x == 0, torch.maximum(w, self.start), w)
         return torch.where(self.x == 1, torch.minimum(w, self.start), w)
 
@@ -243,12 +253,12 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
           targeted=False, abort_early=True, judge=None, generator=None, report=None):
     """Carlini and Wagner's attack: Adam on ||x' - x||_2^2 + c * max(z_y - max_j z_j, -confidence).
 
-    c is searched per image: halved between the largest that failed and the smallest that did not,
-    times ten while none did; a c fails that does not hold the image adversarial to the end (unlike
-    the paper: a first step too long by chance is no merit of c). abort_early: an image whose loss
-    a tenth of the steps (ten at least) did not lower leaves the batch. judge: the model whose word
-    counts, where `model` is a faster copy of it in bf16. -> (x_adv, success (N,)); x itself where
-    no image was found.
+    c is searched per image: ten times larger until one succeeds, then the middle between the
+    largest that failed and the smallest that succeeded. Unlike the paper, a c succeeds only if the
+    image is still adversarial near the end: its first steps may be too long by chance.
+    abort_early: an image leaves the batch when a tenth of the steps (at least ten) did not lower
+    its loss. judge: the model that decides, if `model` is a faster copy of it in bf16.
+    -> (x_adv, success (N,)); x itself where the attack failed.
     """
     tally, found = Tally(x), x.clone()
     norm2 = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
@@ -266,7 +276,7 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
 
 
 def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
-    """One c (N,): the best images (N, ...), their squared norms (N,), whether c held (N,)."""
+    """With one c (N,): the best images (N, ...), their squared norms (N,), whether c succeeded."""
     found, norm2 = x.clone(), torch.full_like(c, math.inf)
     who, space = torch.arange(len(x), device=x.device), _Tanh(x)
     w, m, v = space.start.clone(), torch.zeros_like(x), torch.zeros_like(x)
@@ -309,12 +319,12 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
 
 @attack
 def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=None):
-    """Every attack on the images that the ones before did not fool; x where none does.
+    """Each attack on the images that the ones before did not fool; x where none succeeds.
 
-    attacks: {name: attack(model, x, y, generator=, report=)}; functools.partial(pgd, eps=...) is
-    one, and is told when it is to be targeted. The report says of each how many were `tried`,
-    `fooled`, and how many that stood had no gradient at all (`zero_gradient`): robust, or only
-    not attacked?
+    attacks: {name: attack(model, x, y, generator=, report=)}, such as functools.partial(pgd,
+    eps=...); with targeted=True they are called with targeted=True. For each attack the report has
+    the numbers of images `tried` and `fooled`, and of those that were not fooled because their
+    gradient was zero (`zero_gradient`): they may only look robust.
     """
     if not isinstance(attacks, dict):
         raise UserError("worst_case takes attacks by name; type {'pgd': partial(pgd, eps=...)}")

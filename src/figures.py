@@ -1,31 +1,98 @@
 """Draws the pictures of imgs/ from what runs left on disk; trains and evaluates nothing.
 
-    python figures.py --results runs/eval --rows sga_0:SGA spgd_0:SPGD --out imgs/uaps.png
-    python figures.py --w_sweep runs/gcm --out imgs/gcm_w.png
+    python figures.py --uaps runs/eval --rows sga_0:SGA spgd_0:SPGD --examples runs/photo   uaps.png
+    python figures.py --examples runs/eval                                               digits.png
+    python figures.py --w_sweep runs/w_vgg16 runs/w_resnet50                              gcm_w.png
+    python figures.py --corruptions runs/eval_net --rows plain stage1:augmented       challenge.png
+    python figures.py --exercise runs/mnist/clean runs/mnist/fgs                 mnist_examples.png
+    python figures.py --augmentations                                                   augment.png
+
+Every picture is written to --out, by default under the name above in imgs/.
 """
 
 import csv
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
 from utils import draw
-from utils.run import Parser, UserError, load_json, run_script, write_atomic
+from utils.augment import OPS
+from utils.cli import Parser, at_least, run_script
+from utils.data import to_float
+from utils.errors import UserError
+from utils.measure import share
+from utils.report import percent
+from utils.report_mnist import read_examples
+from utils.run import load_json, make_generator, write_atomic
 from utils.uaps import read_uap
 
 
 def get_args():
-    parser = Parser("Perturbations beside their fooling ratios; robustness against GCM's w.")
+    parser = Parser("Draw one picture of imgs/ from the files of finished runs.")
     add = parser.add_argument
-    add("--results", type=Path, default=Path("runs/eval"), help="folder that eval_uap.py wrote")
-    add("--rows", nargs="+", help="which of its perturbations, as NAME or NAME:LABEL; None: all")
-    add("--w_sweep", type=Path, nargs="+", help="instead: folders with w_sweep.csv, of gcm.py")
-    add("--out", type=Path, default=Path("imgs/uaps.png"), help="PNG file to write")
+    add("--uaps", "--results", type=Path, help="folder that eval_uap.py wrote: perturbations, and "
+        "their fooling ratios as bars; None, and no other picture asked for: runs/eval")
+    add("--examples", type=Path, help="folder with examples.npz of eval_uap.py: images clean and "
+        "perturbed; with --uaps, its first image begins the picture")
+    add("--w_sweep", type=Path, nargs="+", help="folders with w_sweep.csv of gcm.py: robustness "
+        "against GCM's w")
+    add("--corruptions", type=Path, help="folder that eval_net.py --corruptions wrote: accuracy by "
+        "family of corruption, minus that of the first of --rows")
+    add("--exercise", type=Path, nargs="+", help="run folders of fgsm_mnist.py: the same images "
+        "attacked for each network")
+    add("--augmentations", action="store_true", help="every operation of utils/augment.py")
+    add("--rows", nargs="+", help="which perturbations or networks of the results, as NAME or "
+        "NAME:LABEL; None: all")
+    add("--credit", default="", help="line below the picture of --uaps: whose photograph it is")
+    add("--image", type=Path, help="image file for --augmentations; None: a scene drawn here")
+    add("--image_size", type=at_least(16), default=160, help="pixels of its side")
+    parser.shared("seed", seed={"help": "of the augmentations"})
+    add("--out", type=Path, help="PNG file to write; None: the picture's own in imgs/")
     return parser.parse_args()
 
 
-def w_sweep(folders):
-    """PNG of robustness against w, from one folder of gcm.py or several."""
+# ------------------------------------------------------------------- the pictures
+
+def uaps(args):
+    """A photograph perturbed, perturbations amplified, their fooling ratios with n."""
+    folder = args.uaps or Path("runs/eval")
+    results = _results(folder, "--uaps", "eval_uap.py")
+    deltas, ratios = {}, {}
+    for name, label in _chosen(args.rows, results["uaps"], folder):
+        saved = results["uaps"][name]
+        deltas[label] = read_uap(saved["path"], scale=saved["scale"], eps=1).delta
+        ratios[label] = {row["target"]: row["fooling_ratio"] for row in results["rows"]
+                         if row["uap"] == name}
+    if not args.examples:
+        return draw.uaps(deltas, ratios)
+    saved = _examples(args.examples)
+    labels = dict(_chosen(args.rows, results["uaps"], folder))
+    photograph = {"x": saved["x"][0], "x_adv": saved["x_adv"][0], "before": saved["before"][0],
+                  "after": saved["after"][0], "target": saved["target"],
+                  "uap": next((label for name, label in labels.items()
+                               if name.split("/")[-1] == saved["uap"].split("/")[-1]),
+                              saved["uap"])}
+    return draw.uaps(deltas, ratios, photograph, args.credit)
+
+
+def examples(args):
+    """Images clean, the perturbation, and the images perturbed."""
+    saved = _examples(args.examples)
+    rows = _results(args.examples, "--examples", "eval_uap.py")["rows"]
+    found = next(row["fooling_ratio"] for row in rows
+                 if (row["uap"], row["target"]) == (saved["uap"], saved["target"]))
+    return draw.examples(saved["x"], saved["x_adv"], saved["delta"], saved["before"],
+                         saved["after"], f"{saved['uap']}, predictions of {saved['target']}\n"
+                         f"fooling ratio {percent(found)}")
+
+
+def w_sweep(args):
+    """Robustness against w, a panel for each network."""
     rows = []
-    for path in (folder / "w_sweep.csv" for folder in folders):
+    for path in (folder / "w_sweep.csv" for folder in args.w_sweep):
         if not path.is_file():
             raise UserError(f"--w_sweep {path.parent}: no w_sweep.csv there; run gcm.py with "
                             "--w_sweep first")
@@ -34,31 +101,101 @@ def w_sweep(folders):
     return draw.sweep(rows)
 
 
-def uaps(args):
-    """PNG of perturbations beside their fooling ratios."""
-    path = args.results / "results.json"
+def corruptions(args):
+    """Accuracy by family of corruption, minus that of the first network."""
+    results = _results(args.corruptions, "--corruptions", "eval_net.py")
+    cells, settings = results["cells"], results["settings"]
+    there = {key.removesuffix(" | corruptions"): cell for key, cell in cells.items()
+             if key.endswith(" | corruptions")}
+    chosen = _chosen(args.rows, there, args.corruptions)
+    if len(chosen) < 2:
+        raise UserError(f"--corruptions {args.corruptions}: {len(chosen)} networks measured with "
+                        "--corruptions; wanted two or more, the first to compare with")
+    title = f"{Path(settings['data']).name}, n={settings['n']} test images"
+    return draw.corruptions({label: {
+        operation: share(k, there[name]["n"]) for operation, k in there[name]["right"].items()}
+        for name, label in chosen}, title, minus_first=True)
+
+
+def exercise(args):
+    """The same digits attacked for each network of the exercise."""
+    shown, n = {}, []
+    for folder in args.exercise:
+        results = _results(folder, "--exercise", "fgsm_mnist.py")
+        if not (folder / "examples.npz").is_file():
+            raise UserError(f"--exercise {folder}: no examples.npz there; run fgsm_mnist.py first")
+        first = results["seeds"][0]
+        shown[results["facts"]["variation"]] = read_examples(folder, first)
+        n.append(first["fgs"]["n"])
+    picture = draw.exercise(shown, "Predictions are above the images, orange where wrong.\n%: "
+                            f"accuracy under the attack (n={' / '.join(map(str, n))} test images)")
+    if not picture:
+        raise UserError(f"--exercise {args.exercise[0]}: no example is right for all of these "
+                        "networks; draw fewer of them")
+    return picture
+
+
+def augmentations(args):
+    """Every operation of utils/augment.py on one image."""
+    if args.image:
+        try:
+            with Image.open(args.image) as file:
+                image = TF.pil_to_tensor(file.convert("RGB"))
+        except OSError as error:
+            raise UserError(f"--image {args.image}: {error}") from None
+        image = TF.center_crop(TF.resize(image, args.image_size), args.image_size)
+    else:
+        image = draw.scene(args.image_size)
+    generator = make_generator(args.seed)
+    shown = {"original": image} | {
+        name: operation(image[None], generator=generator)[0] for name, operation in OPS.items()}
+    return draw.named({name: to_float(x) for name, x in shown.items()})
+
+
+# ------------------------------------------------------------------------ reading
+
+def _results(folder, flag, script):
+    path = folder / "results.json"
     if not path.is_file():
-        raise UserError(f"--results {args.results}: no results.json there; run eval_uap.py first")
-    results = load_json(path)
-    targets = list(results["protocol"]["targets"])
-    chosen = [row.partition(":") for row in args.rows or results["uaps"]]
-    deltas, ratios = {}, {}
-    for name, _, label in chosen:
-        if name not in results["uaps"]:
-            raise UserError(f"--rows {name}: not in {path}, which has {', '.join(results['uaps'])}")
-        saved = results["uaps"][name]
-        uap = read_uap(saved["path"], scale=saved["scale"], eps=1)
-        deltas[label or name] = uap.delta
-        ratios[label or name] = [row["fooling_ratio"] for row in results["rows"]
-                                 if row["uap"] == name]
-    return draw.compare(deltas, ratios, targets)
+        raise UserError(f"{flag} {folder}: no results.json there; run {script} first")
+    return load_json(path)
+
+
+def _chosen(rows, there, folder):
+    """[(name, label)] of --rows, or of all that are there."""
+    chosen = [row.partition(":") for row in rows or there]
+    for name, _, _ in chosen:
+        if name not in there:
+            raise UserError(f"--rows {name}: not in {folder}, which has {', '.join(there)}")
+    return [(name, label or name) for name, _, label in chosen]
+
+
+def _examples(folder):
+    """examples.npz of eval_uap.py: x, x_adv, delta as tensors; before, after; target, uap."""
+    path = folder / "examples.npz"
+    if not path.is_file():
+        raise UserError(f"--examples {folder}: no examples.npz there; run eval_uap.py with --show")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) if key in ("x", "x_adv", "delta")
+                else file[key].tolist() for key in file}
+
+
+PICTURES = {"w_sweep": (w_sweep, "gcm_w"), "corruptions": (corruptions, "challenge"),
+            "exercise": (exercise, "mnist_examples"),
+            "augmentations": (augmentations, "augment"), "uaps": (uaps, "uaps"),
+            "examples": (examples, "digits")}  # flag: how it is drawn, its name in imgs/
 
 
 def main(args):
-    picture = w_sweep(args.w_sweep) if args.w_sweep else uaps(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out, picture)
-    print(f"drew {args.out}")
+    asked = [flag for flag in PICTURES if getattr(args, flag)] or ["uaps"]
+    if len(asked) > 1 and asked != ["uaps", "examples"]:
+        raise UserError(f"--{asked[0]} and --{asked[1]}: one picture at a time")
+    picture, name = PICTURES[asked[0]]
+    out = args.out or Path("imgs") / f"{name}.png"
+    png = picture(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, png)
+    print(f"drew {out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/bin/sh
-# The robustness table of the Gradient Concealment Module; any flag of gcm.py passes through.
+# The robustness table of the Gradient Concealment Module; flags of gcm.py pass through.
 #   sh src/gen_gcm_eval.sh                                      digits, offline
 #   DATA=/data/imagenet/val sh src/gen_gcm_eval.sh              the paper's six networks
 #   DATA=/data/imagenet/val MODELS=resnet50 DEFENSE=gcm+resizepad sh src/gen_gcm_eval.sh
 #   sh src/gen_gcm_eval.sh --audit                              signs of gradient masking
 set -eu
-DATA=${DATA:-digits}     # as in train.sh; of a named data set, its test split is taken
+DATA=${DATA:-digits}     # as in train.sh; for a named data set, its test split
 MODELS=${MODELS:-}       # networks; empty: the data set's five (ImageNet: the paper's six)
 DEFENSE=${DEFENSE:-gcm}  # none, gcm, resizepad, gcm+resizepad
 

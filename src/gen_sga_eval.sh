@@ -1,14 +1,14 @@
 #!/bin/sh
-# Fooling ratios of what train.sh made, on five target models; flags of eval_uap.py pass through.
-#   sh src/gen_sga_eval.sh
-#   DATA=/data/imagenet/val sh src/gen_sga_eval.sh                every perturbation of runs/
+# Fooling ratios of what train.sh made, on five target networks; flags of eval_uap.py pass through.
+#   sh src/gen_sga_eval.sh                                        all perturbations in runs/
+#   DATA=/data/imagenet/val sh src/gen_sga_eval.sh                those made on ImageNet
 #   DATA=/data/imagenet/val UAPS="a.pth b.npy" MODELS="vgg16 resnet50" sh src/gen_sga_eval.sh
 set -eu
-DATA=${DATA:-digits}     # as in train.sh; of a named data set, its test split is taken
-UAPS=${UAPS:-runs}       # files, or folders of runs: those made on this kind of data
+DATA=${DATA:-digits}     # as in train.sh; its test split is used
+UAPS=${UAPS:-runs}       # files, or folders with runs on this kind of data
 MODELS=${MODELS:-}       # targets; empty: the data set's five (ImageNet: the paper's)
 
 . "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2086  # lists, separated by spaces
-exec "$PYTHON" "$root/src/eval_uap.py" --data_dir "$DATA" --uaps_save $UAPS \
+exec "$PYTHON" "$root/src/eval_uap.py" --data_dir "$DATA" --uaps $UAPS \
     ${MODELS:+--model_name $MODELS} "$@"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes a universal perturbation; any flag of train_sga.py passes through.
+# Makes a universal perturbation; flags of train_sga.py pass through.
 #   sh src/train.sh                                               digits, offline, under 3 minutes
 #   DATA=/data/imagenet/train MODEL=vgg16 sh src/train.sh         the paper's setting
-#   DATA=imagenette sh src/train.sh --augment                     downloads; our setting for few images
+#   DATA=imagenette sh src/train.sh --augment                     downloaded; ours, for few images
 set -eu
 DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder of class folders
 MODEL=${MODEL:-}         # surrogate; empty: the data set's own (digits: cnn, ImageNet: vgg16)

@@ -1,15 +1,16 @@
 #!/bin/sh
-# Adversarial training for free, beside natural and K-PGD training, and the table of them all; any
-# flag of free_at.py passes through.
-#   sh src/train_free.sh                                            digits, offline, 93 s
+# Natural, free, K-PGD and fast training, then all the networks under attack in one table. Flags go
+# to free_at.py.
+#   sh src/train_free.sh                                            digits, offline
 #   DATA=mnist REPLAYS="2 4 8" sh src/train_free.sh                 free with three values of m
-#   DATA=cifar10 sh src/train_free.sh --schedule onecycle           a GPU's work: PreActResNet-18
+#   DATA=cifar10 sh src/train_free.sh --schedule onecycle           PreActResNet-18; needs a GPU
 set -eu
 DATA=${DATA:-digits}                         # digits, mnist, cifar10, or a folder of class folders
 MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: mlp)
 METHODS=${METHODS:-natural free pgd fast}    # what to train
 REPLAYS=${REPLAYS:-8}                        # m of free; several, separated by spaces
-RUNS=${RUNS:-runs/free}                      # a folder for the runs' folders
+RUNS=${RUNS:-runs/free}                      # folder for the runs' folders and for the table
+EVAL_IMAGES=${EVAL_IMAGES:-}                 # test images to attack; empty: all
 
 . "$(dirname "$0")/env.sh"
 folders=
@@ -27,4 +28,5 @@ for method in $METHODS; do
     fi
 done
 # shellcheck disable=SC2086  # a list, separated by spaces
-exec "$PYTHON" "$root/src/free_at.py" --compare $folders
+exec "$PYTHON" "$root/src/eval_net.py" --runs $folders --save "$RUNS" \
+    ${EVAL_IMAGES:+--num_images "$EVAL_IMAGES"}

@@ -1,16 +1,17 @@
 #!/bin/sh
-# The challenge's classifier in its two stages, the robustness table of both, and a table of it all;
-# any flag of train_gcm.py passes through to both stages.
+# Trains both stages of the challenge's classifier, makes the robustness table of each, and one table
+# of both with their accuracy under corruptions. Any flag of train_gcm.py applies to both stages.
 #   sh src/train_gcm.sh                                          digits, offline, 5 minutes
-#   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, a GPU's work
+#   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, needs a GPU
 #   DATA=/data/photos PROCESSES=4 sh src/train_gcm.sh            four GPUs
 set -eu
 DATA=${DATA:-digits}         # digits, mnist, cifar10, a folder of class folders, or an image list
-MODEL=${MODEL:-}             # network; empty: convnext_tiny, on small images the data set's own
+MODEL=${MODEL:-}             # network; empty: convnext_tiny, for small images that of the data set
 RUNS=${RUNS:-runs/challenge}  # a folder for the runs' folders
-EPOCHS2=${EPOCHS2:-}         # passes of stage 2; empty: those of stage 1
-ATTACKED=${ATTACKED:-}       # test images of the robustness table; empty: all
-PROCESSES=${PROCESSES:-1}    # of training, by torchrun
+EPOCHS2=${EPOCHS2:-}         # epochs of stage 2; empty: those of stage 1
+ATTACKED=${ATTACKED:-}       # test images of the robustness tables; empty: all
+TESTED=${TESTED:-}           # test images of the corruption table; empty: all
+PROCESSES=${PROCESSES:-1}    # processes that train, started by torchrun
 
 . "$(dirname "$0")/env.sh"
 launch="$PYTHON"
@@ -26,10 +27,10 @@ for stage in 1 2; do
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
         model=${weights##*/stage"$stage"_}
         "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --model_name "${model%.pth}" \
-            --weights "$weights" --defense $defense --results "$RUNS/stage$stage/gcm" \
+            --weights "$weights" --defense $defense --save "$RUNS/stage$stage/gcm" \
             ${ATTACKED:+--num_images "$ATTACKED"}
     done
     epochs=$EPOCHS2 defense=gcm+resizepad  # of stage 2, which starts from these weights
 done
-exec "$PYTHON" "$root/src/train_gcm.py" --save "$RUNS" \
-    --compare "$RUNS/stage1" "$RUNS/stage2"
+exec "$PYTHON" "$root/src/eval_net.py" --runs "$RUNS/stage1" "$RUNS/stage2" --corruptions \
+    --attacks none --save "$RUNS" ${TESTED:+--num_images "$TESTED"}

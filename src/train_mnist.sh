@@ -1,13 +1,13 @@
 #!/bin/sh
-# The exercise: all eight variations, one table, one figure of curves, one of examples; any flag of
-# fgsm_mnist.py passes through.
+# The exercise: trains all eight variations, then puts them into one table, one picture of curves and
+# one of examples. Flags of fgsm_mnist.py are passed on.
 #   sh src/train_mnist.sh                                     digits, offline, a minute and a half
 #   DATA=mnist sh src/train_mnist.sh --seeds 3                MNIST, downloaded by torchvision
 #   DATA=mnist TRAIN="fgs" sh src/train_mnist.sh --epochs 10  fgs alone, with and without BatchNorm
 set -eu
 DATA=${DATA:-digits}                     # digits, mnist, cifar10, or a folder that holds MNIST
-TRAIN=${TRAIN:-clean noise fgs fgv}      # what the batches are joined by
-RUNS=${RUNS:-runs/exercise}              # a folder for the runs' folders
+TRAIN=${TRAIN:-clean noise fgs fgv}      # what is added to the clean batches
+RUNS=${RUNS:-runs/exercise}              # the folder for the folders of the runs
 
 . "$(dirname "$0")/env.sh"
 folders=

@@ -1,5 +1,5 @@
-"""What the attack tests share: toy models, images with pixels exactly 0 and 1, and the answers that
-are known without an attack, in float64 by numpy and bisection.
+"""What the attack tests share: toy models, images with pixels exactly 0 and 1, and answers that are
+known without an attack, in float64 by numpy and bisection.
 """
 
 import numpy as np
@@ -56,7 +56,7 @@ def predicted(model, x):
 
 
 def margins(model, x, y):
-    """How far another class is above the label (N,): positive where fooled."""
+    """How far another class is above the label (N,): positive if the image is misclassified."""
     with torch.no_grad():
         z = model(x)
     label = z.gather(1, y[:, None])[:, 0]
@@ -81,7 +81,7 @@ def size(d, norm):
 
 
 def bisect(grows, wanted, high=1.0):
-    """The number t >= 0 where grows(t) meets `wanted`; grows(0) <= wanted."""
+    """The number t >= 0 where grows(t) reaches `wanted`; grows(0) <= wanted."""
     while grows(high) < wanted:
         high *= 2
         if high > 1e15:

@@ -2,6 +2,9 @@
 
 The only place that puts src on the path. Small networks are kept in one folder for the session, so
 that no test trains what another one has trained, and none touches the user's own cache.
+
+Markers: `quick` is given to every test that starts no script, trains nothing and needs no
+../shared; `planted` to the tests that plant bugs in copies of src.
 """
 
 import gc
@@ -20,16 +23,27 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = Path(os.environ.get("SRC_UNDER_TEST", ROOT / "src"))  # test_attack_bugs.py: a copy
 sys.path.insert(0, str(SRC))
 
-_torch_home = tempfile.TemporaryDirectory(prefix="torch_home_")  # removed when the session ends
-os.environ["TORCH_HOME"] = _torch_home.name
+SLOW = {"run_script", "run_here", "shared"}  # fixtures of tests that are not quick
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers of a session share its folder
+    _torch_home = tempfile.TemporaryDirectory(prefix="torch_home_")  # removed when it ends
+    os.environ["TORCH_HOME"] = _torch_home.name
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs as many processes as processors
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not SLOW & set(item.fixturenames) and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
 
 
 @pytest.fixture
 def shared():
-    """../shared, which holds photographs and weights too large for the repository."""
+    """../shared, which holds photographs and weights that are too large for the repository."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("no folder ../shared beside the repository")
+        pytest.skip("no ../shared/data with photographs and weights; the tests on toy networks and "
+                    "digits prove the same attacks")
     return folder
 
 
@@ -45,7 +59,7 @@ def run_script(tmp_path):
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
     """The same, without the seconds that a new process needs to import torch."""
-    from utils.run import run_script as entry
+    from utils.cli import run_script as entry
 
     def run(name, *args):
         module = importlib.import_module(name.removesuffix(".py"))

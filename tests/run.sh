@@ -1,9 +1,12 @@
 #!/bin/sh
-# The whole suite, from nothing: sh tests/run.sh   (one file: sh tests/run.sh tests/test_sga.py)
+# The whole suite, from nothing; flags of pytest pass through.
+#   sh tests/run.sh                        all of it, a process for each processor
+#   sh tests/run.sh -m quick               under a minute: starts no script, trains nothing
+#   sh tests/run.sh tests/test_sga.py      one file
 set -eu
-MODULES="pytest ruff foolbox art pyautoattack torchattacks adv_lib"
+MODULES="pytest xdist ruff foolbox art pyautoattack torchattacks adv_lib"
 REQUIREMENTS=requirements-dev.txt
 
 . "$(dirname "$0")/../src/env.sh"
 cd "$root"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

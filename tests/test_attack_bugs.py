@@ -13,6 +13,7 @@ import pytest
 from attack_bugs import BUGS
 from conftest import ROOT, SRC
 
+pytestmark = [pytest.mark.planted, pytest.mark.slow]
 WHOLE = "no bug"
 
 

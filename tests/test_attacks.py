@@ -1,5 +1,5 @@
-"""The attacks against what is known without them: optima of linear models in closed form, textbook
-loops written naively, projections by bisection, gradients averaged by hand.
+"""The attacks compared with what is known without them: optima of linear models in closed form,
+naive textbook loops, projections by bisection, gradients averaged by hand.
 """
 
 import functools
@@ -31,8 +31,8 @@ from attack_toys import (
     size,
     toy,
 )
-from utils import balls
-from utils.run import UserError
+from utils.attack import balls
+from utils.errors import UserError
 
 SMALL = (3, 4, 4)
 D = 48
@@ -46,12 +46,12 @@ def seeded(seed=0):
 # ------------------------------------------------------- two classes: the optimum is known
 
 def gains(attack, x, norm, weight):
-    """What each image's margin gained, over the most it can gain: (2 * N,), for both labels."""
+    """What each image's margin gained over the most that it can gain, for both labels: (2 * N,)."""
     share = []
     for label in (0, 1):
         w = flat(weight[1 - label] - weight[label])
         best = [w @ best_linear(w, flat(image), EPS[norm], norm) for image in x]
-        bias = torch.zeros(2)  # the label wins, if narrowly: nobody is fooled and stops
+        bias = torch.zeros(2)  # the label wins by a narrow margin: no image is fooled and stops
         bias[label] = 0.5 + max(w @ flat(image) + gain for image, gain in zip(x, best, strict=True))
         x_adv = attack(linear(weight, bias), x, torch.full((len(x),), label))
         share += [w @ (flat(after) - flat(before)) / gain
@@ -97,12 +97,12 @@ def test_sparse_steps_of_one_coordinate_put_all_mass_on_the_largest_weight():
         torch.testing.assert_close(delta.flatten(1).abs().sum(1), torch.full((6,), 0.3))
 
 
-def test_sparse_steps_pass_over_pixels_that_the_box_holds():
+def test_sparse_steps_skip_pixels_that_the_box_holds_back():
     """As published (SLIDE, arXiv:1904.13000): a gradient out of the box is no gradient."""
     weight, x = 0.3 * random_weight(2, D), greys(6, shape=SMALL)
     w = weight[1] - weight[0]
     held = w.abs() > w.abs().sort().values[-13]
-    x.flatten(1)[:, held] = (w[held] > 0).float()  # the 12 best are where the gradient points to
+    x.flatten(1)[:, held] = (w[held] > 0).float()  # the 12 best cannot move
     y = torch.zeros(6, dtype=torch.int64)
     model = linear(weight, torch.stack([(x.flatten(1) @ w).max() + 4, torch.tensor(0.0)]))
     delta = attacks.pgd(model, x, y, norm="l1", eps=0.3, alpha=0.3, q=4 / D, steps=12) - x
@@ -111,14 +111,14 @@ def test_sparse_steps_pass_over_pixels_that_the_box_holds():
     assert (delta.flatten(1) @ w > 0.9 * best).all()
 
 
-def test_square_finds_the_corner_of_the_box_that_the_signs_of_the_weights_name():
+def test_square_finds_the_corner_given_by_the_signs_of_the_weights():
     attack = functools.partial(attacks.square, eps=0.1, queries=2000)
     for kind in (greys, pictures):
         share = gains(attack, kind(3, shape=SMALL), "linf", 0.3 * random_weight(2, D))
         assert share.max() < 1 + 2e-5 and share.min() > 0.995, share
 
 
-def test_square_in_l2_fools_where_half_the_radius_would_do_and_never_where_none_can():
+def test_square_in_l2_fools_if_half_the_radius_suffices_and_never_if_the_radius_does_not():
     weight = 0.3 * random_weight(2, D)
     x = greys(6, shape=SMALL)
     w = weight[1] - weight[0]
@@ -143,8 +143,8 @@ def nearest_radius(w, pixels, need, norm):
 
 @pytest.mark.parametrize("loss", ["dlr_targeted", "ce"])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_apgd_fools_exactly_where_the_closed_form_says_that_it_can_be_done(norm, loss):
-    """At the box, for several classes: the border is where the first of them can be reached."""
+def test_apgd_fools_exactly_where_the_closed_form_says_it_is_possible(norm, loss):
+    """At the box, for several classes: the border is where the nearest of them can be reached."""
     classes = K if loss == "dlr_targeted" else 2
     x = pictures(3, shape=SMALL)
     model = linear(0.3 * random_weight(classes, D))
@@ -173,7 +173,7 @@ class Bowl(nn.Module):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_apgd_halves_its_step_until_it_stands_on_a_maximum_inside_the_ball(norm):
+def test_apgd_halves_its_step_until_it_reaches_a_maximum_inside_the_ball(norm):
     x = greys(1, shape=SMALL)
     top = x + {"linf": 0.6, "l2": 0.1}[norm] * EPS[norm] * (2 * pictures(1, shape=SMALL) - 1)
     assert size(top - x, norm) < 0.7 * EPS[norm]
@@ -205,7 +205,7 @@ def test_cw_is_within_2_percent_of_the_shortest_way_out_of_the_class(classes, bi
     y = predicted(model, x)
     ways = [ways_out(model, image, label, confidence)
             for image, label in zip(x, y.tolist(), strict=True)]
-    # clear cases: not beside the border, nor with a second class at about the same distance
+    # clear cases: not next to the border, and no second class at about the same distance
     clear = [i for i, way in enumerate(ways) if way[0] > 0.1 and min(way[1:] + [9]) > 1.5 * way[0]]
     x, y, best = x[clear[:6]], y[clear[:6]], [ways[i][0] for i in clear[:6]]
     x_adv, success = attacks.cw_l2(model, x, y, steps=300, confidence=confidence)
@@ -218,7 +218,7 @@ def test_cw_is_within_2_percent_of_the_shortest_way_out_of_the_class(classes, bi
 
 @pytest.mark.parametrize(("shape", "distance"), [
     (SMALL, 0.01), (SMALL, 0.02), ((3, 32, 32), 0.1), ((3, 32, 32), 0.2)])
-def test_cw_is_as_close_where_the_border_is_nearer_than_one_step_of_adam(shape, distance):
+def test_cw_is_as_close_if_the_border_is_nearer_than_one_step_of_adam(shape, distance):
     """A step of lr 0.01 is 0.03 and 0.3 long; CIFAR images lie 0.1 to 0.3 from the border."""
     x = greys(3, shape=shape)
     weight = random_weight(2, x[0].numel())
@@ -229,8 +229,8 @@ def test_cw_is_as_close_where_the_border_is_nearer_than_one_step_of_adam(shape, 
     assert max(size(d, "l2") for d in x_adv - x) <= 1.02 * distance
 
 
-def test_cw_moves_black_and_white_pixels_inwards_where_only_they_can_move():
-    """Weights that draw every pixel at 0 up and every one at 1 down, and leave the rest alone."""
+def test_cw_moves_black_and_white_pixels_inwards_if_only_they_matter():
+    """Weights that pull pixels at 0 up and pixels at 1 down, and are zero for the rest."""
     x = pictures(1, shape=SMALL)
     weight = torch.stack([torch.zeros(D), ((x == 0).float() - (x == 1).float()).flatten()])
     bias = torch.tensor([1.0 + (weight[1] @ x.flatten()).item(), 0.0])
@@ -256,7 +256,7 @@ def test_cw_towards_a_target_is_within_2_percent_of_the_shortest_way_to_it():
         assert best * (1 - 1e-4) <= size(after - before, "l2") <= 1.02 * best
 
 
-def test_cw_says_where_it_failed_and_gives_the_clean_image_there():
+def test_cw_reports_where_it_failed_and_returns_the_clean_image_there():
     """Class 1 holds the images whose pixels add up to more than a threshold."""
     x, y = pictures(4, shape=SMALL), torch.zeros(4, dtype=torch.int64)
     x[2:] *= torch.tensor([0.5, 0.2]).view(2, 1, 1, 1)  # too far for the budget of steps
@@ -277,7 +277,7 @@ def test_cw_on_a_constant_model_fails_without_a_change():
     assert not success.any() and torch.equal(x_adv, x)
 
 
-def test_cw_leaves_an_image_that_is_misclassified_where_it_is():
+def test_cw_does_not_move_an_image_that_is_misclassified_already():
     model, x = toy(), pictures(4)
     x_adv, success = attacks.cw_l2(model, x, (predicted(model, x) + 1) % K, steps=20)
     assert success.all() and (x_adv - x).abs().max() < 1e-6
@@ -315,12 +315,12 @@ def test_pgd_is_the_naive_loop_for_every_norm_step_and_projection(world, norm, s
             "step": step, "q": 1 / 16, "projection": projection}
     ours = attacks.pgd(*world, random_start=False, **same)
     close(ours, naive_pgd(*world, **same))
-    assert max(size(d, norm) for d in ours - world[1]) > 0.5 * eps  # the ball was felt
+    assert max(size(d, norm) for d in ours - world[1]) > 0.5 * eps  # the ball was reached
 
 
 @pytest.mark.parametrize(("loss", "targeted"), [
     ("ce", False), ("margin", False), ("dlr", False), ("ce", True), ("margin", True)])
-def test_pgd_climbs_the_loss_it_is_told_away_from_labels_or_towards_targets(world, loss, targeted):
+def test_pgd_climbs_the_given_loss_away_from_labels_or_towards_targets(world, loss, targeted):
     model, x, y = world
     y = (y + 1) % K if targeted else y
     same = {"eps": 0.05, "alpha": 0.02, "steps": 5, "loss": loss, "targeted": targeted}
@@ -349,7 +349,7 @@ def test_pgd_defaults_to_the_step_of_its_norm(world):
         assert torch.equal(attacks.pgd(*world, **same), attacks.pgd(*world, step=step, **same))
 
 
-def test_a_loss_of_ones_own_is_climbed(world):
+def test_a_custom_loss_is_climbed(world):
     model, x, y = world
     with torch.enable_grad():
         pixels = x.clone().requires_grad_(True)
@@ -366,7 +366,7 @@ def test_mim_is_the_naive_loop_with_a_running_mean_of_gradients_of_l1_norm_1(wor
     assert (ours - attacks.mim(*world, **same | {"mu": 0.0})).abs().max() > 0.01
 
 
-def test_mim_without_momentum_is_bim_is_pgd_without_random_start_and_one_step_of_it_is_fgsm(world):
+def test_mim_without_momentum_and_pgd_from_the_image_are_bim_and_one_step_of_it_is_fgsm(world):
     same = {"eps": 0.05, "alpha": 0.02, "steps": 5}
     bim = attacks.bim(*world, **same)
     assert torch.equal(attacks.mim(*world, mu=0.0, **same), bim)
@@ -408,9 +408,9 @@ def test_stop_early_freezes_each_image_at_its_first_fooling_step_and_no_other(ta
 # ------------------------------------------------------------- random starts, restarts
 
 class Hills(nn.Module):
-    """One pixel, three classes, label 0: hills at 0.3 and 0.7 that a climber cannot leave.
+    """One pixel, three classes, label 0: hills at 0.3 and 0.7 that gradient steps cannot leave.
 
-    left, right: what classes 1 and 2 gain on the hill; class 0 stands at 3.
+    left, right: what classes 1 and 2 gain on the hill; the logit of class 0 is 3.
     """
 
     def __init__(self, left, right):
@@ -487,7 +487,7 @@ def test_the_projection_is_the_nearest_allowed_point_by_bisection_and_by_compari
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_projection_is_in_the_ball_from_however_far_away_it_starts(norm):
+def test_the_projection_is_in_the_ball_however_far_away_it_starts(norm):
     x, g = pictures(12), seeded()
     for spread in (1e3, 1e4):
         ours = balls.project(spread * torch.randn(x.shape, generator=g), x, EPS[norm], norm)
@@ -496,7 +496,7 @@ def test_the_projection_is_in_the_ball_from_however_far_away_it_starts(norm):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_projection_leaves_what_is_allowed_and_takes_a_ball_of_radius_zero_to_zero(norm):
+def test_the_projection_keeps_what_is_allowed_and_is_zero_for_radius_zero(norm):
     x = pictures(5)
     nothing = torch.zeros_like(x)
     assert torch.equal(balls.project(nothing, x, 0.1, norm), nothing)
@@ -557,7 +557,7 @@ class Layer(nn.Module):
         return self.function(x)
 
 
-def test_bpda_around_an_identity_of_wrong_gradient_is_the_attack_on_the_model_without_it(world):
+def test_bpda_around_an_identity_with_a_wrong_gradient_gives_the_attack_on_the_bare_model(world):
     model, x, y = world
     shattered = Layer(Shattered.apply)
     for attack in (functools.partial(attacks.bim, eps=0.05, alpha=0.02, steps=5),
@@ -616,7 +616,7 @@ def test_eot_averages_the_gradients_of_the_loss_over_its_draws(world):
     assert torch.equal(attacks.eot(model, 5)(x), model(x))  # forward is one draw
 
 
-def test_eot_averages_also_where_it_is_a_part_of_the_model(world):
+def test_eot_averages_also_as_a_part_of_the_model(world):
     model, _, y = world
     x = greys(4, torch.float64)
 
@@ -628,7 +628,7 @@ def test_eot_averages_also_where_it_is_a_part_of_the_model(world):
     close(attacked(lambda defended: nn.Sequential(nn.Identity(), defended)), whole)
 
 
-def test_an_attribute_draws_of_another_model_means_nothing(world):
+def test_an_attribute_named_draws_of_another_model_is_ignored(world):
     model, x, y = world
     named = nn.Sequential(model)
     named.draws = "many"
@@ -638,7 +638,7 @@ def test_an_attribute_draws_of_another_model_means_nothing(world):
 # --------------------------------------------------------------------- worst_case
 
 def picker(calls, who, move=0.5):
-    """An attack that moves the images whose first pixel is in `who` and notes what it was given."""
+    """An attack that moves the images whose first pixel is in `who` and notes its input."""
     def attack(model, x, y, *, generator=None, report=None):
         calls.append((x.clone(), y.clone()))
         hit = torch.tensor([round(v.item(), 3) in who for v in x[:, 0, 0, 0]])
@@ -676,7 +676,7 @@ def test_worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fool
     assert [report[name]["zero_gradient"] for name in ("first", "second", "third")] == [3, 2, 1]
 
 
-def test_worst_case_calls_nobody_when_nobody_survives():
+def test_worst_case_calls_no_attack_once_all_images_are_fooled():
     x, calls = torch.zeros(3, 1, 4, 4), []
     x_adv = attacks.worst_case(Last(), x, torch.zeros(3, dtype=torch.int64), {
         "all": lambda model, x, y, generator=None, report=None: torch.full_like(x, 0.5),
@@ -687,7 +687,7 @@ def test_worst_case_calls_nobody_when_nobody_survives():
     assert not calls
 
 
-def test_worst_case_fools_whom_any_of_its_attacks_fools_alone():
+def test_worst_case_fools_every_image_that_one_of_its_attacks_fools_alone():
     model, x = toy(), pictures(16)
     y = predicted(model, x)
     parts = {"weak": functools.partial(attacks.fgsm, eps=0.03),
@@ -720,17 +720,24 @@ def test_square_never_gets_worse_with_more_queries_and_counts_them():
     assert (last > margins(model, x, y) + 0.05).any()
 
 
-def test_the_lines_of_python_in_the_readme_run_as_they_stand():
-    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+@pytest.mark.parametrize("page", ["README.md", "docs/attacks.md"])
+def test_the_python_of_the_documents_runs_as_it_stands(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model, x = toy(), pictures(4)
-    known = {"model": model, "x": x, "y": predicted(model, x), "report": {},
+    known = {"torch": torch, "model": model, "x": x, "y": predicted(model, x), "report": {},
              "generator": seeded()}
-    exec(lines, known)
-    assert known["report"]["apgd"]["tried"] == 4
-    assert set(known["report"]) == {"apgd", "square"}
+    for lines in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
+        for path in re.findall(r'"([\w./]+\.pth)"', lines):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(torch.zeros(3, 8, 8), tmp_path / path)
+        exec(lines, known)
+    assert not torch.equal(known["x_adv"], x)
+    if page == "docs/attacks.md":
+        assert known["report"]["apgd"]["tried"] == 4
+        assert set(known["report"]) == {"apgd", "square"}
 
 
-# ------------------------------------------------- traps that a review of the attacks found
+# ------------------------------------------------- mistakes that a review of the attacks found
 
 class InPlace(torch.nn.Module):
     """Halves what is above 0.5, in the tensor that it is given."""
@@ -752,7 +759,7 @@ def test_a_model_that_works_in_place_on_its_input_is_refused():
         attacks.square(InPlace(model), x, predicted(model, x), eps=0.05, queries=5)
 
 
-def test_bpda_of_a_layer_that_works_in_place_is_that_of_one_that_does_not():
+def test_bpda_gives_the_same_for_a_layer_that_works_in_place():
     x = pictures(4)
     y = predicted(toy(), x)
     twins = [torch.nn.Sequential(attacks.bpda(torch.nn.Hardtanh(0, 0.5, inplace=inplace)), toy())
@@ -772,7 +779,7 @@ class Noisy(torch.nn.Module):
         return logits + 3 * torch.randn(logits.shape, generator=self.generator).to(logits)
 
 
-def test_who_is_fooled_is_told_by_the_mean_over_the_draws_and_not_by_one_lucky_draw():
+def test_an_image_is_fooled_if_the_mean_over_the_draws_is_and_not_one_lucky_draw():
     """Noise with standard deviation 3 in the logits, 0.15 in the mean of 400; margins above 1."""
     x = pictures(200)
     y = predicted(toy(), x)
@@ -805,7 +812,7 @@ def test_a_loss_that_averages_over_the_batch_is_refused():
 @pytest.mark.parametrize("options", [
     {"generator": 0}, {"generator": 5}, {"generator": [1, 2]}, {"eps": 8},
     {"restarts": 5, "random_start": False}], ids=str)
-def test_what_would_not_be_meant_is_refused(options):
+def test_options_that_must_be_mistakes_are_refused(options):
     x = pictures(2)
     with pytest.raises(UserError):
         attacks.pgd(toy(), x, predicted(toy(), x), **{"eps": 0.1, "alpha": 0.1, "steps": 1,
@@ -819,7 +826,7 @@ def test_a_list_of_attacks_without_names_is_refused():
         attacks.worst_case(toy(), x, predicted(toy(), x), [attacks.fgsm])
 
 
-def test_cw_with_many_constants_ends_without_a_success_where_there_is_none():
+def test_cw_with_many_constants_ends_without_success_if_there_is_none():
     model = linear(torch.zeros(2, D), torch.tensor([1.0, 0.0]))
     x = pictures(3, shape=SMALL)
     x_adv, success = attacks.cw_l2(model, x, torch.zeros(3, dtype=torch.int64), steps=2,
@@ -828,7 +835,7 @@ def test_cw_with_many_constants_ends_without_a_success_where_there_is_none():
     assert torch.equal(x_adv, x)
 
 
-def test_with_stop_early_restarts_are_for_those_who_stand():
+def test_with_stop_early_only_images_that_are_not_fooled_are_restarted():
     model, x = toy(), pictures(8)
     y = predicted(model, x)
     reports, fooled = [{}, {}], []
@@ -843,7 +850,7 @@ def test_with_stop_early_restarts_are_for_those_who_stand():
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_exact_projections_of_photograph_size_stay_in_the_ball_and_fill_it(norm):
-    """150,528 numbers: where float32 sums must not be naive. Half of the pixels are 0 or 1."""
+    """150,528 numbers, too many for naive float32 sums. Two fifths of the pixels are 0 or 1."""
     x = pictures(2, shape=(3, 224, 224))
     delta = torch.randn(x.shape, generator=seeded()) * 0.3
     eps = {"l1": 1600.0, "l2": 8.0}[norm]

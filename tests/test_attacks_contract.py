@@ -1,5 +1,5 @@
 """The contract of every attack, with every norm, step and projection: where the result lies, what
-is left as it was, what depends on what, what is refused.
+stays as it was, what depends on what, what is refused.
 """
 
 import functools
@@ -24,7 +24,7 @@ from attack_toys import (
     size,
     toy,
 )
-from utils.run import UserError
+from utils.errors import UserError
 
 EPS = {"linf": 0.04, "l2": 0.5, "l1": 5.0}
 ALPHA = {"linf": 0.02, "l2": 0.3, "l1": 3.0}
@@ -89,7 +89,7 @@ CASES |= {f"pgd {norm} {step} {projection}": case(
 MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "square linf", "square l2",
         "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce", "apgd l2 dlr_targeted"]
 every_case = pytest.mark.parametrize("name", CASES)
-main_case = pytest.mark.parametrize("name", MAIN)  # one of each kind is enough to be refused
+main_case = pytest.mark.parametrize("name", MAIN)  # one of each kind is enough to test refusals
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_radius_of_zero_gives_the_images_back(name, world):
 
 
 @every_case
-def test_any_memory_layout_will_do(name, world):
+def test_any_memory_layout_gives_the_same(name, world):
     model, x, y = world
     odd = torch.empty(N, 3, 8, 16)[..., ::2].copy_(x).to(memory_format=torch.channels_last)
     torch.testing.assert_close(CASES[name](toy(torch.float64), odd.double(), y),
@@ -211,7 +211,7 @@ def test_model_images_labels_and_global_random_numbers_are_as_before(name):
 
 
 @every_case
-def test_it_attacks_the_model_in_eval_mode_whatever_its_mode_also_without_gradients_on(name, world):
+def test_it_attacks_the_model_in_eval_mode_whatever_its_mode_also_under_no_grad(name, world):
     _, x, y = world
     reference = CASES[name](Fragile().eval(), x, y)
     assert torch.equal(CASES[name](Fragile(), x, y), reference)
@@ -223,7 +223,7 @@ def test_it_attacks_the_model_in_eval_mode_whatever_its_mode_also_without_gradie
         assert torch.equal(CASES[name](model, x.clone(), y.clone()), reference)
 
 
-def test_the_judge_of_cw_has_the_last_word_and_is_left_as_it_was_too(world):
+def test_the_judge_of_cw_decides_and_is_left_as_it_was(world):
     model, x, _ = world
     y, options = predicted(model, x), {"steps": 40, "binary_steps": 3, "c": 10.0}
     reference, success = attacks.cw_l2(model, x, y, **options)
@@ -321,7 +321,7 @@ def test_towards_a_target_the_image_comes_nearer_to_its_class(name, world):
 
 
 @main_case
-def test_towards_a_target_it_is_reached_where_the_radius_is_wide(name):
+def test_towards_a_target_it_is_reached_if_the_radius_is_large(name):
     model, x = linear(0.3 * random_weight(K, 192)), pictures(N)
     y = model(x).argmin(1)
     wide = {"linf": 0.3, "l2": 4.0, "l1": 60.0}[CASES[name].norm]
@@ -352,14 +352,14 @@ class Counted(nn.Module):
 @every_case
 def test_the_report_counts_gradients_and_queries_as_the_model_saw_them(name, world):
     if name == "worst_case":
-        pytest.skip("it reports of its parts")
+        pytest.skip("its report is that of its parts")
     model, report = Counted(world[0]), {}
     CASES[name](model, *world[1:], report=report)
     assert report["gradients"] == model.back
     if CASES[name].gradients:
         assert report["queries"] == 0 and model.there >= model.back > 0
     else:
-        assert report["queries"] == model.there - N  # the clean images are looked at once
+        assert report["queries"] == model.there - N  # the clean images are not counted
 
 
 class Dead(nn.Module):
@@ -375,7 +375,7 @@ class Dead(nn.Module):
 
 
 @every_case
-def test_images_without_a_gradient_are_reported_and_left_where_they_are(name):
+def test_images_without_a_gradient_are_reported_and_not_moved(name):
     case, x, report = CASES[name], pictures(N), {}
     dark = torch.tensor([True, False, False, True, False, True])
     x[dark] *= 0.1
@@ -399,7 +399,7 @@ class Root(nn.Module):
 
 
 @main_case
-def test_a_gradient_that_is_not_a_number_is_one_line_that_names_the_cause(name, world):
+def test_a_nan_gradient_is_refused_in_one_line_that_names_the_cause(name, world):
     model, x, y = world
     if not CASES[name].gradients:
         pytest.skip("it takes no gradient")
@@ -410,7 +410,7 @@ def test_a_gradient_that_is_not_a_number_is_one_line_that_names_the_cause(name, 
 
 @main_case
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_one_line_and_never_a_fooled_image(name, value, world):
+def test_logits_that_are_not_finite_are_refused_and_never_count_as_fooled(name, value, world):
     model, x, _ = world
     y = predicted(model, x)
     with pytest.raises(UserError, match="finite"):  # clean, broken once a pixel differs from x
@@ -497,7 +497,7 @@ def test_a_list_of_generators_that_is_not_one_per_image_is_refused(name, world):
     refused("generators", CASES[name], *world, generator=generators(N - 1))
 
 
-def test_defences_are_refused_where_they_cannot_work(world):
+def test_bpda_and_eot_refuse_what_cannot_work(world):
     model, x, y = world
     shrink = attacks.bpda(nn.AvgPool2d(2))
     refused("backward", attacks.fgsm, nn.Sequential(shrink, model), x, y, eps=0.1)
@@ -505,7 +505,7 @@ def test_defences_are_refused_where_they_cannot_work(world):
         refused("draws", attacks.eot, model, draws)
 
 
-def test_a_model_without_a_path_from_logits_to_pixels_is_no_crash(world):
-    """Rounding by a table, argmax, numpy: what the attacker should hear is bpda."""
+def test_a_model_without_a_path_from_logits_to_pixels_is_refused(world):
+    """Rounding by a table, argmax, numpy: the message should say bpda."""
     model, x, y = world
     refused("gradient", attacks.fgsm, lambda x: model(x.detach()), x, y, eps=0.1)

@@ -1,4 +1,4 @@
-"""augment.py: what holds for every operation, and the formulas of some by hand."""
+"""utils/augment.py: what holds for every operation, and some formulas by hand."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import augment
-from augment import OPS
-from utils.run import UserError
+from utils import augment
+from utils.augment import OPS
+from utils.errors import UserError
 
 NAMES = sorted(OPS)
 TWO = ("horizontal_flip", "vertical_flip", "block_shuffle")  # that much can happen
@@ -31,13 +31,14 @@ def pictures(n=6, size=(36, 44), channels=3, seed=0):
     return (x * 255).round().to(torch.uint8).expand(n, -1, -1, -1).clone()
 
 
-def test_all_that_is_wanted_is_there():
+def test_every_operation_is_there_and_belongs_to_one_family():
     assert set(WANTED.split()) == set(OPS)
+    assert sorted(sum(augment.FAMILIES.values(), ())) == sorted(OPS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("size", "channels"), [((36, 44), 3), ((28, 28), 1), ((33, 32), 3)])
-def test_shape_dtype_and_range_stay_and_the_input_too(name, size, channels):
+def test_shape_dtype_range_and_the_input_do_not_change(name, size, channels):
     pixels = pictures(4, size, channels)
     for x in (pixels, pixels.float() / 255, pixels.double() / 255):
         before = x.clone()
@@ -49,7 +50,7 @@ def test_shape_dtype_and_range_stay_and_the_input_too(name, size, channels):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_grey_levels_come_out_as_floats_do(name):
+def test_uint8_and_float_images_give_the_same_result(name):
     x = pictures(5)
     levels = OPS[name](x, generator=seeded(2)).float()
     floats = 255 * OPS[name](x.float() / 255, generator=seeded(2))
@@ -57,7 +58,7 @@ def test_grey_levels_come_out_as_floats_do(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_differ_and_a_seed_repeats_them(name):
+def test_images_differ_and_the_same_seed_repeats_them(name):
     x, p = pictures(6), 0.5 if name.endswith("flip") else 1.0  # a flip has no other parameter
     state = torch.get_rng_state()
     out = OPS[name](x, p=p, generator=seeded(1))
@@ -68,7 +69,7 @@ def test_images_differ_and_a_seed_repeats_them(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_p_is_the_share_of_images_that_change(name):
+def test_p_is_the_share_of_changed_images(name):
     x = pictures(40, (16, 16))
     assert torch.equal(OPS[name](x, p=0.0, generator=seeded()), x)
     changed = (OPS[name](x, p=0.5, generator=seeded()) != x).flatten(1).any(1)
@@ -76,7 +77,7 @@ def test_p_is_the_share_of_images_that_change(name):
     assert (OPS[name](x, generator=seeded()) != x).flatten(1).any(1).sum() >= 32
 
 
-def test_several_are_done_one_after_the_other():
+def test_several_operations_are_applied_in_turn():
     x, generator = pictures(3), seeded(2)
     before = x.clone()
     out = augment.augment(x, {"rain": 0.7, "rotation": 0.4}, generator=seeded(2))
@@ -97,14 +98,14 @@ def test_the_published_pipeline_changes_seven_images_of_eight():
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)])
-def test_what_is_no_batch_of_images_is_refused(x):
+def test_anything_but_a_batch_of_images_is_refused(x):
     with pytest.raises(UserError, match="wanted images"):
         OPS["rain"](x, generator=seeded())
 
 
 # ----------------------------------------------------------------- by hand
 
-def test_halves_are_swapped():
+def test_block_shuffle_swaps_halves():
     x = torch.randint(0, 256, (30, 3, 8, 12), dtype=torch.uint8, generator=seeded())
     out = OPS["block_shuffle"](x, generator=seeded())
     ways = [torch.cat([x[:, :, :, 6:], x[:, :, :, :6]], 3),
@@ -113,7 +114,7 @@ def test_halves_are_swapped():
     assert all(sum(pair) == 1 for pair in which) and 5 < sum(pair[0] for pair in which) < 25
 
 
-def test_patches_change_places_and_none_is_lost():
+def test_local_shuffle_moves_patches_and_loses_none():
     x = torch.randint(0, 256, (20, 1, 12, 12), dtype=torch.uint8, generator=seeded())
     out = OPS["local_shuffle"](x, generator=seeded())
     grids = set()
@@ -130,7 +131,7 @@ def test_patches_change_places_and_none_is_lost():
     assert grids == {2, 3, 4}
 
 
-def test_channels_are_never_in_the_same_order():
+def test_rgb_shuffle_never_keeps_the_order():
     x = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8, generator=seeded())
     out, seen = OPS["rgb_shuffle"](x, generator=seeded()), set()
     for one, other in zip(x, out, strict=True):
@@ -140,7 +141,7 @@ def test_channels_are_never_in_the_same_order():
     assert len(seen) == 5
 
 
-def test_turning_the_hue_keeps_luma_and_a_whole_turn_everything():
+def test_turning_the_hue_keeps_luma_and_a_full_turn_keeps_everything():
     x = torch.rand((5, 3, 6, 6), generator=seeded(), dtype=torch.float64)
     angle = torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1, 1, 1)
     assert torch.allclose(augment.luma(augment.turned(x, angle)), augment.luma(x), atol=1e-9)
@@ -149,7 +150,7 @@ def test_turning_the_hue_keeps_luma_and_a_whole_turn_everything():
     assert not torch.allclose(augment.turned(x, angle)[0], x[0], atol=1e-2)
 
 
-def test_every_image_is_filtered_with_its_own_kernel():
+def test_each_image_is_filtered_with_its_own_kernel():
     x = torch.rand((3, 2, 9, 10), generator=seeded(), dtype=torch.float64)
     kernels = torch.rand((3, 5, 3), generator=seeded(), dtype=torch.float64)
     out = augment.filtered(x, kernels)
@@ -161,13 +162,13 @@ def test_every_image_is_filtered_with_its_own_kernel():
 
 @pytest.mark.parametrize("name", ["gaussian_blur", "blur", "motion_blur", "defocus_blur",
                                   "zoom_blur", "glass_blur"])
-def test_a_blur_leaves_an_even_picture_as_it_is(name):
+def test_a_blur_does_not_change_a_uniform_image(name):
     x = torch.full((4, 3, 40, 40), 0.3)
     assert torch.allclose(OPS[name](x, generator=seeded()), x, atol=1e-5)
 
 
 @pytest.mark.parametrize(("angle", "along"), [(0.0, 1), (math.pi / 2, 0)])
-def test_lines_run_along_their_angle(angle, along):
+def test_line_kernels_follow_their_angle(angle, along):
     k = augment.line_kernels(torch.tensor(5.0).view(1, 1, 1, 1),
                              torch.tensor(angle).view(1, 1, 1, 1), 9)[0]
     line = k.sum(1 - along)
@@ -175,7 +176,7 @@ def test_lines_run_along_their_angle(angle, along):
     assert torch.allclose(k.sum(along)[4], torch.tensor(1.0), atol=1e-5)
 
 
-def test_the_mosaic_is_one_even_rectangle_and_all_four_kinds_occur():
+def test_the_mosaic_is_one_uniform_rectangle_of_any_of_four_kinds():
     x = torch.full((80, 3, 30, 30), 0.25)
     out, kinds = OPS["mosaic_block"](x, generator=seeded()), set()
     for one in out:
@@ -188,17 +189,10 @@ def test_the_mosaic_is_one_even_rectangle_and_all_four_kinds_occur():
     assert kinds == {0.0, 1.0, 0.5, "colour"}
 
 
-def test_shares_of_pixels_are_those_that_are_said():
+def test_the_documented_shares_of_pixels_are_changed():
     x = torch.full((50, 3, 90, 90), 0.5)
     for name, least, most in (("pepper_salt", 0.01, 0.1), ("impulse_noise", 0.01, 0.15)):
         hit = (OPS[name](x, generator=seeded()) != 0.5).float().mean((1, 2, 3))
         assert hit.min() > least / 2 and hit.max() < 1.3 * most and hit.std() > 0.01
     covered = ((OPS["spatter"](x, generator=seeded()) - 0.5).abs().amax(1) > 1e-6).float()
     assert covered.mean((1, 2)).min() > 0.04 and covered.mean((1, 2)).max() < 0.21
-
-
-def test_the_grid_is_drawn(run_here, refused, tmp_path):
-    done = run_here("augment.py", "--image_size", 24, "--out", "grid.png")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-    refused(run_here("augment.py", "--image", "nowhere.png"), "nowhere.png")

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from utils.models import build_small
+from utils.nets import build_small
 from utils.run import save_pth
 
 SCRIPT = "train_sga.py"
@@ -20,7 +20,7 @@ WRONG = {  # name: (arguments, words of the line)
     "no images": (["--data_dir", "texts"], ["texts", "no images"]),
     "flat folder": (["--data_dir", "flat"], ["flat", "class folders", "flat folder"]),
     "all corrupt": (["--data_dir", "corrupt", "--model_name", "squeezenet1_1"],
-                    ["corrupt", "not one of its 1 images"]),
+                    ["corrupt", "none of its 1 images"]),
     "unknown data": (["--data_dir", "digit"], ["digit", "did you mean digits?"]),
     "unknown model": (["--model_name", "cnn_bnn"], ["cnn_bnn", "did you mean cnn_bn?"]),
     "one unknown": (["--model_name", "cnn,rezet_small"], ["did you mean resnet_small?"]),
@@ -53,7 +53,7 @@ WRONG = {  # name: (arguments, words of the line)
     "seed too large": (["--seed", 10 ** 20], ["--seed"]),
     "momentum": (["--momentum", "nan"], ["--momentum"]),
     "method": (["--method", "pgd"], ["--method", "spgd"]),
-    "not writable": (["--uaps_save", "file.txt/run"], ["file.txt/run", "cannot write there"]),
+    "not writable": (["--save", "file.txt/run"], ["file.txt/run", "cannot write there"]),
     "a file as folder": (["--uaps_save", "file.txt"], ["file.txt", "cannot write there"]),
     "no such flag": (["--epoch_size", 3], ["--epoch_size"]),
 }
@@ -83,7 +83,7 @@ def here(tmp_path, picture):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_bad_input_is_one_clear_line_and_exit_status_2(case, here, run_here, refused):
+def test_bad_input_gives_one_clear_line_and_exit_status_2(case, here, run_here, refused):
     args, words = WRONG[case]
     refused(run_here(SCRIPT, *QUICK, *args), *words)
     assert not (here / "ran").exists()
@@ -92,10 +92,10 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(case, here, run_here, ref
 
 
 @pytest.mark.parametrize("case", BY_PROCESS)
-def test_the_same_holds_in_a_process_of_its_own(case, here, run_script, refused):
+def test_bad_input_gives_the_same_in_a_process_of_its_own(case, here, run_script, refused):
     args, words = WRONG[case]
     refused(run_script(SCRIPT, *QUICK, *args), *words)
 
 
-def test_the_arguments_that_all_of_these_add_to_are_good_ones(run_here):
+def test_the_arguments_that_all_cases_add_to_are_valid(run_here):
     assert run_here(SCRIPT, *QUICK).returncode == 0

@@ -13,7 +13,7 @@ from torchvision import transforms as T
 
 from utils import data
 from utils.data import batches, decode, load, open_images, spread, to_float
-from utils.run import UserError
+from utils.errors import UserError
 
 # the first, the second, one in the middle and the last of ImageNet's classes
 WNIDS = {"n01440764": 0, "n01443537": 1, "n02504458": 386, "n15075141": 999}
@@ -69,7 +69,7 @@ def test_the_first_files_of_each_class_are_taken_in_sorted_order(tmp_path, pictu
 
 
 @pytest.mark.parametrize("num", [None, 8, 9])
-def test_as_many_images_as_there_are_or_more_are_all_of_them(tmp_path, picture, num):
+def test_asking_for_as_many_images_as_there_are_or_more_gives_all(tmp_path, picture, num):
     for i in range(8):
         picture(tmp_path / f"class{i % 2}" / f"{i}.png")
     assert len(open_images(tmp_path, split="train").prepared(32, num)) == 8
@@ -116,7 +116,7 @@ def test_cifar10_class_folders_get_cifar10_indices_at_32_pixels(tmp_path, pictur
     assert torch.equal(images[3], torch.from_numpy(whole.copy()).permute(2, 0, 1))  # uncropped
 
 
-def test_folders_of_other_names_are_images_without_labels_of_the_networks(tmp_path, picture):
+def test_folders_with_other_names_have_no_labels_that_networks_know(tmp_path, picture):
     for name in ("cat", "dog", ".hidden"):  # two of CIFAR-10's ten are somebody's photographs
         picture(tmp_path / name / "x.png")
     images = open_images(tmp_path, split="train")
@@ -167,7 +167,7 @@ def test_an_mnist_folder_opens_without_a_download(shared, monkeypatch, by_path):
     assert images.prepared(28, 100).labels.bincount().tolist() == [10] * 10
 
 
-def test_a_download_that_fails_is_a_line_that_says_what_to_type(tmp_path, monkeypatch):
+def test_a_failed_download_gives_one_line_that_says_what_to_type(tmp_path, monkeypatch):
     def fail(self):
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", fail)
@@ -179,7 +179,7 @@ def test_a_download_that_fails_is_a_line_that_says_what_to_type(tmp_path, monkey
 
 @pytest.mark.parametrize(("size", "shorter"), [(224, 256), (299, 342)])
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (300, 431), (120, 90)])
-def test_geometry_is_exactly_that_of_torchvision_s_evaluation(tmp_path, picture, size, shorter,
+def test_geometry_is_exactly_that_of_torchvisions_evaluation(tmp_path, picture, size, shorter,
                                                              width, height):
     path = picture(tmp_path / "x.jpg", width, height)
     protocol = T.Compose([T.Resize(shorter), T.CenterCrop(size), T.ToTensor()])
@@ -217,7 +217,7 @@ def photographs(tmp_path, picture):
 BROKEN = ("0/3.jpg", "3/2.jpg", "6/9.jpg")
 
 
-def test_a_corrupt_image_is_one_warning_skipped_counted_and_the_rest_stays_aligned(photographs,
+def test_a_corrupt_image_is_warned_of_skipped_and_counted_and_the_rest_stays_aligned(photographs,
                                                                                  capsys):
     images = open_images(photographs, split="train").prepared(24, None)
     loaded = load(images, workers=0)
@@ -251,18 +251,18 @@ def test_batches_come_in_order_with_the_positions_of_what_could_be_read(photogra
     assert tuple(skipped) == BROKEN
 
 
-def test_a_batch_without_one_good_image_is_left_out(photographs):
+def test_a_batch_without_a_readable_image_is_left_out(photographs):
     images = open_images(photographs, split="train").prepared(24, None)
     found = list(batches(images, 1, workers=0, skipped=[]))
     assert len(found) == 67
 
 
-def test_images_that_are_all_corrupt_are_an_error(tmp_path):
+def test_only_corrupt_images_are_an_error(tmp_path):
     for i in range(3):
         (tmp_path / "class").mkdir(exist_ok=True)
         (tmp_path / "class" / f"{i}.png").write_text("no")
     images = open_images(tmp_path, split="train").prepared(24, None)
-    with pytest.raises(UserError, match="not one of its 3 images"):
+    with pytest.raises(UserError, match="none of its 3 images"):
         load(images, workers=0)
 
 
@@ -298,7 +298,7 @@ def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_pat
     assert images.names[0] == "n01440764/val_0.JPEG"
 
 
-def test_a_download_that_fails_is_one_line_that_says_what_to_type(tmp_path, monkeypatch):
+def test_a_failed_imagenette_download_gives_one_line_that_says_what_to_type(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.datasets.imagenette, "download_and_extract_archive", offline)

@@ -1,4 +1,4 @@
-"""The layers against formulas and naive oracles; what an attacker sees who knows them."""
+"""The layers compared with formulas and naive oracles; what an adaptive attacker sees."""
 
 import copy
 from functools import partial
@@ -11,9 +11,9 @@ from torch import nn
 from attack_toys import pictures, predicted, toy
 from attacks import apgd, bim, cw_l2, fgsm, mim, pgd, square
 from gcm import GradientConcealment, ResizePad
-from utils.attacking import bpda, draws_of, eot
+from utils.attack.core import bpda, draws_of, eot
 from utils.defenses import DEFENSES, adaptive, defend, describe
-from utils.run import UserError
+from utils.errors import UserError
 
 LEVELS = torch.arange(256, dtype=torch.float32) / 255
 
@@ -29,7 +29,7 @@ def eight_bit(n=8, seed=0):
 
 # ------------------------------------------------------------------- the module
 
-def test_forward_it_moves_42_of_the_256_levels_by_at_most_two_ulps_of_nothing():
+def test_the_forward_pass_changes_42_of_the_256_grey_levels_by_at_most_15_billionths():
     moved = GradientConcealment()(LEVELS) - LEVELS
     assert int((moved != 0).sum()) == 42
     assert moved.abs().max() <= 1.5e-8
@@ -37,7 +37,7 @@ def test_forward_it_moves_42_of_the_256_levels_by_at_most_two_ulps_of_nothing():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_forward_it_is_the_identity_within_2e_8(seed):
+def test_the_forward_pass_is_the_identity_within_2e_8(seed):
     x = torch.rand((4, 3, 16, 16), generator=seeded(seed))
     x[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
     before = x.clone()
@@ -59,7 +59,7 @@ def test_its_gradient_is_multiplied_by_one_plus_epsilon_w_cos_w_x():
     assert (g < 0).any() and (g > 1).any()
 
 
-def test_by_default_the_gradient_is_a_trillion_times_too_long_and_of_either_sign():
+def test_by_default_the_gradient_is_multiplied_by_up_to_a_trillion_with_either_sign():
     x = LEVELS[1:].clone().requires_grad_()
     g, = torch.autograd.grad(GradientConcealment()(x).sum(), x)
     assert g.isfinite().all()
@@ -75,14 +75,14 @@ def test_it_goes_in_front_of_any_model_in_one_line_and_has_no_weights():
     assert set(defended.state_dict()) == {f"1.{key}" for key in model.state_dict()}
 
 
-def test_float16_is_refused_with_a_line_that_says_what_to_type():
+def test_float16_is_refused_and_the_message_says_what_to_type():
     with pytest.raises(UserError, match=r"float16.*type x\.float\(\)"):
         GradientConcealment()(torch.rand(2, 3).half())
 
 
 @pytest.mark.parametrize("given", [{"w": 0}, {"w": float("inf")}, {"w": 1e39},
                                    {"w": float("nan")}, {"epsilon": 0}, {"epsilon": 1}])
-def test_senseless_settings_are_refused(given):
+def test_settings_out_of_range_are_refused(given):
     with pytest.raises(UserError, match="wanted w above 0"):
         GradientConcealment(**given)
 
@@ -108,7 +108,7 @@ def test_every_image_is_scaled_and_pasted_on_black(shape, low, size):
     assert torch.allclose(out, naive_place(x, side, top, left, size), rtol=0, atol=2e-5)
 
 
-def test_every_image_and_every_call_has_a_draw_of_its_own_and_seeds_repeat_them():
+def test_every_image_and_every_call_has_its_own_draw_and_a_seed_repeats_them():
     x = torch.rand((1, 1, 24, 24), generator=seeded()).expand(6, -1, -1, -1)
     layer, twin = ResizePad(16, 24, seeded(1)), ResizePad(16, 24, seeded(1))
     first, second = layer(x), layer(x)
@@ -118,7 +118,7 @@ def test_every_image_and_every_call_has_a_draw_of_its_own_and_seeds_repeat_them(
     assert not torch.equal(ResizePad(16, 24, seeded(2))(x), first)
 
 
-def test_all_sides_and_places_occur_and_nothing_sticks_out():
+def test_all_sides_and_places_occur_within_the_square():
     side, top, left = ResizePad(5, 8, seeded()).draw(4000)
     assert set(side.tolist()) == {5, 6, 7, 8}
     for corner in (top, left):
@@ -128,12 +128,12 @@ def test_all_sides_and_places_occur_and_nothing_sticks_out():
     assert not torch.equal(top, left)
 
 
-def test_at_full_size_it_is_the_identity():
+def test_resize_and_pad_at_full_size_is_the_identity():
     x = pictures(3, shape=(3, 16, 16))
     assert torch.allclose(ResizePad(16, 16)(x), x, rtol=0, atol=1e-6)
 
 
-def test_it_is_differentiable_and_the_global_random_numbers_stay():
+def test_resize_and_pad_is_differentiable_and_leaves_the_global_random_numbers_alone():
     x = torch.rand((2, 1, 5, 4), dtype=torch.float64, generator=seeded(), requires_grad=True)
     state = torch.get_rng_state()
     assert torch.autograd.gradcheck(lambda x: ResizePad(3, 7, seeded(3))(x), x)
@@ -141,14 +141,14 @@ def test_it_is_differentiable_and_the_global_random_numbers_stay():
 
 
 @pytest.mark.parametrize(("low", "size"), [(0, 5), (6, 5), (-1, 4)])
-def test_a_side_beyond_the_size_is_refused(low, size):
+def test_a_smallest_side_out_of_range_is_refused(low, size):
     with pytest.raises(UserError, match="wanted 1 <= low <= size"):
         ResizePad(low, size)
 
 
 # ---------------------------------------------------- networks behind a defence
 
-def test_none_is_the_model_itself_and_the_others_stand_in_the_order_of_their_names():
+def test_none_is_the_model_itself_and_layers_have_the_order_of_their_names():
     model = toy()
     assert defend(model, "none", size=8) is model
     kinds = {name: [type(part).__name__ for part in defend(model, name, size=8)][:-1]
@@ -161,13 +161,13 @@ def test_none_is_the_model_itself_and_the_others_stand_in_the_order_of_their_nam
         defend(model, "jpeg", size=8)
 
 
-def test_a_table_says_the_settings():
+def test_the_description_holds_the_settings():
     assert describe("none", size=8) == "none"
     said = describe("gcm+resizepad", size=224, w=100.0)
     assert "w=100 epsilon=1e-08" in said and "218-224" in said
 
 
-def test_who_knows_sees_the_same_forward_pass_and_the_mean_only_of_what_is_random():
+def test_an_adaptive_attacker_sees_the_same_forward_pass_and_averages_only_random_layers():
     model, x = toy(), eight_bit()
     for name, draws in (("gcm", 1), ("resizepad", 7), ("gcm+resizepad", 7)):
         defended, twin = (defend(model, name, size=8, generator=seeded(3), low=6)
@@ -200,7 +200,7 @@ FIXED_STEPS = [name for name in ATTACKS if name not in ("apgd", "cw_l2")]
 
 @pytest.mark.parametrize("name", FIXED_STEPS)
 @pytest.mark.parametrize("seed", range(3))
-def test_knowing_gcm_the_attack_makes_the_images_of_the_undefended_network(name, seed):
+def test_an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_network(name, seed):
     model, x = toy(seed=seed), eight_bit(seed=seed)
     y, attack = predicted(model, x), ATTACKS[name]
     bare = attack(model, x, y, generator=seeded(seed))
@@ -210,8 +210,8 @@ def test_knowing_gcm_the_attack_makes_the_images_of_the_undefended_network(name,
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_knowing_it_that_holds_for_every_attack_where_the_layer_moves_nothing(name):
-    """apgd and cw_l2 choose their steps by the loss and so enlarge 1e-8 to 1e-3; not 1e-16."""
+def test_that_holds_for_every_attack_if_the_layer_changes_no_pixel(name):
+    """apgd and cw_l2 choose their steps by the loss, which enlarges 1e-8 to 1e-3, but not 1e-16."""
     model, x = toy(dtype=torch.float64), eight_bit().double()
     y, attack = predicted(model, x), ATTACKS[name]
     bare = attack(model, x, y, generator=seeded())
@@ -222,7 +222,7 @@ def test_knowing_it_that_holds_for_every_attack_where_the_layer_moves_nothing(na
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd_linf", "pgd_l2", "margin"])
-def test_not_knowing_it_the_attack_makes_others_and_fools_less(name):
+def test_a_naive_attack_on_gcm_fools_fewer_images(name):
     model, x = toy(seed=1), eight_bit(40, seed=5)
     y, attack = predicted(model, x), ATTACKS[name]
     defended = defend(model, "gcm", size=8)
@@ -231,7 +231,7 @@ def test_not_knowing_it_the_attack_makes_others_and_fools_less(name):
     assert fooled[1] < 0.7 * fooled[0]
 
 
-def test_the_mean_gradient_of_who_knows_is_that_of_many_looks():
+def test_the_gradient_of_an_adaptive_attacker_is_the_mean_over_many_forward_passes():
     model, x = toy(dtype=torch.float64), pictures(4, dtype=torch.float64)
     y, draws = predicted(model, x), 16
     seen = adaptive(defend(model, "resizepad", size=8, low=5, generator=seeded(9)), draws)
@@ -243,7 +243,7 @@ def test_the_mean_gradient_of_who_knows_is_that_of_many_looks():
     assert torch.allclose(x_adv, (x + step).clamp(0, 1), rtol=0, atol=1e-6)
 
 
-def test_a_copy_of_a_random_layer_goes_on_where_the_original_stands_and_leaves_it_alone():
+def test_a_copy_of_a_random_layer_has_its_own_generator_in_the_same_state():
     x, layer = pictures(3), ResizePad(5, 8, seeded(2))
     layer(x)
     twin = copy.deepcopy(layer)

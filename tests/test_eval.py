@@ -1,24 +1,28 @@
-"""eval_uap.py: its figures against naive loops, its files, what it refuses."""
+"""eval_uap.py: its figures compared with naive loops, its files, what it refuses."""
 
 import csv
+import gc
 import json
 import math
+import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
 import eval_uap
-from utils import data, draw, metrics, models, uaps
-from utils.run import UserError, save_json, save_pth
+from utils import data, draw, measure, models, report_uaps, uaps
+from utils.errors import UserError
+from utils.run import save_json, save_pth
 
 EPS = 0.3
 FEW = ("--num_images", 40, "--eps", EPS, "--device", "cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deltas(tmp_path_factory):
-    """Two perturbations for digits, on and off the 8-bit grid, as files."""
+    """Two perturbations for digits as files: grid, which is on the 8-bit grid, and free."""
     folder = tmp_path_factory.mktemp("uaps")
     generator = torch.Generator().manual_seed(0)
     free = (torch.rand((1, 28, 28), generator=generator) * 2 - 1) * EPS
@@ -29,7 +33,7 @@ def deltas(tmp_path_factory):
 
 
 def naive(name, delta, count):
-    """Every figure by a loop over single images, written from the definitions."""
+    """Each count by a loop over single images, written from the definitions."""
     model = models.load_model(name, kind="digits", data_dir="digits")
     images = data.open_images("digits", split="test").prepared(28, count)
     n = {key: 0 for key in ("fooled", "clean", "adv", "both", "clean5", "adv5")}
@@ -45,11 +49,26 @@ def naive(name, delta, count):
     return n
 
 
-def test_every_figure_equals_a_loop_over_single_images(run_here, deltas, tmp_path):
-    done = run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "free.pth",
-                    deltas["folder"] / "grid.pth", "--model_name", "cnn", "mlp", *FEW)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"]
+@pytest.fixture(scope="module")
+def table(deltas, tmp_path_factory):
+    """The folder of one evaluation of both perturbations on two networks."""
+    folder = tmp_path_factory.mktemp("eval")
+    flags = ("--uaps", deltas["folder"] / "free.pth", deltas["folder"] / "grid.pth",
+             "--model_name", "cnn", "mlp", *FEW, "--save", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval_uap.py", *map(str, flags)])
+        eval_uap.main(eval_uap.get_args())
+    gc.collect()  # the lock of the folder goes with the objects of the run
+    return folder
+
+
+def rows_of(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_every_figure_equals_a_loop_over_single_images(table, deltas):
+    rows = rows_of(table)
     assert [(r["uap"], r["target"]) for r in rows] == [
         ("free", "cnn"), ("free", "mlp"), ("grid", "cnn"), ("grid", "mlp")]
     for row in rows:
@@ -61,41 +80,53 @@ def test_every_figure_equals_a_loop_over_single_images(run_here, deltas, tmp_pat
         assert row["attack_robustness"]["n"] == n["clean"]
 
 
-def test_tables_are_written_as_json_csv_markdown_and_pictures(run_here, deltas, tmp_path):
-    done = run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "free.pth",
-                    deltas["folder"] / "grid.pth", "--model_name", "cnn", "mlp", *FEW)
-    folder = tmp_path / "runs/eval"
-    rows = list(csv.DictReader((folder / "results.csv").open()))
+@pytest.mark.slow
+def test_an_evaluation_leaves_json_csv_markdown_and_pictures(table):
+    rows = list(csv.DictReader((table / "results.csv").open()))
     assert len(rows) == 4
     assert float(rows[0]["fooling_ratio_low"]) <= float(rows[0]["fooling_ratio"])
-    assert (folder / "results.md").read_text() in done.stdout
-    assert "| UAP | cnn | mlp |" in done.stdout
+    assert "| UAP | cnn | mlp |" in (table / "results.md").read_text()
     for picture in ("examples.png", "heatmap.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+        assert (table / picture).read_bytes().startswith(b"\x89PNG")
+    assert len((table / "images.txt").read_text().split()) == 40
 
 
-def test_the_audit_says_when_rounding_to_8_bits_changes_the_ratio(run_here, deltas, tmp_path):
-    done = run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "free.pth",
-                    deltas["folder"] / "grid.pth", "--model_name", "cnn", *FEW)
-    lines = done.stdout.splitlines()
+@pytest.mark.slow
+def test_the_examples_are_saved_as_arrays_that_need_no_pickle(table, deltas):
+    with np.load(table / "examples.npz", allow_pickle=False) as saved:
+        shown = dict(saved)
+    x, x_adv, delta = (torch.from_numpy(shown[key]) for key in ("x", "x_adv", "delta"))
+    assert x.shape == x_adv.shape == (4, 1, 28, 28) and x.dtype == torch.float32
+    images = data.open_images("digits", split="test").prepared(28, 40)
+    assert torch.equal(x, images.pixels[[0, 13, 26, 39]] / 255)
+    assert torch.equal(delta, deltas["free"])
+    assert torch.equal(x_adv, (x + delta).clamp(0, 1))
+    assert (shown["target"], shown["uap"]) == ("cnn", "free")
+    model = models.load_model("cnn", kind="digits", data_dir="digits")
+    for key, pixels in (("before", x), ("after", x_adv)):
+        assert shown[key].tolist() == [str(k) for k in model(pixels).argmax(1).tolist()]
+
+
+@pytest.mark.slow
+def test_the_audit_says_whether_rounding_to_8_bits_changes_the_ratio(table, deltas):
+    lines = (table / "results.md").read_text().splitlines()
     assert any(line.startswith("grid: largest |delta| 70.00/255, 0 NaN of 784, 8-bit rounding "
                                "changes nothing") for line in lines)
     assert any(line.startswith("free: ") and "8-bit rounding changes" in line for line in lines)
     rounded = naive("cnn", (deltas["free"] * 255).round() / 255, 40)
-    rows = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"]
-    assert rows[0]["fooling_ratio_rounded"]["k"] == rounded["fooled"]
+    assert rows_of(table)[0]["fooling_ratio_rounded"]["k"] == rounded["fooled"]
 
 
 def logits(*classes):
     return torch.eye(10)[list(classes)] - 0.01 * torch.arange(10)  # the runners-up: 0, 1, 2, 3
 
 
-def test_a_tally_by_hand():
-    tally = eval_uap.Tally(10, target=3)
+def test_the_counts_of_four_images_by_hand():
+    counts = measure.UapCounts(10, target=3)
     # before 0 1 2 3, after 3 1 3 3, labels 0 1 5 3
-    tally.add(logits(0, 1, 2, 3), logits(3, 1, 3, 3), logits(3, 1, 2, 3),
-              torch.tensor([0, 1, 5, 3]))
-    figures = tally.figures(True, "abcdefghij")
+    counts.add(logits(0, 1, 2, 3), logits(3, 1, 3, 3), logits(3, 1, 2, 3),
+               torch.tensor([0, 1, 5, 3]))
+    figures = counts.figures(True, "abcdefghij")
     assert {k: (v["k"], v["n"]) for k, v in figures.items()} == {
         "fooling_ratio": (2, 4), "targeted_success": (2, 3), "clean_acc": (3, 4),
         "adv_acc": (2, 4), "attack_robustness": (2, 3), "clean_acc_top5": (3, 4),
@@ -103,25 +134,32 @@ def test_a_tally_by_hand():
     assert figures["dominant_class"]["name"] == "d"
 
 
-def test_wilson_intervals_are_those_of_the_formula():
-    assert metrics.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
-    assert metrics.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    low, high = metrics.wilson(198, 300)
+def test_wilson_intervals_follow_the_formula():
+    assert measure.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    assert measure.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    low, high = measure.wilson(198, 300)
     for bound in (low, high):  # its defining property: p lies z standard errors from the bound
         assert abs(0.66 - bound) == pytest.approx(
             1.959964 * math.sqrt(bound * (1 - bound) / 300), rel=1e-5)
 
 
-def test_no_perturbation_fools_nobody(run_here, tmp_path):
+def test_a_zero_perturbation_fools_nobody_and_old_pictures_are_removed(run_here, tmp_path):
     save_pth(tmp_path / "zero.pth", torch.zeros(1, 28, 28))
-    run_here("eval_uap.py", "--uaps_save", "zero.pth", "--model_name", "cnn", *FEW)
-    row = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"][0]
+    (tmp_path / "table").mkdir()
+    for name in ("examples.png", "examples.npz", "heatmap.png"):
+        (tmp_path / "table" / name).write_text("of an earlier evaluation")
+    done = run_here("eval_uap.py", "--uaps_save", "zero.pth", "--results", "table",  # older names
+                    "--model_name", "cnn", "--show", 0, *FEW)
+    assert (tmp_path / "table/results.md").read_text() in done.stdout
+    row = rows_of(tmp_path / "table")[0]
     assert row["fooling_ratio"]["k"] == 0
     assert row["clean_acc"] == row["adv_acc"]
+    assert sorted(path.name for path in (tmp_path / "table").iterdir()) == [
+        ".lock", "images.txt", "results.csv", "results.json", "results.md"]
 
 
-def test_images_are_decoded_once_and_clean_predictions_computed_once(monkeypatch, tmp_path,
-                                                                     picture):
+def test_images_are_decoded_once_and_clean_predictions_computed_once(
+        monkeypatch, tmp_path, picture):
     for i in range(6):
         picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", 48, 40, seed=i)
     decoded, calls = [], []
@@ -133,11 +171,11 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(monkeypatch
             calls.append(len(x))
             return torch.cat([x.mean((2, 3)), torch.zeros(len(x), 997)], 1)
     images = data.open_images(str(tmp_path / "val"), split="test").prepared(32, None)
-    args = type("Args", (), {"batch_size": 4, "workers": 0, "defense": "none"})
-    pairs = {name: (torch.full((3, 32, 32), value), None)
-             for name, value in (("a", 0.1), ("b", -0.1), ("c", 0.05))}
-    eval_uap.evaluate({"one": Counted(), "two": Counted()}, pairs, images, skipped=[], args=args,
-                      targets=dict.fromkeys(pairs), device=torch.device("cpu"))
+    fitted = {32: {name: torch.full((3, 32, 32), value / 255)  # on the 8-bit grid
+                   for name, value in (("a", 25), ("b", -25), ("c", 10))}}
+    eval_uap.measure(Namespace(batch_size=4, workers=0, defense="none"), images,
+                     {32: {"one": Counted(), "two": Counted()}}, fitted,
+                     dict.fromkeys(fitted[32]), torch.device("cpu"))
     assert len(decoded) == 6
     assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)
 
@@ -147,7 +185,7 @@ def test_broken_images_are_named_counted_and_left_out(run_here, tmp_path, pictur
         picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", seed=i)
     (tmp_path / "val" / "n01440764" / "1.jpg").write_bytes(b"\xff\xd8 not a picture")
     save_pth(tmp_path / "u.pth", torch.full((3, 64, 64), 2 / 255))
-    done = run_here("eval_uap.py", "--uaps_save", "u.pth", "--data_dir", "val", "--workers", 0,
+    done = run_here("eval_uap.py", "--uaps", "u.pth", "--data_dir", "val", "--workers", 0,
                     "--model_name", "squeezenet1_1", "--weights", "random", "--image_size", 64)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning:") == 1
@@ -160,10 +198,10 @@ def test_broken_images_are_named_counted_and_left_out(run_here, tmp_path, pictur
 def test_folders_of_other_classes_give_no_accuracies(run_here, tmp_path, picture):
     picture(tmp_path / "mine" / "cats" / "0.jpg")
     save_pth(tmp_path / "u.pth", torch.full((3, 64, 64), 2 / 255))
-    done = run_here("eval_uap.py", "--uaps_save", "u.pth", "--data_dir", "mine", "--workers", 0,
+    done = run_here("eval_uap.py", "--uaps", "u.pth", "--data_dir", "mine", "--workers", 0,
                     "--model_name", "squeezenet1_1", "--weights", "random", "--image_size", 64)
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "runs/eval/results.json").read_text())["rows"][0]
+    row = rows_of(tmp_path / "runs/eval")[0]
     assert "fooling_ratio" in row
     assert "clean_acc" not in row
 
@@ -193,7 +231,7 @@ def test_every_format_reads_as_the_same_perturbation(write, tmp_path):
     assert torch.allclose(delta, DELTA, atol=2e-5)
 
 
-def test_the_facts_decide_the_scale_where_the_values_cannot(tmp_path):
+def test_the_facts_decide_the_scale_where_the_values_are_unclear(tmp_path):
     save_pth(tmp_path / "u.pth", DELTA * 25.5)  # up to 1: on either scale
     with pytest.raises(UserError, match="--scale 1 or --scale 255"):
         uaps.read_uap(tmp_path / "u.pth", **READ)
@@ -230,7 +268,7 @@ def truncated(path, content):
     ("a.pth", lambda p: save_pth(p, [DELTA]), "holds list"),
     ("a.npy", lambda p: np.save(p, np.full((3, 6, 7), 200, np.uint8)), "wanted signed"),
 ])
-def test_a_bad_file_is_one_clear_line_and_is_never_executed(name, write, words, tmp_path,
+def test_a_bad_file_gives_one_clear_line_and_is_never_executed(name, write, words, tmp_path,
                                                             monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
@@ -240,10 +278,10 @@ def test_a_bad_file_is_one_clear_line_and_is_never_executed(name, write, words, 
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_bad_perturbation_stops_the_script_before_any_figure(run_script, refused, tmp_path,
-                                                               deltas):
+def test_a_bad_perturbation_stops_the_script_before_anything_is_measured(
+        run_script, refused, tmp_path, deltas):
     torch.save(Dangerous(), tmp_path / "evil.pth")
-    done = run_script("eval_uap.py", "--uaps_save", deltas["folder"] / "grid.pth", "evil.pth", *FEW)
+    done = run_script("eval_uap.py", "--uaps", deltas["folder"] / "grid.pth", "evil.pth", *FEW)
     refused(done, "evil.pth", "not executed")
     assert "|" not in done.stdout
     assert not (tmp_path / "executed").exists()
@@ -255,20 +293,20 @@ def test_a_bad_perturbation_stops_the_script_before_any_figure(run_script, refus
     (("--model_name", "cnm"), "did you mean cnn"),
     (("--model_name", "vgg16"), "no network for digits data"),
     (("--data_dir", "digit"), "did you mean digits"),
-    (("--uaps_save", "nowhere"), "no format"),
-    (("--uaps_save", "."), "no perturbation for digits images"),
+    (("--uaps", "nowhere"), "no format"),
+    (("--uaps", "."), "no perturbation for digits images"),
     (("--weights", "a.pth"), "no file a.pth"),
     (("--weights", "V1", "V1", "V1"), "3 given for 1"),
     (("--image_size", "32"), "digits images are 28 pixels"),
 ])
-def test_bad_flags_are_one_clear_line(flags, words, run_here, refused, deltas):
-    refused(run_here("eval_uap.py", "--uaps_save", deltas["folder"] / "grid.pth", "--model_name",
+def test_bad_flags_give_one_clear_line(flags, words, run_here, refused, deltas):
+    refused(run_here("eval_uap.py", "--uaps", deltas["folder"] / "grid.pth", "--model_name",
                      "cnn", *FEW, *flags), words)
 
 
 def test_another_size_is_refused_unless_resized_within_eps(run_here, refused, tmp_path, deltas):
     save_pth(tmp_path / "small.pth", torch.full((1, 14, 14), 0.25))
-    flags = ("--uaps_save", "small.pth", "--model_name", "cnn", *FEW)
+    flags = ("--uaps", "small.pth", "--model_name", "cnn", *FEW)
     refused(run_here("eval_uap.py", *flags), "14 x 14", "28 x 28", "--resize")
     assert run_here("eval_uap.py", *flags, "--resize").returncode == 0
     uap = uaps.read_uap(deltas["folder"] / "free.pth", scale="auto", eps=EPS)
@@ -277,7 +315,8 @@ def test_another_size_is_refused_unless_resized_within_eps(run_here, refused, tm
     assert larger.abs().max() <= EPS
 
 
-def test_a_folder_stands_for_the_perturbations_made_on_this_kind_of_data(tmp_path, deltas):
+def test_a_folder_stands_for_its_perturbations_that_were_made_on_this_kind_of_data(
+        tmp_path, deltas):
     for kind in ("digits", "imagenet"):
         (tmp_path / kind).mkdir()
         save_pth(tmp_path / kind / "sga.pth", deltas["grid"])
@@ -289,7 +328,7 @@ def test_a_folder_stands_for_the_perturbations_made_on_this_kind_of_data(tmp_pat
     np.save(tmp_path / "digits" / "sga.npy", deltas["free"].numpy())
     same = uaps.read_uaps([tmp_path / "digits" / f"sga.{end}" for end in ("pth", "npy")],
                           scale="auto", eps=EPS)
-    assert len({uap.name for uap in same}) == 2  # one folder, one stem: still two rows
+    assert len({uap.name for uap in same}) == 2  # one folder and one stem, but two rows
     assert [uap.name for uap in both] == ["digits/sga", "imagenet/sga"]
 
 
@@ -298,24 +337,24 @@ def made_with(name, **facts):
                     {"name": "sga_cnn", "method": "sga", "epochs": 20, **facts})
 
 
-def test_seeds_are_averaged_only_where_nothing_else_differs():
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged():
     found = [made_with("a", seed=0), made_with("b", seed=1), made_with("again", seed=1),
              made_with("c", seed=0, epochs=80), made_with("d", seed=5, epochs=80),
              made_with("alone", seed=0, epochs=5), uaps.Uap("foreign", None, torch.zeros(1, 2, 2))]
-    groups = eval_uap.same_but_seed(found)
+    groups = report_uaps.same_but_seed(found)
     assert {label: [u.name for u in group] for label, group in groups.items()} == {
         "sga_cnn epochs=20": ["a", "again"], "sga_cnn epochs=80": ["c", "d"]}
     rows = [{"uap": name, "target": "t", "fooling_ratio": {"value": value}}
             for name, value in (("a", 0.5), ("again", 0.7), ("c", 0.2), ("d", 0.2))]
-    table = eval_uap.seed_table(rows, groups, ["t"])
+    table = report_uaps.seed_table(rows, groups, ["t"])
     assert "| sga_cnn epochs=20 | 2 | 60.0 ± 14.1 |" in table  # sqrt(2 * 10^2 / (2 - 1))
     assert "| sga_cnn epochs=80 | 2 | 20.0 ± 0.0 |" in table
 
 
-def test_a_network_that_cannot_take_the_size_is_one_clear_line(run_here, refused, tmp_path,
+def test_a_network_that_cannot_take_the_size_gives_one_clear_line(run_here, refused, tmp_path,
                                                                picture):
     picture(tmp_path / "val" / "n01440764" / "0.jpg")
     save_pth(tmp_path / "u.pth", torch.full((3, 16, 16), 2 / 255))
-    refused(run_here("eval_uap.py", "--uaps_save", "u.pth", "--data_dir", "val", "--workers", 0,
+    refused(run_here("eval_uap.py", "--uaps", "u.pth", "--data_dir", "val", "--workers", 0,
                      "--model_name", "squeezenet1_1", "--weights", "random", "--image_size", 16),
             "--image_size 16", "squeezenet1_1 cannot take")

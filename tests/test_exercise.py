@@ -1,8 +1,11 @@
 """fgsm_mnist.py: the exercise's formulas by hand, resuming, and the whole command on digits."""
 
+import contextlib
 import csv
 import gc
+import io
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,6 +22,8 @@ from attack_toys import pictures, toy
 from attacks import fgs_step, fgsm, fgv, fgv_step
 from utils import models
 from utils.data import load, open_images
+from utils.measure import share
+from utils.report_mnist import suspicions, table
 
 CPU = torch.device("cpu")
 SMALL = ("--num_images", 120, "--epochs", 2, "--eval_images", 20, "--queries", 5, "--device", "cpu")
@@ -27,7 +32,7 @@ SMALL = ("--num_images", 120, "--epochs", 2, "--eval_images", 20, "--queries", 5
 # ----------------------------------------------------------------- the formulas
 
 @pytest.mark.parametrize("name", ["fgs", "fgv"])
-def test_the_joint_step_is_the_sum_of_two_gradients_computed_apart(name):
+def test_the_joint_step_is_the_sum_of_two_gradients_computed_separately(name):
     model, x = toy(torch.float64).requires_grad_(True), pictures(5, torch.float64)
     y = torch.tensor([0, 1, 2, 3, 0])
     step = {"fgs": lambda x, g: fgs_step(x, g, 0.3), "fgv": lambda x, g: fgv_step(x, g, 0.6)}[name]
@@ -94,6 +99,10 @@ def test_noise_is_plus_or_minus_alpha_before_clipping():
     assert torch.allclose(values, torch.tensor([0, 0.4, 0.6, 1]), atol=1e-6)
 
 
+def strengths(alpha_fgs, alpha_fgv):
+    return SimpleNamespace(alpha_fgs=alpha_fgs, alpha_fgv=alpha_fgv)
+
+
 class Ramp(nn.Module):
     """Two classes, told apart by whether the only pixel is over one half."""
 
@@ -111,7 +120,7 @@ def test_the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else(
         def __len__(self):
             return 5
     images = Five(pixels=pixels, labels=labels)
-    found = fgsm_mnist.accuracies(Ramp(), images, alpha_fgs=0.2, alpha_fgv=0.02, device=CPU)
+    found = fgsm_mnist.accuracies(Ramp(), images, strengths(0.2, 0.02), CPU)
     assert (found["clean"]["k"], found["clean"]["n"]) == (3, 5)
     assert (found["fgs"]["k"], found["fgs"]["n"]) == (1, 3)
     assert (found["fgv"]["k"], found["fgv"]["n"]) == (3, 3)
@@ -120,7 +129,7 @@ def test_the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else(
 def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
     images = load(open_images("digits", split="test").prepared(28, 30), workers=0)
     model = models.freeze(models.trainable("lenet_bn", kind="digits", seed=3))
-    found = fgsm_mnist.accuracies(model, images, alpha_fgs=0.1, alpha_fgv=0.3, device=CPU)
+    found = fgsm_mnist.accuracies(model, images, strengths(0.1, 0.3), CPU)
     right, left = 0, [0, 0]
     for k in range(30):
         x, y = images.pixels[k:k + 1] / 255, images.labels[k:k + 1]
@@ -132,16 +141,30 @@ def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
     assert [found["fgs"]["k"], found["fgv"]["k"]] == left
 
 
-def test_hollow_robustness_is_said():
+def test_suspicious_figures_are_reported():
     fine = {"clean": 0.98, "fgs": 0.9, "fgv": 0.8, "pgd40": 0.7, "strongest": 0.6}
-    assert not fgsm_mnist.hollow(fine)
+    assert not suspicions(fine)
     for weak in ("pgd40", "strongest"):
-        said, = fgsm_mnist.hollow(fine | {weak: 0.05})
-        assert "fgs leaves 90.0 %" in said and " 5.0 %" in said and "catastrophic" in said
-    assert not fgsm_mnist.hollow(fine | {"fgs": 0.4, "pgd40": 0.0})
-    said, = fgsm_mnist.hollow(fine | {"fgs": 0.99})
-    assert "more than the clean accuracy of 98.0 %: label leaking" in said
-    assert len(fgsm_mnist.hollow(fine | {"fgs": 0.99, "fgv": 0.99, "pgd40": 0.0})) == 3
+        (what, figures), = suspicions(fine | {weak: 0.05})
+        assert what == "catastrophic overfitting"
+        assert "under FGS 90.0 %" in figures and " 5.0 %" in figures
+    assert not suspicions(fine | {"fgs": 0.4, "pgd40": 0.0})
+    assert suspicions(fine | {"fgs": 0.99}) == [
+        ("label leaking", "accuracy under FGS 99.0 %, on clean images 98.0 %")]
+    assert len(suspicions(fine | {"fgs": 0.99, "fgv": 0.99, "pgd40": 0.0})) == 3
+
+
+def test_the_table_names_the_protocol_and_what_is_suspicious():
+    facts = {"variation": "fgs", "kind": "mnist", "epochs": 3, "alpha_fgs": 0.3, "alpha_fgv": 0.6,
+             "label": "true", "num_images": 60000, "test_images": 1000, "attacked": 1000,
+             "device": "cpu"}
+    counts = {"clean": 980, "fgs": 853, "fgv": 500, "pgd40": 95, "strongest": 17}
+    text = table([(facts, [{"seed": 0, "seconds": 7.4, **{
+        name: share(k, 1000) for name, k in counts.items()}}])])
+    assert "training images: 60000" in text and "n=1000 test images" in text
+    assert "| fgs | 98.0 (96.9-98.7) | 85.3 (83.0-87.4) |" in text and text.count("| 7 |") == 1
+    assert ("catastrophic overfitting: fgs, seed 0: accuracy under FGS 85.3 %, under PGD-40 9.5 %, "
+            "under APGD + Square 1.7 %\n") in text
 
 
 def test_batchnorm_comes_after_every_layer_but_the_last():
@@ -163,12 +186,32 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_the_whole_command_on_digits(tmp_path):
+def command(folder, *flags):
+    """fgsm_mnist.py with these flags, in this process. -> what it prints"""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["fgsm_mnist.py", *map(str, (*SMALL, *flags))])
+        fgsm_mnist.main(fgsm_mnist.get_args())
+    gc.collect()  # the locks of its folders go with it
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a run in runs/digits_fgs (two seeds), by a process of its own, and in clean."""
+    folder = tmp_path_factory.mktemp("exercise")
     done = subprocess.run(
         [sys.executable, str(SRC / "fgsm_mnist.py"), *map(str, SMALL), "--seeds", "2"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+        cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "digits_fgs"
+    (folder / "printed.txt").write_text(done.stdout)
+    command(folder, "--train", "clean", "--save", "clean")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_digits(finished):
+    folder = finished / "runs" / "digits_fgs"
     log = rows(folder / "seed0" / "log.csv")
     assert [row["epoch"] for row in log] == ["1", "2"]
     saved = json.loads((folder / "results.json").read_text())
@@ -176,7 +219,7 @@ def test_the_whole_command_on_digits(tmp_path):
     assert saved["seeds"][0]["clean"]["value"] == pytest.approx(float(log[-1]["clean"]), abs=1e-6)
     values = [100 * one["clean"]["value"] for one in saved["seeds"]]
     wanted = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    assert f"| fgs | {wanted} |" in done.stdout
+    assert f"| fgs | {wanted} |" in (finished / "printed.txt").read_text()
     assert len(rows(folder / "results.csv")) == 2 * 5
     facts = json.loads((folder / "seed1" / "fgs.json").read_text())
     model = models.load_model(facts["model_name"], weights=str(folder / "seed1" / "fgs.pth"),
@@ -187,12 +230,28 @@ def test_the_whole_command_on_digits(tmp_path):
     assert right == saved["seeds"][1]["clean"]["k"]
 
 
+@pytest.mark.slow
+def test_the_examples_are_right_before_and_attacked_in_one_step(finished):
+    with np.load(finished / "clean" / "examples.npz") as file:
+        x, seen, y = torch.from_numpy(file["x"]), file["seen"], torch.from_numpy(file["y"])
+    model = models.load_model("lenet", weights=str(finished / "clean" / "seed0" / "clean.pth"),
+                              kind="digits")
+    assert len(x) == 3 and 0 < len(y) <= 6 and (seen[0] == y.numpy()).all()
+    assert torch.equal(x[1], fgsm(model, x[0], y, eps=0.3))
+    assert torch.allclose(x[2], fgv(model, x[0], y, alpha=0.6), atol=1e-6)
+    for kind in range(3):
+        assert (model(x[kind]).argmax(1).numpy() == seen[kind]).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--train", "clean"), ("--train", "noise", "--batch_norm"),
                                    ("--train", "fgv", "--label", "predicted")], ids=str)
-def test_every_variation_runs_and_resumes_to_the_same_bytes(run_here, tmp_path, monkeypatch, flags):
-    flags = (*SMALL, *flags)
-    assert run_here("fgsm_mnist.py", *flags, "--save", "whole").returncode == 0
-    real, calls = fgsm_mnist.Training.epoch, []
+def test_every_variation_resumes_to_the_same_bytes(finished, tmp_path, flags):
+    whole = finished / "clean"
+    if "clean" not in flags:
+        whole = tmp_path / "whole"
+        command(tmp_path, *flags, "--save", whole)
+    real, calls = fgsm_mnist.ExerciseTraining.one_pass, []
 
     class Killed(BaseException):
         """Stands for SIGKILL: nothing of the script may catch it."""
@@ -202,33 +261,33 @@ def test_every_variation_runs_and_resumes_to_the_same_bytes(run_here, tmp_path, 
             raise Killed
         calls.append(1)
         return real(self, bar)
-    with monkeypatch.context() as patch:
-        patch.setattr(fgsm_mnist.Training, "epoch", killing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fgsm_mnist.ExerciseTraining, "one_pass", killing)
         with pytest.raises(Killed):
-            run_here("fgsm_mnist.py", *flags, "--save", "killed")
+            command(tmp_path, *flags, "--save", "killed")
     gc.collect()
-    assert run_here("fgsm_mnist.py", *flags, "--save", "killed", "--resume").returncode == 0
-    name = next((tmp_path / "whole" / "seed0").glob("*_*.pth"), None) or next(
-        path for path in (tmp_path / "whole" / "seed0").glob("*.pth")
-        if path.stem != "checkpoint")
-    assert (tmp_path / "killed" / "seed0" / name.name).read_bytes() == name.read_bytes()
+    assert len(rows(tmp_path / "killed" / "seed0" / "log.csv")) == 1
+    command(tmp_path, *flags, "--save", "killed", "--resume")
+    name, = (path.name for path in (whole / "seed0").glob("*.pth") if path.stem != "checkpoint")
+    for file in (f"seed0/{name}", "examples.npz", "results.csv"):
+        assert (tmp_path / "killed" / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def test_the_summary_puts_variations_beside_each_other(run_here, refused, tmp_path):
-    for train in ("clean", "fgs"):
-        assert run_here("fgsm_mnist.py", *SMALL, "--train", train, "--save",
-                        f"runs/{train}").returncode == 0
-    done = run_here("fgsm_mnist.py", "--summary", "runs/clean", "runs/fgs")
+@pytest.mark.slow
+def test_the_summary_puts_variations_into_one_table(run_here, refused, finished, tmp_path):
+    clean, fgs = finished / "clean", finished / "runs" / "digits_fgs"
+    done = run_here("fgsm_mnist.py", "--summary", clean, fgs, "--save", "summary")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| clean", "| fgs"]
-    assert len(rows(tmp_path / "runs" / "summary.csv")) == 2 * 5
-    for name in ("curves.png", "examples.png"):
-        assert (tmp_path / "runs" / name).read_bytes().startswith(b"\x89PNG")
-    refused(run_here("fgsm_mnist.py", "--summary", "runs/nothing"), "no finished run")
-    assert run_here("fgsm_mnist.py", *SMALL, "--alpha_fgs", 0.1, "--save",
-                    "runs/weak").returncode == 0
-    refused(run_here("fgsm_mnist.py", "--summary", "runs/clean", "runs/weak"), "has alpha_fgs 0.1")
+    assert len(rows(tmp_path / "summary" / "summary.csv")) == 5 + 2 * 5
+    assert (tmp_path / "summary" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    refused(run_here("fgsm_mnist.py", "--summary", "nothing"), "no finished run")
+    weak = tmp_path / "weak"
+    shutil.copytree(fgs, weak)
+    saved = (weak / "results.json").read_text()
+    (weak / "results.json").write_text(saved.replace('"alpha_fgs": 0.3', '"alpha_fgs": 0.1'))
+    refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has alpha_fgs 0.1")
 
 
 # ------------------------------------------------------------------- bad input
@@ -242,11 +301,11 @@ def test_bad_input_is_one_line(run_here, refused, flags, words):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(run_here, refused, monkeypatch):
-    monkeypatch.setattr(fgsm_mnist.Training, "epoch", lambda self, bar: (float("nan"), 0.0))
+    monkeypatch.setattr(fgsm_mnist.ExerciseTraining, "one_pass",
+                        lambda self, bar: {"loss": float("nan"), "loss_joined": 0.0})
     refused(run_here("fgsm_mnist.py", *SMALL), "epoch 1", "--lr")
 
 
-def test_a_checkpoint_of_other_flags_is_refused(run_here, refused):
-    assert run_here("fgsm_mnist.py", *SMALL, "--save", "run").returncode == 0
-    refused(run_here("fgsm_mnist.py", *SMALL, "--save", "run", "--batch_norm", "--resume"),
-            "--batch_norm")
+def test_a_checkpoint_of_other_flags_is_refused(run_here, refused, finished):
+    refused(run_here("fgsm_mnist.py", *SMALL, "--save", finished / "runs" / "digits_fgs",
+                     "--batch_norm", "--resume"), "--batch_norm")

@@ -1,12 +1,11 @@
-"""heads.py: ML-Decoder beside attention written naively, heads on the networks that take them."""
+"""Heads of utils/nets.py: ML-Decoder compared with naive attention, heads on many networks."""
 
 import pytest
 import torch
 from torchvision import models as zoo
 
-from utils.heads import MLDecoder, fc_head, head_parameters, with_head
-from utils.models import build_small
-from utils.run import UserError
+from utils.errors import UserError
+from utils.nets import MLDecoder, build_small, fc_head, head_parameters, with_head
 
 
 def naive(head, x):
@@ -56,7 +55,7 @@ def test_ml_decoder_is_attention_written_naively(classes, queries):
     assert torch.allclose(found, wanted, rtol=0, atol=1e-10)
 
 
-def test_the_queries_are_fixed_and_everything_else_is_learnt():
+def test_the_queries_are_fixed_and_all_parameters_have_gradients():
     head = MLDecoder(6, 5, width=8, hidden=10, attention_heads=2)
     head(torch.randn(2, 6, 2, 2)).square().sum().backward()
     assert "queries" not in dict(head.named_parameters()) and "queries" in head.state_dict()
@@ -79,7 +78,7 @@ def test_convnext_takes_every_head(head):
         assert sizes == [512, 256, 12] and net[1][3].in_features == 768
 
 
-def test_a_network_without_a_known_feature_map_takes_its_own_head_alone():
+def test_a_network_without_a_known_feature_map_takes_only_its_own_head():
     net = build_small("mlp", 1, 28)
     assert with_head(net, "own", 10, "mlp") is net
     assert with_head(net, "own", 7, "mlp")(torch.rand(2, 1, 28, 28)).shape == (2, 7)
@@ -92,7 +91,7 @@ def test_a_network_without_a_known_feature_map_takes_its_own_head_alone():
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "squeezenet1_1", "mobilenet_v2",
                                   "vit_b_16", "swin_t", "vgg11"])
-def test_torchvisions_networks_take_as_many_classes_as_there_are(name):
+def test_torchvision_networks_take_any_number_of_classes(name):
     net, size = zoo.get_model(name, weights=None).eval(), 224 if name == "vit_b_16" else 64
     x, own = torch.rand(1, 3, size, size), None
     with torch.no_grad():
@@ -106,6 +105,6 @@ def test_torchvisions_networks_take_as_many_classes_as_there_are(name):
     assert sum(p.numel() for p in head_parameters(own)) % 7 == 0
 
 
-def test_the_fc_head_pools_so_that_any_size_goes_in():
+def test_the_fc_head_takes_feature_maps_of_any_size():
     head = fc_head(6, 4).eval()
     assert head(torch.rand(2, 6, 5, 3)).shape == (2, 4)

@@ -11,8 +11,10 @@ from torch import nn
 
 from utils import models, precision
 from utils.data import SMALL
-from utils.models import Normalize, build_small, load_model
-from utils.run import UserError, save_pth
+from utils.errors import UserError
+from utils.models import Normalize, load_model
+from utils.nets import build_small
+from utils.run import save_pth
 
 KINDS = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -53,7 +55,7 @@ def test_a_torchvision_model_is_normalize_then_net_frozen_in_eval_mode(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SMALL)
-def test_the_small_networks_take_the_images_of_each_kind_and_tell_ten_classes(name, kind):
+def test_the_small_networks_take_the_images_of_each_kind_and_have_ten_classes(name, kind):
     rng = torch.get_rng_state()
     model = load_model(name, weights="random", kind=kind)
     assert torch.equal(torch.get_rng_state(), rng)
@@ -63,7 +65,7 @@ def test_the_small_networks_take_the_images_of_each_kind_and_tell_ten_classes(na
     assert not any(p.requires_grad or m.training for m in model.modules() for p in m.parameters())
 
 
-def test_the_five_small_networks_differ_in_kind():
+def test_the_five_small_networks_have_different_architectures():
     built = {name: build_small(name, 1, 28) for name in SMALL}
     kinds = {name: {type(m).__name__ for m in net.modules()} for name, net in built.items()}
     assert "Conv2d" not in kinds["mlp"] and "BatchNorm2d" not in kinds["cnn"]
@@ -77,7 +79,7 @@ def test_a_small_network_is_trained_on_first_use_and_kept(tmp_path, monkeypatch,
     said = capsys.readouterr().out
     assert "trained mlp on digits" in said
     assert float(said.split("accuracy ")[1].split(" %")[0]) > 95
-    monkeypatch.setattr(models, "_train_small", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(models, "train_small", lambda *a: pytest.fail("trained again"))
     again = load_model("mlp", kind="digits", data_dir="digits")
     x = pixels(4, 1, 28, 28)
     assert torch.equal(first(x), again(x))
@@ -104,7 +106,7 @@ def test_half_precision_weights_load_as_float32(tmp_path, state):
 
 
 @pytest.mark.parametrize("form", ["plain", "module", "state_dict", "model", "both", "no batches"])
-def test_a_state_dict_loads_however_it_was_wrapped(tmp_path, state, form):
+def test_a_state_dict_loads_from_every_known_wrapping(tmp_path, state, form):
     prefixed = {f"module.{k}": v for k, v in state.items()}
     save_pth(tmp_path / "w.pth", {
         "plain": state, "module": prefixed, "state_dict": {"state_dict": state, "epoch": 3},
@@ -117,7 +119,7 @@ def test_a_state_dict_loads_however_it_was_wrapped(tmp_path, state, form):
     assert torch.equal(net(x), reference.eval()(x))
 
 
-def test_a_folder_of_weights_holds_one_file_a_network(tmp_path, state):
+def test_a_folder_of_weights_holds_one_file_for_each_network(tmp_path, state):
     save_pth(tmp_path / "cnn_bn.pth", state)
     assert torch.equal(load_small(tmp_path)[1][0].weight, state["0.weight"])
     with pytest.raises(UserError, match="cnn.pth"):
@@ -148,7 +150,7 @@ def test_an_unknown_name_suggests_the_nearest(name, kind, near):
         load_model(name, weights="random", kind=kind)
 
 
-def test_networks_that_are_no_classifiers_of_this_kind_are_unknown():
+def test_networks_that_are_not_classifiers_of_this_kind_are_unknown():
     for name, kind in (("fcn_resnet50", "imagenet"), ("vgg16", "digits"), ("cnn", "imagenet")):
         with pytest.raises(UserError, match=name):
             load_model(name, weights="random", kind=kind)
@@ -159,7 +161,7 @@ def one_line(error, *words):
     assert "\n" not in text and all(str(word) in text for word in words), text
 
 
-def test_weights_of_another_architecture_are_one_clear_line(tmp_path, state):
+def test_weights_of_another_architecture_give_one_clear_line(tmp_path, state):
     save_pth(tmp_path / "w.pth", state)
     for name in ("mlp", "resnet_small", "vgg_small"):
         with pytest.raises(UserError) as error:
@@ -197,7 +199,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path, save, st
     assert (tmp_path / "ran").exists()  # it would have
 
 
-def test_a_whole_module_a_bare_tensor_and_a_list_are_no_state_dict(tmp_path):
+def test_a_whole_module_a_bare_tensor_and_a_list_are_refused_as_state_dicts(tmp_path):
     for value in (nn.Linear(2, 2), torch.zeros(3), [1, 2], {"a": {"b": 1}}):
         torch.save(value, tmp_path / "w.pth")
         with pytest.raises(UserError) as error:
@@ -206,7 +208,7 @@ def test_a_whole_module_a_bare_tensor_and_a_list_are_no_state_dict(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_one_clear_line(tmp_path, state, share):
+def test_a_truncated_file_gives_one_clear_line(tmp_path, state, share):
     path = tmp_path / "w.pth"
     save_pth(path, state)
     whole = path.read_bytes()
@@ -218,7 +220,7 @@ def test_a_truncated_file_is_one_clear_line(tmp_path, state, share):
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("kind", ["imagenet", "digits"])
-def test_missing_weights_and_weights_that_no_one_made_are_one_clear_line(tmp_path, monkeypatch,
+def test_missing_and_unknown_weights_give_one_clear_line(tmp_path, monkeypatch,
                                                                          kind, cached):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "cnn" if kind == "digits" else "squeezenet1_1"
@@ -251,13 +253,13 @@ def test_bfloat16_logits_are_near_those_of_float32_and_the_model_is_untouched(na
         assert value.is_contiguous()
 
 
-def test_a_choice_that_is_fixed_is_kept_and_a_free_one_is_the_fastest():
+def test_given_precision_and_layout_are_kept_and_otherwise_the_fastest_is_taken():
     model = load_model("mlp", weights="random", kind="digits")
     x = pixels(2, 1, 28, 28)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "_time", lambda work, device: pytest.fail("timed for nothing"))
         for pair in (("off", "contiguous"), ("bf16", "channels_last")):
-            assert precision.choose([model], None, x, amp=pair[0], layout=pair[1]) == pair
+            assert precision.fastest([model], None, x, amp=pair[0], layout=pair[1]) == pair
     cost = {("off", "contiguous"): 1.0, ("off", "channels_last"): 0.9,
             ("bf16", "contiguous"): 2.0, ("bf16", "channels_last"): 0.5}
     for amp, layout, wanted in (("auto", "auto", ("bf16", "channels_last")),
@@ -268,9 +270,9 @@ def test_a_choice_that_is_fixed_is_kept_and_a_free_one_is_the_fastest():
 
 
 def _chosen(model, x, cost, amp, layout):
-    """What choose() takes when the candidates cost what the table says."""
+    """What fastest() returns when the candidates cost what the table says."""
     asked = iter([(a, b) for a in (["off", "bf16"] if amp == "auto" else [amp])
                   for b in (list(precision.LAYOUTS) if layout == "auto" else [layout])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "_time", lambda work, device: cost[next(asked)])
-        return precision.choose([model], None, x, amp=amp, layout=layout)
+        return precision.fastest([model], None, x, amp=amp, layout=layout)

@@ -1,5 +1,5 @@
-"""SGA and SPGD against an oracle written straight from the method's text: one copy of delta per
-image, weights that require gradients, Python loops; on a curved model and pixels exactly 0 and 1.
+"""SGA and SPGD compared with an oracle written from the text of the method: one copy of delta for
+each image, weights that require gradients, Python loops; on a curved model, with pixels at 0 and 1.
 """
 
 import argparse
@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 import train_sga as sga
+from utils.data import Images, open_images, to_float
+from utils.models import load_model
+from utils.nets import build_small
+from utils.run import save_pth
 
 EPS, ALPHA = 10 / 255, 1 / 255
 N, K, SIDE = 12, 4, 6
@@ -22,7 +26,7 @@ class Sine(nn.Module):
 
 
 def toy(seed=0, dtype=torch.float64):
-    """Strongly curved and smooth, so that a gradient depends on where it is taken."""
+    """Smooth and strongly curved, so that a gradient depends on the point where it is taken."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), Sine(), nn.Flatten(),
                           nn.Linear(5 * SIDE * SIDE, 8), Sine(), nn.Linear(8, K))
@@ -48,7 +52,7 @@ def trainable(model):
 
 
 def naive_loss(logits, label, loss="ce", beta=9.0, target=None):
-    """The loss of one image, (K,) -> scalar, from exponentials; what is ascended."""
+    """The loss of one image that is ascended, (K,) -> scalar, from exponentials."""
     wanted = label if target is None else target
     ce = -(logits[wanted].exp() / logits.exp().sum()).log()
     if target is not None:
@@ -59,7 +63,7 @@ def naive_loss(logits, label, loss="ce", beta=9.0, target=None):
 
 
 def naive_gradient(models, x, delta, y, **kind):
-    """Mean over images and models of the gradient with respect to a delta of the image's own."""
+    """Mean over images and models of the gradient; each image has its own copy of delta."""
     total, value = torch.zeros_like(delta), 0.0
     for model, labels in zip(map(trainable, models), y, strict=True):
         for image, label in zip(x, labels, strict=True):
@@ -105,7 +109,7 @@ def same(ours, naive):
 
 @pytest.fixture
 def world():
-    """models, x with exact 0 and 1, clean labels (S, N), a delta inside the ball."""
+    """models, x with pixels at 0 and 1, clean labels (S, N), a delta inside the ball."""
     models = [toy()]
     x = pictures().double() / 255
     delta = (torch.randint(-10, 11, (1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3))
@@ -118,7 +122,7 @@ DRAWS = torch.tensor([[0, 3, 5], [2, 1, 7], [5, 6, 11], [8, 9, 10], [4, 3, 0]])
 
 @pytest.mark.parametrize("kind", [
     {}, {"beta": 0.4}, {"loss": "logit"}, {"target": 2}, {"target": 1, "loss": "logit"}], ids=str)
-def test_the_summed_gradient_of_sga_is_that_of_the_naive_oracle(world, kind):
+def test_the_summed_gradient_of_sga_equals_the_naive_oracle(world, kind):
     models, x, y, delta = world
     value, g = sga.sga_gradient(gradient_of(models, **kind), x, y, delta, DRAWS, eps=EPS,
                                 alpha=ALPHA)
@@ -127,7 +131,7 @@ def test_the_summed_gradient_of_sga_is_that_of_the_naive_oracle(world, kind):
     assert float(value) == pytest.approx(naive_value, rel=1e-6)
 
 
-def test_the_toy_is_curved_so_the_pre_search_must_move_and_must_start_at_delta(world):
+def test_the_pre_search_moves_starts_at_delta_and_is_clipped_to_eps(world):
     models, x, y, delta = world
     _, g = sga.sga_gradient(gradient_of(models), x, y, delta, DRAWS, eps=EPS, alpha=ALPHA)
     for wrong in (naive_sga(models, x, y, delta, DRAWS, alpha=0.0)[1],       # never moves
@@ -143,7 +147,7 @@ def test_the_pre_search_is_clipped_to_the_ball(world):
     same(g, naive_sga(models, x, y, edge, DRAWS, alpha=4 * ALPHA)[1])
 
 
-def test_the_inner_perturbation_is_thrown_away_and_nothing_given_is_changed(world):
+def test_sga_changes_none_of_its_arguments(world):
     models, x, y, delta = world
     before = [t.clone() for t in (x, y, delta)]
     sga.sga_gradient(gradient_of(models), x, y, delta, DRAWS, eps=EPS, alpha=ALPHA)
@@ -151,7 +155,7 @@ def test_the_inner_perturbation_is_thrown_away_and_nothing_given_is_changed(worl
     assert not delta.requires_grad and delta.grad is None
 
 
-def test_spgd_is_the_gradient_of_the_whole_batch_however_it_is_cut(world):
+def test_spgd_gives_the_gradient_of_the_whole_batch_whatever_the_chunk_size(world):
     models, x, y, delta = world
     value, naive = naive_gradient(models, x, delta, y)
     for size in (N, 5, 1):  # 5 leaves a last part of 2
@@ -161,7 +165,7 @@ def test_spgd_is_the_gradient_of_the_whole_batch_however_it_is_cut(world):
         assert float(ours_value) == pytest.approx(value, rel=1e-6)
 
 
-def test_several_surrogates_are_the_mean_of_their_losses_each_with_its_own_labels(world):
+def test_several_surrogates_give_the_mean_of_their_losses_each_with_its_own_labels(world):
     _, x, _, delta = world
     models = [toy(0), toy(1), toy(2)]
     y = clean_labels(models, x)
@@ -172,7 +176,7 @@ def test_several_surrogates_are_the_mean_of_their_losses_each_with_its_own_label
     assert float(value) == pytest.approx(naive_value, rel=1e-6)
 
 
-def test_an_augmented_step_is_the_naive_one_on_images_warped_one_by_one(world):
+def test_an_augmented_step_equals_the_naive_one_on_images_warped_one_by_one(world):
     models, x, y, delta = world
     maps = sga.draw_maps(DRAWS.shape, torch.Generator().manual_seed(5)).double()
     _, g = sga.sga_gradient(gradient_of(models), x, y, delta, DRAWS, eps=EPS, alpha=ALPHA,
@@ -185,9 +189,9 @@ def test_an_augmented_step_is_the_naive_one_on_images_warped_one_by_one(world):
     same(g, naive_gradient(models, warped, delta, y)[1])
 
 
-def test_a_gradient_call_leaves_global_rng_weights_flags_grads_and_mode_as_they_were(world):
+def test_computing_gradients_changes_neither_the_global_rng_nor_weights_flags_grads_or_mode(world):
     models, x, y, delta = world
-    model = models[0].train()  # whatever the caller had: it is the caller's
+    model = models[0].train()  # the mode is the caller's
     model[0].weight.requires_grad_(True)
     model[0].weight.grad = torch.ones_like(model[0].weight)
     weights, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -230,7 +234,7 @@ def test_a_targeted_loss_ignores_the_label_and_grows_towards_the_target():
 
 # -------------------------------------------------------------------- outer step
 
-def test_momentum_is_mu_v_plus_g_over_its_l1_norm_by_hand():
+def test_momentum_equals_mu_v_plus_g_over_its_l1_norm_computed_by_hand():
     delta, v = torch.zeros(1, 1, 1, 3), torch.tensor([0.3, -0.3, 0.0]).view(1, 1, 1, 3)
     g = torch.tensor([-1.0, 2.0, 1.0]).view(1, 1, 1, 3)  # ||g||_1 = 4
     new, v = sga.update(delta, g, v, eps=0.1, alpha=0.04, mu=0.9)
@@ -250,31 +254,42 @@ def test_a_zero_gradient_moves_nothing_and_momentum_stays_finite():
 def options(**changed):
     return argparse.Namespace(**{
         "method": "sga", "batch_size": 5, "minibatch": 3, "iter": 4, "eps": EPS, "alpha": ALPHA,
-        "momentum": 0.0, "augment": False} | changed)
+        "momentum": 0.0, "augment": False, "loss": "ce", "beta": 9.0, "target": None,
+        "defense": "none", "bpda": False, "image_size": SIDE, "amp": "off", "layout": "contiguous"}
+        | changed)
 
 
 class Bar:
-    ticks = 0
+    def __init__(self):
+        self.ticks = 0
 
     def update(self):
         self.ticks += 1
 
 
-def epochs(args, model, pixels, count, seed=0):
+def training_of(s, models, pixels, seed=0):
+    """A training on these images that has just started."""
+    images = Images("folder", tuple(map(str, range(len(pixels)))), torch.zeros(len(pixels)).long(),
+                    ("one",), SIDE, pixels=pixels)
+    training = sga.SgaTraining(s, models, images, torch.Generator().manual_seed(seed),
+                               torch.device("cpu"))
+    training.start()
+    return training
+
+
+def epochs(s, model, pixels, count, seed=0):
     """`count` epochs of ours from zero; -> delta, v, last mean loss, deltas after each one"""
-    x = pixels.float() / 255
-    state = {"delta": torch.zeros(1, *x.shape[1:]), "v": torch.zeros(1, *x.shape[1:]),
-             "labels": clean_labels([model], x), "layout": "contiguous"}
-    generator, trail = torch.Generator().manual_seed(seed), []
+    training, trail = training_of(s, [model], pixels, seed), []
     for _ in range(count):
-        loss, _ = sga.run_epoch(args, gradient_of([model]), state, pixels, generator,
-                                torch.device("cpu"), Bar())
-        trail.append(state["delta"].clone())
-    return state["delta"], state["v"], loss, trail
+        bar = Bar()
+        found = training.one_pass(bar)
+        assert bar.ticks == training.steps
+        trail.append(training.delta.clone())
+    return training.delta, training.v, found["loss"], trail
 
 
 def naive_epochs(args, model, pixels, count, seed=0):
-    """The same from the data flow's text, with the same draws from the generator."""
+    """The same from the text of the method, with the same draws from the generator."""
     x = pixels.float() / 255
     y = clean_labels([model], x)
     delta, v = torch.zeros(1, *x.shape[1:]), torch.zeros(1, *x.shape[1:])
@@ -297,7 +312,7 @@ def naive_epochs(args, model, pixels, count, seed=0):
 @pytest.mark.parametrize("changed", [
     {}, {"momentum": 0.9}, {"augment": True}, {"method": "spgd"}, {"batch_size": 100},
     {"batch_size": 11}, {"momentum": 0.5, "method": "spgd"}], ids=str)
-def test_two_epochs_are_those_of_the_naive_oracle(changed):
+def test_two_epochs_equal_those_of_the_naive_oracle(changed):
     """Batches of 5, 5, 2 (fewer than a minibatch); 12 (less than a batch); 11, 1 (one image)."""
     args, model, pixels = options(**changed), toy(dtype=torch.float32), pictures()
     delta, v, loss, _ = epochs(args, model, pixels, 2)
@@ -315,7 +330,7 @@ def test_delta_never_leaves_eps_and_stays_on_the_grid_of_1_255():
     assert (trail[-1].abs() > EPS - 1e-6).any()  # it reached the edge
 
 
-def test_a_perturbation_of_the_method_raises_the_loss_it_ascends():
+def test_the_perturbation_raises_the_loss_that_is_ascended():
     model, pixels = toy(dtype=torch.float32), pictures()
     x = pixels.float() / 255
     y = clean_labels([model], x)[0]
@@ -327,7 +342,7 @@ def test_a_perturbation_of_the_method_raises_the_loss_it_ascends():
 
 # -------------------------------------------------------------------- index_draws
 
-def test_an_inner_step_never_draws_an_image_twice_and_there_are_k_n_over_minibatch_of_them():
+def test_there_are_k_n_over_minibatch_inner_steps_and_none_draws_an_image_twice():
     g = torch.Generator().manual_seed(0)
     for n, steps in ((250, 100), (7, 2), (10, 4), (251, 100)):  # 4 * n // 10
         draws = sga.index_draws(options(minibatch=10), n, g)
@@ -399,7 +414,7 @@ def naive_warp(image, matrix):
     return out
 
 
-def test_any_drawn_map_is_bilinear_sampling_with_mirrored_edges():
+def test_warping_by_drawn_maps_is_bilinear_sampling_with_mirrored_edges():
     x = pictures(6).double() / 255
     maps = sga.draw_maps((6,), torch.Generator().manual_seed(2)).double()
     wanted = torch.from_numpy(np.stack([naive_warp(image, m) for image, m in
@@ -423,13 +438,10 @@ def test_maps_differ_per_image_repeat_by_seed_and_keep_to_their_ranges():
 
 # --------------------------------------------------------------- what a run feeds it
 
-def test_a_run_keeps_the_clean_predictions_as_labels_not_the_ground_truth(run_here, tmp_path):
-    from utils.data import open_images, to_float
-    from utils.models import load_model
-
+def test_the_labels_of_a_run_are_clean_predictions_not_the_ground_truth(run_here, tmp_path):
     result = run_here("train_sga.py", "--num_images", 60, "--epochs", 1, "--model_name", "mlp,cnn",
                       "--weights", "random", "--amp", "off", "--layout", "contiguous",
-                      "--uaps_save", "run")
+                      "--uaps_save", "run")  # the older name of --save
     assert result.returncode == 0, result.stderr
     images = open_images("digits", split="train").prepared(28, 60)
     x = to_float(images.pixels)
@@ -440,3 +452,44 @@ def test_a_run_keeps_the_clean_predictions_as_labels_not_the_ground_truth(run_he
             predicted = model(x).argmax(1)
         assert torch.equal(row, predicted)
         assert not torch.equal(predicted, images.labels)
+
+
+def test_the_logged_fooling_ratio_is_the_mean_over_the_surrogates_on_the_watched_images(
+        monkeypatch):
+    monkeypatch.setattr(sga, "WATCHED", 5)
+    models, pixels = [toy(seed, torch.float32) for seed in (0, 1)], pictures()
+    training = training_of(options(target=1, eps=1.0), models, pixels)
+    training.delta = torch.rand((1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+    x, ratios, hits = pixels[[0, 2, 5, 8, 11]] / 255, [], []
+    for model in models:
+        before, after = model(x).argmax(1), model((x + training.delta).clamp(0, 1)).argmax(1)
+        ratios.append((before != after).float().mean().item())
+        hits.append((after == 1)[before != 1].float().mean().item())
+    assert 0 < sum(ratios) < 2
+    found = training.after()
+    assert found["fooling_ratio"] == pytest.approx(sum(ratios) / 2)
+    assert found["targeted_success"] == pytest.approx(sum(hits) / 2)
+
+
+def test_a_restored_training_continues_with_the_same_draws_and_values():
+    s, model, pixels = options(momentum=0.9), toy(dtype=torch.float32), pictures()
+    first, second = (training_of(s, [model], pixels, seed) for seed in (0, 1))
+    first.one_pass(Bar())
+    state = first.state()
+    del state["stopped"]  # as in a checkpoint of an older version
+    second.restore(state)
+    found = [training.one_pass(Bar())["loss"] for training in (first, second)]
+    assert found[0] == found[1]
+    assert torch.equal(first.delta, second.delta) and torch.equal(first.v, second.v)
+
+
+def test_the_surrogates_may_be_one_network_with_two_files_of_weights(run_here, tmp_path):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_pth(tmp_path / f"{seed}.pth", build_small("mlp", 1, 28).state_dict())
+    result = run_here("train_sga.py", "--num_images", 30, "--epochs", 1, "--model_name", "mlp,mlp",
+                      "--weights", "0.pth,1.pth", "--amp", "off", "--layout", "contiguous",
+                      "--save", "run")
+    assert result.returncode == 0, result.stderr
+    labels = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["labels"]
+    assert len(labels) == 2 and not torch.equal(*labels)

@@ -1,1 +1,1 @@
-"""What every script stands on: data (images), models (networks), metrics, run (folders), draw."""
+"""What the scripts share; nothing in here imports a script."""

@@ -1,13 +1,13 @@
 """Images by path or by name: uint8 on disk and in memory, labels that are true ImageNet indices.
 
     images = open_images("/data/imagenet/val", split="test")     # names and labels
-    images = images.prepared(224, 1000)                          # size, number
-    for index, x in batches(images, 100, workers=4, skipped=[]): ...    # x (n, C, H, W) uint8
-    images = load(images, workers=4)                             # all of it in memory
+    images = images.prepared(224, 1000)                          # size, how many
+    for index, x in batches(images, 100, workers=4, skipped=[]): ...  # x (n, C, H, W) uint8
+    images = load(images, workers=4)                             # all in memory
 
 Geometry of photographs: shorter side to 256/224 of `size` (bilinear, PIL, antialiased), then the
 central size x size crop, the protocol of the papers' tables. Up to 64 pixels: shorter side to
-`size`, for such data is shown to the networks whole.
+`size`, because networks see such images whole.
 """
 
 import difflib
@@ -15,7 +15,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,12 +23,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.lists import find_list, read_list
-from utils.run import UserError
 
 NAMED = ("digits", "mnist", "cifar10", "imagenette")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
@@ -39,7 +38,7 @@ SPLITS = {"train": ("train",), "test": ("val", "test")}
 
 @dataclass(frozen=True)
 class Preset:
-    """What a data set starts from; every field is a flag of the scripts. eps, alpha in [0, 1]."""
+    """Defaults of a data set; every field is a flag of the scripts. eps, alpha in [0, 1]."""
     eps: float
     alpha: float
     surrogate: str
@@ -49,11 +48,11 @@ class Preset:
 
 
 SMALL = ("cnn", "cnn_bn", "mlp", "vgg_small", "resnet_small")  # utils/models.py trains them
-PAPER = Preset(10 / 255, 1 / 255, "vgg16",  # Liu et al. 2023, Table 1
+IMAGENET = Preset(10 / 255, 1 / 255, "vgg16",  # Liu et al. 2023, Table 1
                ("alexnet", "googlenet", "vgg16", "vgg19", "resnet152"), 224, 10_000)
 PRESETS = {
-    "imagenet": PAPER,
-    "folder": PAPER,  # class folders with names of their own: labels mean nothing to the networks
+    "imagenet": IMAGENET,
+    "folder": IMAGENET,  # class folders with names of their own
     "cifar10": Preset(10 / 255, 1 / 255, "resnet_small", SMALL, 32, 10_000),
     "mnist": Preset(0.2, 0.02, "cnn", SMALL, 28, 10_000),
     "digits": Preset(0.2, 0.02, "cnn", SMALL, 28, 10_000),
@@ -117,12 +116,12 @@ class Images(torch.utils.data.Dataset):
 # -------------------------------------------------------------------- opening
 
 def open_images(data_dir, *, split, data_root="data"):
-    """The images of a path or of a named data set; nothing but names and labels is read of files.
+    """The images of a path or of a named data set; reads names and labels, no pixels of files.
 
     data_dir: 'digits', 'mnist', 'cifar10', 'imagenette', or a folder: of class folders, of
     train/ and val/ with class folders, or one that holds torchvision's MNIST or CIFAR-10, or an
     image list (utils/lists.py) or the folder of one.
-    split: 'train' or 'test'. UserError: no such data, no images in it, a download that failed.
+    split: 'train' or 'test'. UserError: no such data, no images in it, a failed download.
     """
     if data_dir in NAMED:
         return _open_named(data_dir, split, data_root)
@@ -214,13 +213,13 @@ def _open_path(data_dir, split):
 
 
 def _classes(root, folders):
-    """Kind of data, class names and {folder: class index}, told by the folders' names."""
+    """Kind of data, class names and {folder: class index}, from the names of the folders."""
     known = wnids()
     if set(folders) & known.keys():
         stray = sorted(set(folders) - known.keys())
         if stray:
-            raise UserError(f"{root}: '{stray[0]}' stands among ImageNet classes and is none of "
-                            "the 1000; move it elsewhere")
+            raise UserError(f"{root}: '{stray[0]}' is among ImageNet class folders but is not one "
+                            "of the 1000 classes; move it elsewhere")
         return "imagenet", imagenet_classes(), known
     if set(folders) == set(CIFAR10):
         return "cifar10", CIFAR10, {name: i for i, name in enumerate(CIFAR10)}
@@ -239,7 +238,7 @@ def imagenet_classes():
 
 
 def hold_out(labels, share):
-    """True for a share of the labels (N,), taken evenly over the classes: those held out."""
+    """Mask (N,) of a share of the labels (N,), taken evenly over the classes: True is held out."""
     step, order = round(1 / share), torch.argsort(labels, stable=True)
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[order[step // 2::step]] = True
@@ -247,7 +246,7 @@ def hold_out(labels, share):
 
 
 def unseen(data_dir, data_root, share, num):
-    """The test images; where there are no such, those that hold_out(share) kept from training.
+    """The test images; without a test split, those that hold_out(share) kept out of training.
 
     share, num: --hold_out and --num_images of the training. -> images, whether they are held out.
     """
@@ -279,7 +278,7 @@ def spread(labels, num):
 
 # -------------------------------------------------------------------- reading
 
-def _rgb(path):
+def read_rgb(path):
     """An image file as a PIL image, or None if it cannot be decoded."""
     try:
         with Image.open(path) as file:
@@ -290,14 +289,14 @@ def _rgb(path):
 
 def decode(path, size):
     """An image file as (3, size, size) uint8, or None if it cannot be decoded."""
-    image = _rgb(path)
+    image = read_rgb(path)
     if image is None:
         return None
     image = TF.resize(image, round(size * 256 / 224) if size > 64 else size)
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
-def _stack(items):
+def stack(items):
     """A batch and the positions in it that could be decoded."""
     good = [k for k, x in enumerate(items) if x is not None]
     return good, torch.stack([items[k] for k in good]) if good else None
@@ -307,12 +306,12 @@ def batches(images, batch_size, *, workers, skipped):
     """Yields (index (n,), x (n, C, H, W) uint8) in order; decodes in `workers` processes.
 
     A file that cannot be decoded is named on stderr, appended to the list `skipped` and left out.
-    UserError at the end if that was every one of them.
+    UserError at the end if no file could be decoded.
     """
     loader = torch.utils.data.DataLoader(
-        images, batch_size, collate_fn=_stack, num_workers=0 if images.pixels is not None
-        else workers, generator=torch.Generator())  # its own: the global one stays untouched
-    for start, (good, x) in zip(range(0, len(images), batch_size), _alive(loader), strict=True):
+        images, batch_size, collate_fn=stack, num_workers=0 if images.pixels is not None
+        else workers, generator=torch.Generator())  # its own: the global one is not touched
+    for start, (good, x) in zip(range(0, len(images), batch_size), alive(loader), strict=True):
         for k in sorted(set(range(min(batch_size, len(images) - start))) - set(good)):
             skipped.append(images.names[start + k])
             tqdm.write(f"warning: {images.root / images.names[start + k]}: cannot be decoded, "
@@ -320,12 +319,11 @@ def batches(images, batch_size, *, workers, skipped):
         if good:
             yield start + torch.tensor(good), x
     if len(skipped) == len(images):
-        raise UserError(f"{images.root}: not one of its {len(images)} images can be decoded")
+        raise UserError(f"{images.root}: none of its {len(images)} images can be decoded")
 
 
-def _alive(loader):
-    """The loader's batches; a worker that dies (a container with little /dev/shm) is a UserError.
-    """
+def alive(loader):
+    """The loader's batches; UserError if a worker dies (a container with a small /dev/shm)."""
     try:
         yield from loader
     except RuntimeError as error:
@@ -334,7 +332,7 @@ def _alive(loader):
 
 
 def load(images, *, workers):
-    """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), broken files left out.
+    """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), without broken files.
     """
     if images.pixels is not None:
         return images
@@ -348,63 +346,12 @@ def load(images, *, workers):
     return replace(images.select(keep), pixels=pixels[:len(keep)], skipped=tuple(skipped))
 
 
-@dataclass(frozen=True, eq=False)
-class Crops(torch.utils.data.Dataset):
-    """Item (i, seed): a random part of photograph i, and its mirror image half of the time.
-
-    (3, size, size) uint8, or None if it cannot be decoded; RandomResizedCrop as torchvision's.
-    """
-    images: Images
-
-    def __getitem__(self, key):
-        i, seed = key
-        image = _rgb(self.images.root / self.images.names[i])
-        if image is None:
-            return None
-        size = [self.images.size] * 2
-        with torch.random.fork_rng(devices=[]):  # get_params draws from the global generator
-            torch.manual_seed(seed)
-            box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-            mirrored = torch.rand(()) < 0.5
-        image = TF.pil_to_tensor(TF.resized_crop(image, *box, size))
-        return image.flip(2) if mirrored else image
-
-
-def random_crops(images, plan, *, workers):
-    """Yields (index (n,), x (n, 3, H, W) uint8) for every list of (i, seed) in the list `plan`.
-
-    A file that cannot be decoded is named on stderr and left out. UserError: a whole list of them.
-    """
-    loader = torch.utils.data.DataLoader(
-        Crops(images), batch_sampler=plan, collate_fn=_stack, num_workers=workers,
-        generator=torch.Generator())
-    for keys, (good, x) in zip(plan, _alive(loader), strict=True):
-        for k in sorted(set(range(len(keys))) - set(good)):
-            tqdm.write(f"warning: {images.root / images.names[keys[k][0]]}: cannot be decoded, "
-                       "left out", file=sys.stderr)
-        if not good:
-            raise UserError(f"{images.root}: not one image of a minibatch can be decoded")
-        yield torch.tensor([keys[k][0] for k in good]), x
-
-
 def to_float(x):
     """uint8 -> float32 in [0, 1], exactly k/255."""
     return x.to(torch.float32).div_(255)
 
 
-def crop_flip(x, size, u):
-    """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
-    n, channels, height, width = x.shape
-    u, line = u.to(x.device), partial(torch.arange, device=x.device)
-    top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)
-                 for i, side in ((0, height), (1, width)))
-    row, column = (corner[:, None] + line(size) for corner in (top, left))
-    column = torch.where(u[2, :, None] < 0.5, column.flip(1), column)
-    return x[line(n)[:, None, None, None], line(channels)[:, None, None],
-             row[:, None, :, None], column[:, None, None, :]]
-
-
 def default_workers():
-    """A process for each processor this one may use, eight at most."""
+    """One process for each processor that this one may use, at most eight."""
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     return min(8, len(mine))

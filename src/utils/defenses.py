@@ -1,9 +1,9 @@
-"""Defences as layers in front of a network, on [0, 1] pixels, and the attacker who knows them.
+"""Defences as layers in front of a network, on [0, 1] pixels, and the adaptive attacker's view.
 
     GradientConcealment   x + epsilon sin(w x)           Pei et al., arXiv:2205.10617
-    ResizePad             another size, another place    Xie et al., arXiv:1711.01991
-    adaptive              the network as that attacker sees it: bpda for the first, eot for the
-                          second                         Athalye et al., arXiv:1802.00420
+    ResizePad             random size, random place      Xie et al., arXiv:1711.01991
+    adaptive              the network that an adaptive attacker differentiates: bpda for the first
+                          layer, eot for the second      Athalye et al., arXiv:1802.00420
 
     model = nn.Sequential(GradientConcealment(), model)                   # any model, one line
     model = defend(model, "gcm+resizepad", size=224, generator=generator)
@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.attacking import bpda, eot
-from utils.run import UserError, make_generator
+from utils.attack.core import bpda, eot
+from utils.errors import UserError
+from utils.run import make_generator
 
 DEFENSES = ("none", "gcm", "resizepad", "gcm+resizepad")
 PUBLISHED_LOW = 218 / 224  # of the input's side: ResizedPaddingLayer(l=218) of the authors
 
 
 class GradientConcealment(nn.Module):
-    """x + epsilon * sin(w * x) (arXiv:2205.10617, Sec. 3): nothing forward, noise backward.
+    """x + epsilon * sin(w * x) (arXiv:2205.10617, Sec. 3): identity forward, noise backward.
 
-    x (N, ...) float32 or float64 in [0, 1], before Normalize. In float32 42 of the 256 grey levels
-    of an 8-bit image change, by at most 1.5e-8. Backward every pixel's gradient is multiplied by
-    1 + epsilon * w * cos(w * x), by default up to 1e12 and of either sign. UserError: float16,
-    where w is infinite.
+    x (N, ...) float32 or float64 in [0, 1], before Normalize. In float32, 42 of the 256 grey levels
+    of an 8-bit image change, by at most 1.5e-8. In the backward pass each pixel's gradient is
+    multiplied by 1 + epsilon * w * cos(w * x), by default up to 1e12 and of either sign.
+    UserError: float16, where w is infinite.
     """
 
     def __init__(self, w=1e20, epsilon=1e-8):
@@ -39,9 +40,9 @@ class GradientConcealment(nn.Module):
 
     def forward(self, x):
         if x.dtype == torch.float16:
-            raise UserError("GradientConcealment takes no float16: w and the gradient overflow and "
-                            "every attack would meet NaN; type x.float(), or keep the layer out of "
-                            "half precision")
+            raise UserError("GradientConcealment takes no float16: w and the gradient overflow, "
+                            "and every attack would get NaN; type x.float(), or keep the layer in "
+                            "float32")
         return x + self.epsilon * torch.sin(self.w * x)
 
     def extra_repr(self):
@@ -49,7 +50,7 @@ class GradientConcealment(nn.Module):
 
 
 class ResizePad(nn.Module):
-    """(N, C, H, W) -> (N, C, size, size): scaled to a side from low to size, somewhere on black.
+    """(N, C, H, W) -> (N, C, size, size): scaled to a side from low to size, on a black square.
 
     Side and place are drawn anew for every image and at every call, from `generator` (a CPU
     torch.Generator; None: one of its own, seed 0). Bilinear without antialiasing, as
@@ -78,7 +79,7 @@ class ResizePad(nn.Module):
 
 
 def place(x, side, top, left, size):
-    """x (N, C, H, W), each image scaled to its side and put at (top, left) of a black square."""
+    """x (N, C, H, W), each image scaled to its side and pasted at (top, left) of a black square."""
     at = torch.arange(size)
     row, column = at - top[:, None], at - left[:, None]  # (N, size), within the scaled image
     inside = _within(row, side)[:, None, :, None] & _within(column, side)[:, None, None, :]
@@ -94,7 +95,7 @@ def _within(line, side):
 
 
 def _grid(line, side, length):
-    """Pixels of the scaled image -> grid_sample's [-1, 1], held at the centres of the border."""
+    """Pixels of the scaled image -> grid_sample's [-1, 1], clamped to the centres at the border."""
     edge = 1 - 1 / length
     return ((2 * line + 1).double() / side[:, None] - 1).clamp(-edge, edge)
 
@@ -104,8 +105,8 @@ def _grid(line, side, length):
 def defend(model, name, *, size, generator=None, w=1e20, epsilon=1e-8, low=None):
     """Sequential(defence layers, model) for a name of DEFENSES; the model itself for 'none'.
 
-    size: side of the network's input. low: the smallest side that resizepad draws; None: 218 of
-    224. UserError: no such defence.
+    size: side of the network's input; low: smallest side that resizepad draws, None: 218 of 224.
+    UserError: no such defence.
     """
     if name not in DEFENSES:
         raise UserError(f"--defense {name}: wanted one of {', '.join(DEFENSES)}")
@@ -119,7 +120,7 @@ def defend(model, name, *, size, generator=None, w=1e20, epsilon=1e-8, low=None)
 
 
 def is_random(name):
-    """Whether two looks of a network defended like this may differ."""
+    """Whether two forward passes through this defence may differ."""
     return "resizepad" in name.split("+")
 
 
@@ -127,15 +128,15 @@ def describe(name, *, size, w=1e20, epsilon=1e-8, low=None):
     """The defence with its settings, for a table."""
     parts = {"gcm": f"GCM w={w:g} epsilon={epsilon:g}",
              "resizepad": f"ResizePad to {round(size * PUBLISHED_LOW) if low is None else low}-"
-                          f"{size} of {size} pixels, drawn per image and look"}
+                          f"{size} of {size} pixels, drawn per image and forward pass"}
     return " + ".join(parts[part] for part in name.split("+") if part in parts) or "none"
 
 
 def adaptive(model, draws=1):
-    """A model of defend() as it is seen by an attacker who knows the defence, the same forward.
+    """A model of defend() as an adaptive attacker differentiates it; the same forward pass.
 
-    GradientConcealment: backward as the identity (bpda). ResizePad: gradients, losses and logits
-    are means over `draws` looks (eot).
+    GradientConcealment: its backward pass is the identity (bpda). ResizePad: gradients, losses and
+    logits are means over `draws` forward passes (eot).
     """
     if not isinstance(model, nn.Sequential):
         return model

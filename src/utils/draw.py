@@ -1,6 +1,6 @@
-"""Pictures as PNG bytes: perturbations, curves, heat maps, examples. Draws what it is given.
+"""Pictures as PNG bytes: perturbations, curves, bars, examples. It draws what it is given.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import io
@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+from utils.augment import FAMILIES
+from utils.measure import share
+
+COLOURS = BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 def _figure(width, height):
@@ -28,8 +31,8 @@ def _png(figure):
 def encode_delta(delta):
     """A perturbation (C, H, W) on the [0, 1] scale as an 8-bit PNG that can be read back.
 
-    Grey level 128 is zero; one step of 1/255 is `delta_gain` levels, as the file's text says, so
-    that the picture can be seen by eye and, up to 127/255, loses nothing but rounding to 8 bits.
+    Grey level 128 is zero. A step of 1/255 is `delta_gain` levels, a number that is kept in the
+    file's text, so that the picture is easy to see and, up to 127/255, only rounded to 8 bits.
     """
     steps = (delta * 255).round()
     gain = max(1, int(127 // max(1, steps.abs().max().item())))
@@ -43,9 +46,9 @@ def encode_delta(delta):
 
 
 def decode_delta(path):
-    """The PNG of encode_delta -> (delta (C, H, W), True), or of any other 8-bit image, (.., False).
+    """The PNG of encode_delta -> (delta (C, H, W), True); any other 8-bit image -> (delta, False).
 
-    Without `delta_gain` in the file one grey level is taken as 1/255.
+    Without `delta_gain` in the file one grey level is read as 1/255.
     """
     with Image.open(path) as image:
         gain = image.text.get("delta_gain") if hasattr(image, "text") else None
@@ -73,15 +76,15 @@ def curves(rows, title):
 
 
 def training(rows, title, **also):
-    """Loss and accuracy over the epochs of a log.csv; also: label of every further column."""
+    """Loss and accuracy over the epochs of a log.csv; also: a label for each further column."""
     figure = _figure(6, 3.4)
     left = figure.add_subplot()
     right = left.twinx()
     epochs = [row["epoch"] for row in rows]
     left.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker="o", ms=3)
-    left.set(xlabel="pass over the images", title=title)
+    left.set(xlabel="epoch", title=title)
     left.set_ylabel("training loss", color=BLUE)
-    columns = {"train_acc": "accuracy on what was trained on", **also}
+    columns = {"train_acc": "accuracy on the training batches", **also}
     for (column, label), colour, marker in zip(columns.items(), (ORANGE, GREEN, PINK), "s^v",
                                                strict=False):
         there = [(row["epoch"], 100 * row[column]) for row in rows if row[column] != ""]
@@ -94,24 +97,60 @@ def training(rows, title, **also):
     return _png(figure)
 
 
-def corruptions(runs):
-    """{run: {operation: share}}: accuracy with its interval, worst of the first run on top."""
-    first = next(iter(runs.values()))
-    order = sorted(first, key=lambda name: (name == "clean", first[name]["value"]), reverse=True)
-    figure = _figure(6.4, 0.6 + 0.19 * len(order))
+def family_accuracies(found):
+    """{operation: share of n images} -> {family: share}: the mean over its operations, of n.
+
+    The operations of a family change the same n images, so that their mean counts as n of them.
+    """
+    every = [name for names in FAMILIES.values() for name in names]
+    families = {"clean": ("clean",), **FAMILIES, f"all {len(every)}": every}
+    means = {}
+    for family, operations in families.items():
+        there = [found[name] for name in operations if name in found]
+        if there:
+            means[family] = share(sum(one["k"] for one in there) / len(there), there[0]["n"])
+    return means
+
+
+def corruptions(runs, title="", *, minus_first=False):
+    """Accuracy by family of corruption, of {run: {operation: share}}, with intervals.
+
+    minus_first: instead, what every run has more than the first, in points, with Newcombe's
+    interval of a difference.
+    """
+    means = {run: family_accuracies(found) for run, found in runs.items()}
+    first, *others = means
+    lines = {run: {family: _difference(one, means[first][family]) if minus_first else
+                   [100 * one[key] for key in ("value", "low", "high")]
+                   for family, one in means[run].items()}
+             for run in (others if minus_first else means)}
+    families = list(means[first])[::-1]
+    figure = _figure(6.4, 1.1 + (0.25 + 0.12 * len(lines)) * len(families))
     axes = figure.add_subplot()
-    for k, (run, found) in enumerate(runs.items()):
-        at = [i + 0.7 * ((k + 0.5) / len(runs) - 0.5) for i in range(len(order))]
-        value = np.array([100 * found[name]["value"] for name in order])
-        low, high = (np.array([100 * found[name][side] for name in order])
-                     for side in ("low", "high"))
-        axes.errorbar(value, at, xerr=(value - low, high - value), fmt="os^v"[k % 4], ms=3, lw=0.8,
-                      color=(BLUE, ORANGE, GREEN, PINK)[k % 4], label=run)
-    axes.set_yticks(range(len(order)), [name.replace("_", " ") for name in order], fontsize=7)
-    axes.set(xlabel="accuracy, %", ylim=(-0.7, len(order) - 0.3))
+    for k, (run, found) in enumerate(lines.items()):
+        at = [i - 0.6 * ((k + 0.5) / len(lines) - 0.5) for i in range(len(families))]
+        value, low, high = np.array([found[family] for family in families]).T
+        axes.errorbar(value, at, xerr=(value - low, high - value), fmt="os^vDP"[k % 6], ms=5,
+                      lw=1.4, capsize=2, color=COLOURS[k % len(COLOURS)], label=run)
+    axes.set_yticks(range(len(families)), families)
+    what = "accuracy, %"
+    if minus_first:
+        what = f"accuracy: {'others' if len(others) > 1 else others[0]} minus {first}, points"
+    axes.set(title=title, ylim=(-0.6, len(families) - 0.4), xlabel=f"{what} (95 % intervals)")
+    if minus_first:
+        axes.axvline(0, color="black", lw=0.8)
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
+    if len(lines) > 1 or not minus_first:
+        axes.legend(fontsize=8)
     return _png(figure)
+
+
+def _difference(one, other):
+    """Points that one share is above another: value, low, high (Newcombe 1998, method 10)."""
+    value = one["value"] - other["value"]
+    down, up = (np.hypot(one["value"] - one[a], other[b] - other["value"])
+                for a, b in (("low", "high"), ("high", "low")))
+    return 100 * value, 100 * (value - down), 100 * (value + up)
 
 
 def variations(logs):
@@ -143,30 +182,44 @@ def variations(logs):
     return _png(figure)
 
 
-def attacked(shown):
-    """Images clean, under FGS and under FGV with what is seen in them, for every variation.
+def exercise(shown, title="", most=4):
+    """Images that several networks classify correctly, clean once, then attacked for each network.
 
-    shown: {variation: {x (3, n, C, H, W) in [0, 1], seen (3, n), y (n,)}}
+    shown: {what it was trained on: {x (3, n, C, H, W) clean, FGS, FGV; seen (3, n); y (n,); and
+    labels, for FGS and FGV}} -> PNG, or None if they have no image in common
     """
-    n = max(len(one["y"]) for one in shown.values())
-    figure = _figure(0.9 + 0.85 * n * min(2, len(shown)), 0.3 + 2.9 * -(-len(shown) // 2))
-    groups = figure.subfigures(-(-len(shown) // 2), min(2, len(shown)), squeeze=False)
-    for group, (name, one) in zip(groups.flat, shown.items(), strict=False):
-        group.suptitle(f"trained on {name}", fontsize=9)
-        panels = group.subplots(3, n, squeeze=False)
-        for line, kind in enumerate(("clean", "FGS", "FGV")):
-            for axes in panels[line, len(one["y"]):]:
-                axes.axis("off")
-            for i, y in enumerate(one["y"]):
-                _show(panels[line, i], torch.from_numpy(one["x"][line, i]))
-                seen = one["seen"][line, i]
-                panels[line, i].set_title(str(seen), fontsize=8, pad=2,
-                                          color="black" if seen == y else ORANGE)
-            panels[line, 0].set_ylabel(kind, fontsize=8)
+    where = [{x.tobytes(): i for i, x in enumerate(one["x"][0])} for one in shown.values()]
+    common = [image for image in where[0] if all(image in other for other in where)][:most]
+    if not common:
+        return None
+    lines = [[(f"trained on\n{name}\n{one['labels'][kind - 1]}", one, index, kind)
+              for kind in (1, 2)] for (name, one), index in zip(shown.items(), where, strict=True)]
+    clean, columns = ("clean", next(iter(shown.values())), where[0], 0), -(-len(lines) // 4)
+    each = -(-len(lines) // columns)  # networks in a column
+    figure = _figure((0.9 + 1.05 * len(common)) * columns + 0.3, 0.4 + 1.2 * (1 + 2 * each))
+    figure.suptitle(title, fontsize=8)
+    for k, column in enumerate(figure.subfigures(1, columns, squeeze=False)[0]):
+        own = [clean, *sum(lines[k * each:(k + 1) * each], [])]
+        for panels, line in zip(column.subplots(1 + 2 * each, len(common), squeeze=False),
+                                own + [None] * (1 + 2 * each - len(own)), strict=True):
+            _exercise_line(panels, line, common)
     return _png(figure)
 
 
-def named(pictures, columns=8):
+def _exercise_line(panels, line, common):
+    if line is None:
+        for axes in panels:
+            axes.axis("off")
+        return
+    label, one, index, kind = line
+    panels[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    for axes, image in zip(panels, common, strict=True):
+        i = index[image]
+        _show(axes, torch.from_numpy(one["x"][kind, i]))
+        _name(axes, one["seen"][kind, i], one["y"][i])
+
+
+def named(pictures, columns=7):
     """{name: (C, H, W) in [0, 1]} as a grid."""
     lines = -(-len(pictures) // columns)
     figure = _figure(1.5 * columns, 1.7 * lines)
@@ -180,7 +233,7 @@ def named(pictures, columns=8):
 
 
 def heatmap(values, rows, columns):
-    """Fooling ratios in [0, 1], a row for every perturbation, a column for every target."""
+    """Fooling ratios in [0, 1], a row for each perturbation, a column for each target."""
     figure = _figure(3.5 + 0.9 * len(columns), 2 + 0.45 * len(rows))
     axes = figure.add_subplot()
     image = axes.imshow(100 * np.array(values), vmin=0, vmax=100, cmap="cividis", aspect="auto")
@@ -194,37 +247,59 @@ def heatmap(values, rows, columns):
     return _png(figure)
 
 
-def compare(deltas, ratios, targets):
-    """Perturbations {name: (C, H, W)} amplified, beside their fooling ratios with intervals.
+def uaps(deltas, ratios, photograph=None, credit=""):
+    """A photograph clean and perturbed, perturbations amplified; below, their fooling ratios.
 
-    ratios {name: [share per target]}; the README's picture.
+    deltas {name: (C, H, W)}; ratios {name: {target: share}}; photograph: None, or x and x_adv
+    (C, H, W), before and after (classes that `target` predicts), uap (what was added).
     """
-    figure = _figure(3 * len(deltas) + 4.5, 3.2)
-    axes = figure.subplots(1, len(deltas) + 1, width_ratios=[1] * len(deltas) + [1.6])
-    for ax, (name, delta) in zip(axes, deltas.items(), strict=False):
-        largest = delta.abs().max().item() or 1
-        _show(ax, delta / (2 * largest) + 0.5)
-        ax.set_title(f"{name}\n(at most {255 * largest:.0f}/255, shown amplified)", fontsize=9)
-    width = 0.8 / len(deltas)
-    for k, (name, shares) in enumerate(ratios.items()):
-        x = np.arange(len(targets)) + (k - (len(deltas) - 1) / 2) * width
-        y = 100 * np.array([s["value"] for s in shares])
-        low, high = (100 * np.array([s[key] for s in shares]) for key in ("low", "high"))
-        axes[-1].bar(x, y, 0.92 * width, label=name, color=(BLUE, ORANGE, GREEN)[k % 3])
-        axes[-1].errorbar(x, y, [y - low, high - y], fmt="none", ecolor="black", capsize=3)
-    axes[-1].set_xticks(range(len(targets)), targets)
-    axes[-1].set(ylim=(0, 100), ylabel="fooling ratio, % of all images")
-    axes[-1].legend(fontsize=8)
-    axes[-1].grid(axis="y", alpha=0.3)
+    squares = len(deltas) + 2 * bool(photograph)
+    width = max(7, 2.1 * squares)
+    heights = width / squares + 0.5, 2.6
+    figure = _figure(width, sum(heights))
+    top, bottom = figure.subfigures(2, height_ratios=heights)
+    panels = top.subplots(1, squares, squeeze=False)[0]
+    if photograph:
+        for axes, key, x, what in ((panels[0], "before", "x", "clean photograph"),
+                                   (panels[1], "after", "x_adv", f"with {photograph['uap']}")):
+            _show(axes, photograph[x])
+            _name(axes, photograph[key], photograph["before"],
+                  f"{what}\n{photograph['target']}: ")
+    for axes, (name, delta) in zip(panels[squares - len(deltas):], deltas.items(), strict=True):
+        gain = _show_delta(axes, delta)
+        axes.set_title(f"{name}\nat most {127.5 / gain:.0f}/255, shown × {gain:.3g}", fontsize=8,
+                       pad=3)
+    _bars(bottom.add_subplot(), ratios)
+    if credit:
+        figure.supxlabel(credit, fontsize=7)
     return _png(figure)
 
 
+def _bars(axes, ratios):
+    """{name: {target: share}} as a group of bars for each target, with intervals and n."""
+    targets, width = list(next(iter(ratios.values()))), 0.8 / len(ratios)
+    for k, (name, shares) in enumerate(ratios.items()):
+        x = np.arange(len(targets)) + (k - (len(ratios) - 1) / 2) * width
+        value, low, high = (100 * np.array([shares[t][key] for t in targets])
+                            for key in ("value", "low", "high"))
+        axes.bar(x, value, 0.92 * width, label=name, color=COLOURS[k % len(COLOURS)])
+        axes.errorbar(x, value, [value - low, high - value], fmt="none", ecolor="black", capsize=3)
+    n = sorted({one["n"] for shares in ratios.values() for one in shares.values()})
+    axes.set_xticks(range(len(targets)), targets, fontsize=9)
+    axes.set(ylim=(0, 100))
+    axes.set_ylabel("fooling ratio, %", fontsize=9)
+    axes.set_title(f"n = {' / '.join(map(str, n))} test images, 95 % intervals", fontsize=9)
+    axes.legend(fontsize=8, ncols=len(ratios), loc="upper right")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
 def sweep(rows):
-    """Robustness against GCM's w, a panel for every network, from the rows of w_sweep.csv."""
+    """Robustness against GCM's w, a panel for each network, from the rows of w_sweep.csv."""
     networks = list(dict.fromkeys(row["model"] for row in rows))
     figure = _figure(3.6 * len(networks) + 0.6, 3.2)
     panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
-    styles = {"naive": (ORANGE, "o", "naive attacker"), "adaptive": (BLUE, "s", "one who knows")}
+    styles = {"naive": (ORANGE, "o", "naive"), "adaptive": (BLUE, "s", "adaptive (BPDA)")}
     for axes, name in zip(panels, networks, strict=True):
         for attacker, (colour, marker, label) in styles.items():
             own = [r for r in rows if (r["model"], r["attacker"]) == (name, attacker)]
@@ -243,21 +318,19 @@ def sweep(rows):
 
 
 def examples(x, x_adv, delta, before, after, title):
-    """Images (n, C, H, W) clean and perturbed, their classes, and the perturbation amplified."""
-    largest = delta.abs().max().item() or 1
-    amplified = delta / (2 * largest) + 0.5
-    figure = _figure(1.8 * len(x) + 1.8, 4.2)
-    axes = figure.subplots(2, len(x) + 1, squeeze=False)
-    for i in range(len(x)):
-        for line, picture, name in ((0, x[i], before[i]), (1, x_adv[i], after[i])):
-            _show(axes[line, i], picture)
-            axes[line, i].set_title(name[:22], fontsize=8,
-                                    color=ORANGE if name != before[i] else "black")
-    axes[0, 0].set_ylabel("clean")
-    axes[1, 0].set_ylabel("perturbed")
-    _show(axes[0, -1], amplified)
-    axes[0, -1].set_title(f"{title}\n{0.5 / largest:.1f} times amplified", fontsize=8)
-    axes[1, -1].axis("off")
+    """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes."""
+    figure = _figure(1.7 * len(x) + 0.4, 5.9)
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(3, len(x), squeeze=False)
+    for i, (clean, mid, adv) in enumerate(panels.T):
+        _show(clean, x[i])
+        _name(clean, before[i], before[i])
+        gain = _show_delta(mid, delta)
+        _show(adv, x_adv[i])
+        _name(adv, after[i], before[i])
+    rows = ("clean", f"perturbation × {gain:.3g}", "perturbed")
+    for axes, name in zip(panels[:, 0], rows, strict=True):
+        axes.set_ylabel(name, fontsize=9)
     return _png(figure)
 
 
@@ -267,3 +340,36 @@ def _show(axes, x):
     axes.imshow(array, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def _name(axes, seen, wanted, prefix="", size=8):
+    """The predicted class above a picture, orange where it is not the wanted one."""
+    axes.set_title(f"{prefix}{str(seen)[:22]}", fontsize=size, pad=3,
+                   color="black" if seen == wanted else ORANGE)
+
+
+def _show_delta(axes, delta):
+    """A perturbation amplified as far as it goes, zero grey. -> how many times"""
+    gain = 0.5 / (delta.abs().max().item() or 0.5)
+    _show(axes, delta * gain + 0.5)
+    return gain
+
+
+def scene(size):
+    """(3, size, size) uint8: sun, hills, a house and a fence, drawn by these lines."""
+    t = (torch.arange(size) + 0.5) / size
+    y, x = t[:, None], t[None]
+    image = torch.stack([0.45 + 0.4 * y + 0 * x, 0.65 + 0.2 * y + 0 * x, 0.95 - 0.1 * y + 0 * x])
+
+    def paint(where, *colour):
+        image[:, where] = torch.tensor(colour)[:, None]
+    paint((x - 0.78) ** 2 + (y - 0.2) ** 2 < 0.01, 1.0, 0.85, 0.2)
+    paint(y > 0.62 + 0.07 * (9 * x).sin(), 0.35, 0.6, 0.3)
+    paint(y > 0.78 + 0.03 * (14 * x).cos(), 0.2, 0.45, 0.2)
+    paint((x > 0.2) & (x < 0.5) & (y > 0.45) & (y < 0.8), 0.8, 0.35, 0.25)
+    paint((y > 0.28) & (y < 0.45) & ((x - 0.35).abs() < 1.2 * (y - 0.28)), 0.4, 0.2, 0.2)
+    paint((x > 0.25) & (x < 0.33) & (y > 0.52) & (y < 0.62), 0.9, 0.9, 0.6)
+    paint((x > 0.38) & (x < 0.45) & (y > 0.6) & (y < 0.8), 0.3, 0.2, 0.15)
+    paint((y > 0.86) & (y < 0.88) & (x > -1), 0.95, 0.95, 0.9)
+    paint(((x * 16) % 1 < 0.3) & (y > 0.82) & (y < 0.95), 0.95, 0.95, 0.9)
+    return (image * 255).round().to(torch.uint8)

@@ -1,15 +1,15 @@
-"""Image lists, as the challenge gave them: names and classes in a file beside the images.
+"""Image lists in the challenge's formats: file names and classes in a file next to the images.
 
-    label.txt               a line each: FILE CLASS, such as `images/17.JPEG 3`
+    label.txt               one image a line, FILE CLASS, such as `images/17.JPEG 3`
     train.json, val.json    {CLASS: [FILE, ...], ...} or [[FILE, CLASS], ...]
 
 Files are relative to the list's folder, or to images/, train/ or val/ in it. Classes are indices,
-or names, which are counted in their alphabetical order.
+or names, which get indices in alphabetical order.
 """
 
 import json
 
-from utils.run import UserError
+from utils.errors import UserError
 
 LISTS = {"train": ("train.json", "train.txt", "label.txt"),
          "test": ("val.json", "test.json", "val.txt", "test.txt", "test_label.txt")}
@@ -17,9 +17,9 @@ FOLDERS = ("", "images", "train", "val", "test")
 
 
 def find_list(path, split):
-    """The list that a path stands for: itself, or the one for this split in the folder; or None.
+    """The list of a path: the file itself, or the one for this split in the folder; None if none.
 
-    A folder that has a list for training alone is tested on that one too.
+    A folder that only has a training list is also tested on that list.
     """
     if path.is_file():
         return path if path.suffix in (".txt", ".json") else None
@@ -28,7 +28,7 @@ def find_list(path, split):
 
 
 def read_list(path):
-    """(folder of the files, names, class indices, class names); UserError if a line is no image."""
+    """(folder of the files, names, class indices, class names); UserError for a bad line."""
     pairs = _json(path) if path.suffix == ".json" else _lines(path)
     if not pairs:
         raise UserError(f"{path}: no images in it; wanted lines FILE CLASS, or JSON "
@@ -73,7 +73,7 @@ def _json(path):
     if not isinstance(found, list) or not all(
             isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
             and isinstance(pair[1], (str, int)) for pair in found):
-        raise UserError(f'{path}: no image list; wanted {{"CLASS": ["FILE", ...]}} or '
+        raise UserError(f'{path}: not an image list; wanted {{"CLASS": ["FILE", ...]}} or '
                         '[["FILE", CLASS], ...]')
     return [(name, str(label)) for name, label in found]
 

@@ -4,32 +4,25 @@
     model = load_model("vgg16", weights="/weights/vgg16.pth")     # a local state dict
     model = load_model("cnn", kind="digits", data_dir="digits")   # trained on first use, kept
 
-For digits, MNIST and CIFAR-10 there are five small networks of different kinds, so that a
-surrogate and five targets exist without a download.
+For digits, MNIST and CIFAR-10 there are five small networks of different kinds (utils/nets.py), so
+that a surrogate and five targets exist without a download.
 """
 
 import copy
 import difflib
 import hashlib
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torchvision.models as zoo
 from torch import nn
-from tqdm import tqdm
 
-from utils.data import SMALL, default_workers, load, open_images, to_float
-from utils.heads import with_head
-from utils.networks import NETWORKS
-from utils.run import UserError, load_json, load_pth, save_pth
-
-# how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
-# which the networks with BatchNorm change their mind at any pattern on the black of digits
-RECIPES = {"digits": (12, 0, 0.1), "mnist": (3, 0, 0.1), "cifar10": (12, 4, 0.0)}
-RECIPE_VERSION = 1  # part of the cached file's name: a new recipe trains anew
+from utils.data import SMALL
+from utils.errors import UserError
+from utils.nets import NETWORKS, RECIPE_VERSION, RECIPES, build_small, train_small, with_head
+from utils.run import load_json, load_pth, save_pth
 
 
 class Normalize(nn.Module):
@@ -66,8 +59,9 @@ def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None,
               data_root="data"):
     """Sequential(Normalize, net) to be trained, in training mode; its net[1] is what is saved.
 
-    weights: 'random' (drawn from the seed), or as in load_model where they start from others.
-    head, classes: of utils/heads.py, and how many; drawn anew unless the weights have such a one.
+    weights: 'random' (drawn from the seed), or the weights to start from, as in load_model.
+    head, classes: a head of utils/nets.py and its number of classes; initialised at random unless
+    the weights have this head.
     """
     check_name(name, kind)
     path = weights_path(name, weights, "--pretrained")
@@ -94,52 +88,35 @@ def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None,
     return nn.Sequential(Normalize(mean, std), net).train().requires_grad_(True)
 
 
-class JointSum(torch.autograd.Function):
-    """The sum of a tensor over all processes; every one asks for its gradient."""
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A network that is measured: its name, its input size, and what a table says of its weights.
+    """
+    name: str
+    weights: str
+    size: int
+    described: str
 
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, g):
-        return JointSum.apply(g)
-
-
-class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Statistics over the images of all processes, on devices that SyncBatchNorm is not for."""
-
-    def _check_input_dim(self, x):
-        """(N, C, ...) of any dimension"""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        dtype, x = x.dtype, x.to(self.running_mean.dtype)
-        z = x.transpose(0, 1).flatten(1)  # (C, everything else)
-        total, n = JointSum.apply(torch.stack([z.sum(1), torch.full_like(z[:, 0], z.shape[1])]))
-        mean = total / n
-        var = JointSum.apply((z - mean[:, None]).square().sum(1)) / n
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight / (var + self.eps).sqrt()
-        channel = [1, -1] + [1] * (x.dim() - 2)
-        shift = self.bias - mean * scale
-        return (x * scale.view(channel) + shift.view(channel)).to(dtype)
+    def load(self, images, *, data_dir, data_root, device):
+        """Its Sequential(Normalize, net); UserError if it cannot take images of that size."""
+        model = load_model(self.name, weights=self.weights, kind=images.kind, data_dir=data_dir,
+                           data_root=data_root, device=device)
+        check_takes(model, self.name, images.channels, self.size, device)
+        return model
 
 
-def joint_batch_norm(model, device):
-    """The same model, its batch statistics taken over all processes of the run."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for layer in model.modules():
-        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            layer.__class__ = JointBatchNorm  # the same parameters and buffers, summed elsewhere
-    return model
+def targets_of(model_name, weights, preset, images, image_size=None):
+    """[Target] of the flags --model_name and --weights, each a list of lists; nothing is loaded.
+
+    preset: names where --model_name is not given. UserError: no such network, weights that are
+    not one for all or one for each.
+    """
+    names = list(dict.fromkeys(sum(model_name or [], []) or preset))
+    for name in names:
+        check_name(name, images.kind)
+    return [Target(name, one, image_size or input_size(name, images.kind, images.size, one),
+                   describe_weights(name, one, images.kind))
+            for name, one in zip(names, one_each(names, sum(weights, [])), strict=True)]
 
 
 def freeze(model):
@@ -147,7 +124,7 @@ def freeze(model):
 
 
 def check_name(name, kind):
-    """UserError unless `name` is a network that goes with this kind of data."""
+    """UserError unless `name` is a network for this kind of data."""
     wanted = (*SMALL, *NETWORKS) if kind in RECIPES else zoo.list_models(module=zoo)
     if name in wanted:
         return
@@ -158,7 +135,7 @@ def check_name(name, kind):
 
 
 def one_each(models, weights):
-    """--weights given once for all networks, or once for each -> one for each; UserError if not."""
+    """--weights, given once for all networks or once for each -> one for each; UserError if not."""
     if len(weights) not in (1, len(models)):
         raise UserError(f"--weights: {len(weights)} given for {len(models)} networks; type one for "
                         "all, or one for each")
@@ -166,12 +143,12 @@ def one_each(models, weights):
 
 
 def num_classes(kind):
-    """How many classes the networks for this kind of data tell apart."""
+    """How many classes the networks for this kind of data have."""
     return 10 if kind in RECIPES else 1000
 
 
 def input_size(name, kind, size, weights):
-    """Side in pixels that the weights were trained for; `size` where the data decides."""
+    """Side in pixels that the weights were trained for; `size` for data sets of a fixed size."""
     if kind in RECIPES:
         return size
     path = weights_path(name, weights)
@@ -201,8 +178,8 @@ def _torchvision(name, weights, path):
     enum = _enum(name, weights)
     try:
         net = zoo.get_model(name, weights=enum, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError, EOFError) as error:  # no network, or half a file in the cache
-        raise UserError(f"{name}: its weights {enum.name} are not cached whole and cannot be "
+    except (OSError, RuntimeError, EOFError) as error:  # no connection, or half a file in the cache
+        raise UserError(f"{name}: its weights {enum.name} are not in the cache and cannot be "
                         f"downloaded ({error}); type --weights PATH of a state dict, or --weights "
                         f"random; downloads are kept in {torch.hub.get_dir()}") from None
     return net, enum.transforms().mean, enum.transforms().std
@@ -231,14 +208,14 @@ def _local(name, path, seed=0):
     if name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own weights:
         # input shifted to the weights' own normalisation, no auxiliary heads
         options = {"transform_input": True, "aux_logits": False, "init_weights": path is None}
-    with torch.random.fork_rng(devices=[]):  # random weights are the same every time
+    with torch.random.fork_rng(devices=[]):  # random weights are the same in every run
         torch.manual_seed(seed)
         net = zoo.get_model(name, weights=None, **options)
     return _fit(net, path, name) if path else net
 
 
 def weights_path(name, weights, flag="--weights"):
-    """The file that the flag names (for a folder: NAME.pth in it), None if it names none."""
+    """The file that the flag names (in a folder: NAME.pth), None if it is not a path."""
     path = Path(weights)
     if path.is_dir():
         path = path / f"{name}.pth"
@@ -251,7 +228,7 @@ def weights_path(name, weights, flag="--weights"):
 
 
 def trained(path):
-    """What stands in NAME.json beside weights NAME.pth that a script of ours trained, else {}."""
+    """The facts NAME.json next to weights NAME.pth that a script of ours trained, else {}."""
     beside = path.with_suffix(".json")
     facts = load_json(beside) if beside.is_file() else {}
     return facts if isinstance(facts, dict) else {}
@@ -264,7 +241,7 @@ def head_of(path):
 
 
 def _fit(net, path, name):
-    """The network with the weights of the file, its head as train_gcm.py changed it."""
+    """The network with the weights of the file, and the head that train_gcm.py gave it."""
     found = head_of(path)
     if found:
         with torch.random.fork_rng(devices=[]):
@@ -278,7 +255,7 @@ def load_state(net, path, name):
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path}: no state dict; wanted the tensors of {name} by name")
+        raise UserError(f"{path}: not a state dict; wanted the tensors of {name} by name")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     wanted = net.state_dict()
     extra = [k for k in state if k not in wanted and not k.startswith(("aux", "AuxLogits"))]
@@ -305,56 +282,11 @@ def describe_weights(name, weights, kind):
 
 # -------------------------------------------------------------- small networks
 
-class Residual(nn.Module):
-    """Basic block of a pre-2016 ResNet: two 3 x 3 convolutions and a shortcut."""
-
-    def __init__(self, cin, cout, stride):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(),
-            nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout))
-        self.shortcut = nn.Identity() if cin == cout and stride == 1 else nn.Sequential(
-            nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-
-    def forward(self, x):
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def _conv(cin, cout, *, norm, stride=1):
-    layers = [nn.Conv2d(cin, cout, 3, stride, 1, bias=not norm)]
-    return layers + ([nn.BatchNorm2d(cout)] if norm else []) + [nn.ReLU()]
-
-
-def build_small(name, channels, size):
-    """A network of ours with random weights; 10 classes, (N, channels, size, size)."""
-    if name in NETWORKS:
-        return NETWORKS[name](channels, size)
-    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    if name == "cnn":
-        layers = [*_conv(channels, 32, norm=False), nn.MaxPool2d(2), *_conv(32, 64, norm=False),
-                  nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, 128), nn.ReLU(),
-                  nn.Linear(128, 10)]
-    elif name == "cnn_bn":
-        layers = [*_conv(channels, 32, norm=True), *_conv(32, 64, norm=True, stride=2),
-                  *_conv(64, 128, norm=True, stride=2), *pool, nn.Linear(128, 10)]
-    elif name == "mlp":
-        layers = [nn.Flatten(), nn.Linear(channels * size * size, 256), nn.ReLU(),
-                  nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
-    elif name == "vgg_small":
-        layers = [*_conv(channels, 32, norm=False), *_conv(32, 32, norm=False), nn.MaxPool2d(2),
-                  *_conv(32, 64, norm=False), *_conv(64, 64, norm=False), nn.MaxPool2d(2),
-                  *_conv(64, 128, norm=False), *pool, nn.Linear(128, 10)]
-    else:
-        layers = [*_conv(channels, 16, norm=True), Residual(16, 16, 1), Residual(16, 32, 2),
-                  Residual(32, 64, 2), *pool, nn.Linear(64, 10)]
-    return nn.Sequential(*layers)
-
-
 def _small(name, kind, weights, path, data_dir, data_root, device):
     channels, size = (3, 32) if kind == "cifar10" else (1, 28)
     half = (0.5,) * channels
     cached = Path(torch.hub.get_dir()) / "small" / f"{kind}_{name}_{RECIPE_VERSION}.pth"
-    with torch.random.fork_rng(devices=[]):  # nn.Module draws from the global RNG: lend it one
+    with torch.random.fork_rng(devices=[]):  # nn.Module uses the global RNG
         torch.manual_seed(0)
         net = build_small(name, channels, size)
     if weights == "random":
@@ -366,64 +298,7 @@ def _small(name, kind, weights, path, data_dir, data_root, device):
     if path or cached.is_file():
         return _fit(net, path or cached, name), half, half
     model = nn.Sequential(Normalize(half, half), net).to(device)
-    _train_small(model, name, kind, data_dir, data_root)
+    train_small(model, name, kind, data_dir, data_root)
     cached.parent.mkdir(parents=True, exist_ok=True)
     save_pth(cached, copy.deepcopy(net).cpu().state_dict())
     return net, half, half
-
-
-def _train_small(model, name, kind, data_dir, data_root):
-    """Trains in place: Adam, one-cycle, cross-entropy; prints accuracy on the test split."""
-    start = time.time()
-    epochs, shift, noise = RECIPES[kind]
-    train, test = (load(open_images(_parent(data_dir), split=split, data_root=data_root),
-                        workers=default_workers()) for split in ("train", "test"))
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    batch = 64 if kind == "digits" else 128
-    if len(train) < batch:
-        raise UserError(f"--data_dir {data_dir}: {len(train)} training images are too few to train "
-                        f"{name} on; type --weights PATH")
-    steps = epochs * (len(train) // batch)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    model.train()
-    with tqdm(total=steps, desc=f"train {name}", leave=False, disable=None) as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(train), generator=generator)
-            for index in order[:len(order) // batch * batch].split(batch):
-                x = _jitter(to_float(train.pixels[index]), shift, noise, generator)
-                loss = F.cross_entropy(model(x.to(device)), train.labels[index].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-    freeze(model)
-    with torch.inference_mode():
-        right = sum((model(to_float(x).to(device)).argmax(1).cpu() == y).sum().item()
-                    for x, y in zip(test.pixels.split(500), test.labels.split(500), strict=True))
-    print(f"trained {name} on {kind}: accuracy {100 * right / len(test):.1f} % "
-          f"(n={len(test)}), {time.time() - start:.0f} s", flush=True)
-
-
-def _parent(data_dir):
-    """.../test or .../val -> the folder that holds it and train/ beside it."""
-    path = Path(data_dir)
-    if path.name in ("train", "val", "test") and path.is_dir():
-        if not (path.parent / "train").is_dir():
-            raise UserError(f"--data_dir {data_dir}: no train/ beside it to train a network on")
-        return path.parent
-    return data_dir
-
-
-def _jitter(x, shift, noise, generator):
-    """One random flip and shift (zeros come in) for the batch, and noise for every pixel."""
-    if noise:
-        x = (x + noise * torch.randn(x.shape, generator=generator)).clamp_(0, 1)
-    if not shift:
-        return x
-    dy, dx = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
-    x = F.pad(x, (shift,) * 4)[..., shift + dy:x.shape[-2] + shift + dy,
-                               shift + dx:x.shape[-1] + shift + dx]
-    return x.flip(-1) if torch.rand((), generator=generator) < 0.5 else x

@@ -1,18 +1,26 @@
-"""A pass over shuffled training images, for any number of processes that share every minibatch."""
+"""One pass over shuffled training images, every minibatch shared by any number of processes."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
-from utils.data import crop_flip, random_crops
+from utils.data import Images, alive, read_rgb, stack
+from utils.errors import UserError
 
 
 def one_pass(images, batch_size, generator, team, *, vary, smallest, workers):
     """Yields (n of the joint minibatch, index (m,) of this process's images, x (m, C, H, W) uint8).
 
-    The processes of the team take turns in every minibatch; one of fewer than `smallest` images,
-    the last, is left out. vary: photographs are cut by RandomResizedCrop and mirrored, CIFAR-10 is
-    shifted by up to four pixels and mirrored, digits stay as they are. However many processes there
-    are, every image is varied in the same way.
+    Process p takes images p, p + size, ... of every minibatch; a last minibatch of fewer than
+    `smallest` images is left out. vary: photographs are cropped by RandomResizedCrop and mirrored,
+    CIFAR-10 is shifted by up to four pixels and mirrored, digits stay as they are. Every image gets
+    the same crop whatever the number of processes.
     """
     order = torch.randperm(len(images), generator=generator)
     u = torch.rand((3, len(images)), generator=generator)
@@ -33,3 +41,55 @@ def _pixels(images, index, u, vary):
     if not vary or images.kind in ("digits", "mnist"):
         return pixels
     return crop_flip(F.pad(pixels, (4,) * 4), images.size, u)
+
+
+@dataclass(frozen=True, eq=False)
+class Crops(torch.utils.data.Dataset):
+    """Item (i, seed): a random crop of photograph i, mirrored half of the time.
+
+    (3, size, size) uint8, or None if it cannot be decoded; RandomResizedCrop as torchvision's.
+    """
+    images: Images
+
+    def __getitem__(self, key):
+        i, seed = key
+        image = read_rgb(self.images.root / self.images.names[i])
+        if image is None:
+            return None
+        size = [self.images.size] * 2
+        with torch.random.fork_rng(devices=[]):  # get_params uses the global generator
+            torch.manual_seed(seed)
+            box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            mirrored = torch.rand(()) < 0.5
+        image = TF.pil_to_tensor(TF.resized_crop(image, *box, size))
+        return image.flip(2) if mirrored else image
+
+
+def random_crops(images, plan, *, workers):
+    """Yields (index (n,), x (n, 3, H, W) uint8) for every list of (i, seed) in the list `plan`.
+
+    A file that cannot be decoded is named on stderr and left out. UserError if no file of a
+    list can be decoded.
+    """
+    loader = torch.utils.data.DataLoader(
+        Crops(images), batch_sampler=plan, collate_fn=stack, num_workers=workers,
+        generator=torch.Generator())
+    for keys, (good, x) in zip(plan, alive(loader), strict=True):
+        for k in sorted(set(range(len(keys))) - set(good)):
+            tqdm.write(f"warning: {images.root / images.names[keys[k][0]]}: cannot be decoded, "
+                       "left out", file=sys.stderr)
+        if not good:
+            raise UserError(f"{images.root}: no image of a minibatch can be decoded")
+        yield torch.tensor([keys[k][0] for k in good]), x
+
+
+def crop_flip(x, size, u):
+    """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
+    n, channels, height, width = x.shape
+    u, line = u.to(x.device), partial(torch.arange, device=x.device)
+    top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)
+                 for i, side in ((0, height), (1, width)))
+    row, column = (corner[:, None] + line(size) for corner in (top, left))
+    column = torch.where(u[2, :, None] < 0.5, column.flip(1), column)
+    return x[line(n)[:, None, None, None], line(channels)[:, None, None],
+             row[:, None, :, None], column[:, None, None, :]]

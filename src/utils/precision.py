@@ -1,7 +1,8 @@
-"""How a frozen model is run fastest: float32 or bfloat16, contiguous or channels-last.
+"""Which precision and memory layout run a frozen model fastest.
 
-Which is faster depends on network, batch and processor (channels-last with bf16 is 2 to 5 times
-contiguous float32 on some CPUs and slower on others), so it is timed, not assumed.
+float32 or bfloat16, contiguous or channels-last: that depends on network, batch and processor
+(channels-last bf16 is 2 to 5 times as fast as contiguous float32 on some CPUs, slower on others),
+so it is timed.
 """
 
 import copy
@@ -10,17 +11,17 @@ import time
 import torch
 from torch import nn
 
-from utils.run import UserError
+from utils.errors import UserError
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-MARGIN = 1.15  # by how much a candidate must win: near ties must not be decided by noise
+MARGIN = 1.15  # a candidate must be this much faster: noise must not decide near ties
 
 
 class Fast(nn.Module):
     """A copy of a frozen model for generating: (N, C, H, W) in [0, 1] -> float32 logits.
 
     amp: 'off' or 'bf16'. Frozen weights of convolutions and linear layers are cast once here;
-    autocast alone would cast them again at every call (it caches weights that train, no others).
+    autocast alone would cast them at every call (it only caches weights that require gradients).
     """
 
     def __init__(self, model, amp, layout):
@@ -44,11 +45,11 @@ def to_layout(x, layout):
     return x.contiguous(memory_format=LAYOUTS[layout])
 
 
-def choose(models, step, x, *, amp="auto", layout="auto"):
-    """(amp, layout) under which step(fast_models, x) is fastest, by timing; fixed ones are kept.
+def fastest(models, step, x, *, amp="auto", layout="auto"):
+    """(amp, layout) under which step(fast_models, x) is fastest, by timing; a given one is kept.
 
-    step: the real work on one real batch x (N, C, H, W). The candidates are tried twice each
-    after a first call that does not count, small ones until a tenth of a second is full.
+    step: the real work on one real batch x (N, C, H, W). Each candidate is timed twice after a
+    warm-up call, fast ones until a tenth of a second is full.
     """
     amps = ["off", "bf16"] if amp == "auto" else [amp]
     layouts = list(LAYOUTS) if layout == "auto" else [layout]
@@ -74,7 +75,7 @@ def choose(models, step, x, *, amp="auto", layout="auto"):
 
 
 def _time(work, device):
-    """Seconds of the fastest of two calls or more, after a first one."""
+    """Seconds of the fastest of two or more calls, after a warm-up call."""
     def timed():
         synchronize(device)
         start = time.perf_counter()
@@ -89,7 +90,7 @@ def _time(work, device):
 
 
 def synchronize(device):
-    """Waits for the device, so that a clock beside it means something."""
+    """Waits for the device to finish, so that a clock measures its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,11 +1,14 @@
-"""Universal perturbations from files: ours and everybody else's, without trusting any of them.
+"""Universal perturbations: what is read from files, and what train_sga.py measures and leaves.
 
-    .pth   a plain tensor (C, H, W) or (1, C, H, W), or a dict that holds one
-    .npy   the same, also (H, W, C)
-    .png   grey level 128 is zero; one of 1/255 is `delta_gain` levels if the file says so
-    folder every perturbation below it that has its facts NAME.json beside it
+Files may be anybody's and are never trusted:
+
+    .pth    a plain tensor (C, H, W) or (1, C, H, W), or a dict that holds one
+    .npy    the same, also (H, W, C)
+    .png    grey level 128 is zero, and 1/255 is `delta_gain` levels if the file says so
+    folder  every perturbation below it that has its facts in a NAME.json
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,14 +18,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils import draw
-from utils.run import UserError, load_json, load_pth
+from utils.errors import UserError
+from utils.measure import predictions, share
+from utils.models import one_each, targets_of
+from utils.report import percent
+from utils.run import load_json, load_pth, provenance, save_json, save_pth, write_atomic
 
-TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, which fp16 rounding stays below
+TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, more than fp16 rounding needs
+MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
+           "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
 
 
 @dataclass(frozen=True, eq=False)
 class Uap:
-    """A perturbation on the [0, 1] scale, float32 (C, H, W), and what its run said of it."""
+    """A perturbation on the [0, 1] scale, float32 (C, H, W), and the facts that its run saved."""
     name: str
     path: Path
     delta: torch.Tensor
@@ -35,15 +44,22 @@ class Uap:
 
 
 def rounded(delta):
-    """delta on the 8-bit grid k/255, or None if it is there already."""
+    """delta on the 8-bit grid k/255, or None if it lies on the grid already."""
     grid = (delta * 255).round() / 255
     return None if torch.allclose(delta, grid, rtol=0, atol=1e-6) else grid
 
 
-def find_uaps(paths, kind):
-    """Files as given; a folder stands for the perturbations below it made on this kind of data.
+def digest(delta):
+    """Sixteen hexadecimal digits that tell one perturbation from another."""
+    return hashlib.sha256(delta.contiguous().numpy().tobytes()).hexdigest()[:16]
 
-    Networks that were trained into the same folder are passed over: they have no `scale`.
+
+# --------------------------------------------------------------------- reading
+
+def find_uaps(paths, kind):
+    """Files as given; a folder stands for the perturbations in it that were made on such data.
+
+    Networks that were trained into the same folder are left out: their facts have no `scale`.
     """
     found = []
     for path in map(Path, paths):
@@ -54,14 +70,14 @@ def find_uaps(paths, kind):
                  if p.with_suffix(".pth").is_file() and _facts(p).get("kind") == kind
                  and "scale" in _facts(p)]
         if not below:
-            raise UserError(f"--uaps_save {path}: no perturbation for {kind} images below it; make "
-                            "one with train_sga.py, or name the file")
+            raise UserError(f"--uaps {path}: no perturbation for {kind} images in this folder; "
+                            "make one with train_sga.py, or type the name of a file")
         found += below
     return list(dict.fromkeys(found))
 
 
 def read_uaps(paths, *, scale, eps):
-    """Perturbations with names that tell them apart; see read_uap."""
+    """[Uap], each with a name of its own; see read_uap."""
     uaps = [read_uap(path, scale=scale, eps=eps) for path in paths]
     for form in (lambda p: p.stem, lambda p: f"{p.parent.name}/{p.stem}", str):
         names = [form(path) for path in paths]
@@ -73,7 +89,7 @@ def read_uaps(paths, *, scale, eps):
 def read_uap(path, *, scale, eps):
     """One perturbation. scale: 'auto', '1' or '255'; eps in [0, 1].
 
-    UserError: no file, truncated, holds code, wrong shape, NaN, scale in doubt, over eps.
+    UserError: no file, truncated, holds code, wrong shape, NaN, unclear scale, over eps.
     """
     path = Path(path)
     facts = _facts(path.with_suffix(".json"))
@@ -89,7 +105,7 @@ def read_uap(path, *, scale, eps):
     elif path.suffix in (".pth", ".pt"):
         values = _tensor_in(load_pth(path), path)
     else:
-        raise UserError(f"{path}: no format that is read here; wanted .pth, .npy or .png")
+        raise UserError(f"{path}: no format of a perturbation; wanted .pth, .npy or .png")
     values = _to_chw(values, path)
     bad = int((~values.isfinite()).sum())
     if bad:
@@ -103,7 +119,7 @@ def read_uap(path, *, scale, eps):
 
 
 def _facts(path):
-    """What NAME.json says of a perturbation; nothing if it is not there or says something else."""
+    """The facts of a perturbation in NAME.json; {} without such a file, or if it holds no dict."""
     facts = load_json(path) if path.is_file() else {}
     return facts if isinstance(facts, dict) else {}
 
@@ -157,9 +173,9 @@ def _to_chw(values, path):
 
 
 def _decide_scale(values, scale, path):
-    """What to divide by; refuses where both scales would make sense."""
+    """1 or 255, by which the values are divided; UserError where both would make sense."""
     largest = values.abs().max().item()
-    if scale is None:  # nobody sends half a grey level, and nothing in [0, 1] is over 1
+    if scale is None:  # half a grey level is no perturbation, and nothing in [0, 1] is over 1
         scale = "255" if largest > 1 else "1" if largest <= 0.5 else None
     if scale is None:
         raise UserError(f"{path}: largest |value| is {largest:.3g}, which may be on the [0, 1] or "
@@ -168,7 +184,7 @@ def _decide_scale(values, scale, path):
 
 
 def fit_size(uap, size, channels, eps, resize):
-    """delta as (C, size, size), resized only if asked to; UserError where it does not fit."""
+    """delta as (C, size, size), resized if `resize`; UserError where it does not fit."""
     c, h, w = uap.delta.shape
     if c != channels:
         raise UserError(f"{uap.path}: {c} channels; these images have {channels}")
@@ -180,3 +196,65 @@ def fit_size(uap, size, channels, eps, resize):
     delta = F.interpolate(uap.delta[None], size=(size, size), mode="bilinear",
                           align_corners=False, antialias=True)[0]
     return delta.clamp(-eps, eps)
+
+
+# -------------------------------------------------------------------- training
+
+def surrogates_of(names, weights, images, image_size=None):
+    """[Target] of the networks that a perturbation is made on together, all for one size of images.
+
+    A name may occur twice, with other weights. UserError: unknown ones, or sizes that differ.
+    """
+    found = [targets_of([[name]], [[one]], (), images, image_size)[0]
+             for name, one in zip(names, one_each(names, weights), strict=True)]
+    sizes = sorted({surrogate.size for surrogate in found})
+    if len(sizes) > 1:
+        raise UserError(f"--model_name {','.join(names)}: trained for images of {sizes} pixels; "
+                        "type the one to use, as --image_size 224")
+    return found
+
+
+def uap_name(s):
+    """What a perturbation is called, by all settings that say how it was made and are no defaults.
+    """
+    extra = {"augment": s.augment, s.defense: s.defense != "none", "bpda": s.bpda,
+             f"target{s.target}": s.target is not None}
+    return "_".join([s.method, "+".join(s.model_name), *(k for k, on in extra.items() if on)])
+
+
+def fooled(training, index=slice(None)):
+    """[{metric: share}, one for each surrogate] on the training images of that index, in float32.
+
+    training: train_sga.SgaTraining.
+    """
+    before, target, found = training.labels[:, index], training.s.target, []
+    after = predictions(training.measured, training.pixels[index], training.device,
+                        delta=training.delta.contiguous())
+    for b, a in zip(before, after, strict=True):
+        found.append({"fooling_ratio": share((a != b).sum().item(), len(b))})
+        if target is not None:
+            others = b != target
+            found[-1]["targeted_success"] = share((a[others] == target).sum().item(),
+                                                  others.sum().item())
+    return found
+
+
+def finish(training, folder, name):
+    """Saves the perturbation, the facts of its run and the pictures; prints how well it fools."""
+    s, images, delta = training.s, training.images, training.delta[0].contiguous()
+    shares = fooled(training)
+    save_pth(folder / f"{name}.pth", delta)
+    save_json(folder / f"{name}.json", {
+        "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
+        **{key: getattr(s, key) for key in MADE_BY}, "weights": s.weights_are,
+        "data_dir": str(s.data_dir), "num_images": len(images), "skipped": list(images.skipped),
+        "images_sha256": images.sha256(),
+        "on_training_images": dict(zip(s.model_name, shares, strict=True)),
+        "amp": training.amp, "layout": training.layout, "seconds": round(training.seconds, 1),
+        **provenance(training.device)})
+    write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
+    write_atomic(folder / "curve.png", draw.curves(training.rows, name))
+    for surrogate, found in zip(s.model_name, shares, strict=True):
+        for metric, value in found.items():
+            print(f"{metric} {percent(value)} on the training images, {surrogate}")
+    print(f"saved {folder / name}.pth (.json, .png), {training.seconds:.0f} s")

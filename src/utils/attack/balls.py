@@ -1,27 +1,27 @@
 """Balls of perturbations around images: norms, directions, random points, exact projections.
 
-For images x in [0, 1] a perturbation delta is allowed if ||delta|| <= eps in its norm and x + delta
-stays in the box [0, 1]. `project` finds the nearest such delta; ball first and box second, as most
-libraries do it, is kept as how="rescale": the result is allowed too, but it is not the nearest and
-in L1 and L2 it leaves part of the budget unused.
+For images x in [0, 1], a perturbation delta is allowed if ||delta|| <= eps in its norm and if
+x + delta stays in the box [0, 1]. `project` finds the nearest such delta. With how="rescale" it
+scales to the ball first and clips to the box second, as most libraries do: the result is allowed
+too, but it is not the nearest, and in L1 and L2 part of the budget stays unused.
 """
 
 import torch
 
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-30  # against 0 / 0
-ROUNDS = 100  # of the searches below; each ends far earlier, when nothing changes any more
+ROUNDS = 100  # limit of the searches below; each ends far earlier, once nothing changes
 
 
 def column(values, like):
-    """(N,) -> (N, 1, 1, ...), to multiply images of the shape of `like`."""
+    """(N,) -> (N, 1, 1, ...), to be multiplied with images like `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def norm_of(delta, norm):
     """Norm of every perturbation: (N, ...) -> (N,).
 
-    By sum(), which adds in pairs: vector_norm() is off by 1e-5 on 150,000 float32 numbers.
+    With sum(), which adds in pairs: vector_norm() is off by 1e-5 on 150,000 float32 numbers.
     """
     dims = tuple(range(1, delta.dim()))
     if norm == "linf":
@@ -30,15 +30,15 @@ def norm_of(delta, norm):
 
 
 def unit(g, norm):
-    """g at norm 1 per image; by its peak first, since squares of small gradients vanish."""
+    """g scaled to norm 1 per image; by its largest entry first, or small squares underflow."""
     g = g / column(norm_of(g, "linf").clamp_min(TINY), g)
     return g / column(norm_of(g, norm).clamp_min(TINY), g)
 
 
 def sparse_sign(g, share):
-    """Signs of the largest entries of every image, L1 norm 1: steepest ascent in L1, made wider.
+    """Signs of the largest entries of every image, scaled to L1 norm 1.
 
-    share: of all entries, one number or (N,).
+    share: how many of all entries, one float or (N,); one entry alone is steepest ascent in L1.
     """
     size = g.abs().flatten(1)
     n = size.shape[1]
@@ -52,7 +52,7 @@ def sparse_sign(g, share):
 
 
 def project(delta, x, eps, norm, how="exact"):
-    """The allowed perturbation next to delta in the Euclidean sense; delta, x (N, ...).
+    """The allowed perturbation nearest to delta, by Euclidean distance; delta, x (N, ...).
 
     how='rescale': delta is scaled to the ball and then clipped to the box.
     """
@@ -62,7 +62,7 @@ def project(delta, x, eps, norm, how="exact"):
         size = norm_of(delta, norm)
         delta = delta * column((eps / size.clamp_min(1e-12)).clamp_max(1), delta)
         return (x + delta).clamp_(0, 1) - x
-    size, room = delta.abs(), torch.where(delta > 0, 1 - x, x)  # room: to the box, that way
+    size, room = delta.abs(), torch.where(delta > 0, 1 - x, x)  # room: to the box, that side
     search = _scale_l2 if norm == "l2" else _shrink_l1
     inside = torch.minimum(size, room)
     outside = norm_of(inside, norm) > eps
@@ -74,17 +74,17 @@ def project(delta, x, eps, norm, how="exact"):
 
 
 def nearest(x_adv, x, eps, norm, how="exact"):
-    """The same for images: the allowed image next to x_adv, in [0, 1] to the last bit."""
+    """The same for images: the allowed image nearest to x_adv, in [0, 1] to the last bit."""
     delta = x_adv - x
     delta = delta.clamp(-eps, eps) if norm == "linf" else project(delta, x, eps, norm, how)
     return (x + delta).clamp_(0, 1)
 
 
 def _scale_l2(size, room, eps):
-    """min(t * size, room) of norm eps. KKT: one t scales every coordinate, the box permitting.
+    """min(t * size, room) of norm eps. KKT: one t scales every coordinate, up to the box.
 
-    t grows from the value that would do without a box; coordinates that meet the box stay there,
-    so no round can overshoot.
+    t grows from the value that would suffice without a box; coordinates that reach the box stay
+    there, so no round overshoots.
     """
     t = eps / norm_of(size, "l2")
     inside = torch.minimum(column(t, size) * size, room)
@@ -103,10 +103,10 @@ def _scale_l2(size, room, eps):
 
 
 def _shrink_l1(size, room, eps):
-    """min(max(size - t, 0), room) of norm eps. KKT: every coordinate shrinks by one t, down to 0.
+    """min(max(size - t, 0), room) of norm eps. KKT: every coordinate shrinks by the same t, to 0.
 
     Newton's method on t (the norm is piecewise linear in it), kept between a t that shrinks too
-    little and one that shrinks too much; where a step leaves them, the middle is taken.
+    little and one that shrinks too much; a step beyond them is replaced by their middle.
     """
     dims = tuple(range(1, size.dim()))
     high = size.amax(dims)
@@ -129,7 +129,7 @@ def _shrink_l1(size, room, eps):
 
 
 def random_point(x, eps, norm, generators):
-    """A perturbation drawn evenly from the ball for every image; the box is not looked at.
+    """A perturbation drawn uniformly from the ball for every image; the box is ignored.
 
     x (N, ...) -> (N, ...); generators: one CPU torch.Generator per image.
     """
@@ -150,7 +150,7 @@ def _even_l2(shape, generator):
 
 
 def _even_l1(shape, generator):
-    """Signed shares of exponential variables are even on the simplex; one more fills the ball."""
+    """Shares of exponential variables are uniform on the simplex; one more fills the ball."""
     sign = 2.0 * torch.randint(2, shape, generator=generator) - 1
     share = torch.empty(sign.numel() + 1).exponential_(generator=generator)
     return sign * (share[:-1] / share.sum()).view(shape)

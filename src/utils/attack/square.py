@@ -11,24 +11,23 @@ import math
 
 import torch
 
-from utils.attacking import Tally, ascend, attack, choose, draws_of, measure, own_generators
-from utils.balls import TINY, column, nearest, unit
-from utils.run import UserError
+from utils.attack.balls import TINY, column, nearest, unit
+from utils.attack.core import Tally, ascend, attack, draws_of, measure, one_of, own_generators
+from utils.errors import UserError
 
 
 @attack
 @torch.no_grad()
 def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, targeted=False,
            generator=None, report=None):
-    """Square attack: a random square of the image is changed and kept if the margin grows.
+    """Square attack: changes a random square of the image and keeps it if the margin grows.
 
-    Untargeted as published; targeted too the margin is climbed, to the target (there: the loss).
-
-    x (N, C, H, W); p: share of the image that the first squares cover, shrinking as published
+    x (N, C, H, W); p: share of the image that the first squares cover, which shrinks as published
     (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch at once. The
-    look at the clean images is not counted as a query.
+    forward pass of the clean images is not counted as a query. Unlike the authors' code, which
+    climbs cross-entropy if targeted, it always climbs the margin.
     """
-    choose("norm", norm, ("linf", "l2"))
+    one_of("norm", norm, ("linf", "l2"))
     if x.dim() != 4:
         raise UserError(f"square works on images (N, C, H, W); given {tuple(x.shape)}")
     tally, own = Tally(x), own_generators(generator, len(x))
@@ -50,7 +49,7 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
 
 
 def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
-    """One start: images (n, C, H, W), margins (n,), who is fooled (n,)."""
+    """From one start: images (n, C, H, W), margins (n,), which of them are fooled (n,)."""
     first, change = (_stripes, _flip) if norm == "linf" else (_tiles, _move)
     best = first(x, eps, own)
     drawn = torch.stack([torch.rand((queries, 5 + x.shape[1]), generator=g) for g in own]).to(x)
@@ -96,7 +95,7 @@ def _side(x, p, least):
 
 
 def _window(u, x, s):
-    """Rows (n, s) and columns (n, s) of a window of side s for every image; u (n, 2) in [0, 1)."""
+    """Rows (n, s) and columns (n, s) of one window of side s per image; u (n, 2) in [0, 1)."""
     room = torch.tensor([x.shape[2] - s + 1, x.shape[3] - s + 1], device=x.device)
     corner = (u * room).long().minimum(room - 1)
     inside = corner[:, :, None] + torch.arange(s, device=x.device)
@@ -104,7 +103,7 @@ def _window(u, x, s):
 
 
 def _flip(best, x, eps, p, u):
-    """Linf: in one square, +eps or -eps for every channel."""
+    """Linf: +eps or -eps for each channel of one square."""
     rows, cols = _window(u[:, :2], x, _side(x, p, 1))
     sign = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).to(x)  # (n, C)
     n = torch.arange(len(x), device=x.device)[:, None, None]
@@ -116,7 +115,7 @@ def _flip(best, x, eps, p, u):
 
 
 def _bump(h, w, x):
-    """Eq. 2 of the paper: a pyramid that falls off as 1 / k^2 summed from the middle, norm 1."""
+    """Eq. 2 of the paper: a pyramid of sums of 1 / k^2, highest in the middle, norm 1."""
     r = (torch.arange(h, device=x.device) - h // 2).abs()[:, None]
     c = (torch.arange(w, device=x.device) - w // 2).abs()[None]
     k = torch.arange(1, max(h // 2, w // 2) + 2, device=x.device, dtype=x.dtype)
@@ -126,7 +125,7 @@ def _bump(h, w, x):
 
 
 def _pair(s, x):
-    """A bump and its negative one above the other: (s, s) of norm 1."""
+    """A bump above its negative: (s, s) of norm 1."""
     pair = torch.cat([_bump(s // 2, s, x), -_bump(s - s // 2, s, x)])
     return pair / pair.norm().clamp_min(TINY)
 
@@ -149,7 +148,8 @@ def _tiles(x, eps, own):
 
 
 def _move(best, x, eps, p, u):
-    """L2: the mass of a second window goes to the first, where a pair is added. Alg. 3."""
+    """L2, Alg. 3: a pair is added in one window, with the mass of that window and of a second one.
+    """
     s = _side(x, p, 3)
     if s % 2 == 0:
         s += 1 if s < min(x.shape[2:]) else -1

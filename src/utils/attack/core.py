@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.balls import norm_of
-from utils.run import UserError
+from utils.attack.balls import norm_of
+from utils.errors import UserError
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
 COUNTS = ("steps", "binary_steps", "restarts", "targets", "queries")         # whole, at least 1
 
+
 def attack(function):
-    """Checks what goes in; eval mode and gradients on while it runs, all as before when it ends."""
+    """Checks the input; eval mode and gradients on while the attack runs, then all as before."""
     @functools.wraps(function)
     def wrapped(model, x, y, *args, **options):
         _check(x, y, options)
@@ -66,21 +67,21 @@ def _check(x, y, options):
         raise UserError(f"eps={options['eps']} in linf, but pixels live in [0, 1]; type eps=8/255")
 
 
-def choose(name, value, choices):
+def one_of(name, value, choices):
     if value not in choices:
         raise UserError(f"{name}={value!r}; wanted one of {', '.join(map(repr, choices))}")
     return value
 
 
 def own_generators(generator, n):
-    """One CPU generator per image, seeded by one draw each: nobody's numbers depend on the others'.
+    """One CPU generator per image, each seeded by one draw: no image's numbers depend on another.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != n:
             raise UserError(f"{len(generator)} generators for {n} images; wanted one per image")
         if not all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator):
-            raise UserError("the list of generators holds something else than CPU generators; "
-                            "wanted torch.Generator() for every image")
+            raise UserError("the list of generators holds something other than CPU generators; "
+                            "wanted one torch.Generator() per image")
         return list(generator)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -91,26 +92,34 @@ def own_generators(generator, n):
 
 
 class Tally:
-    """What a report says of a batch of n images."""
+    """What the report says about a batch of images."""
 
     def __init__(self, x):
         self.seen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.nonzero = self.seen.clone()
         self.gradients = self.queries = 0
+        self.losses = []
+
+    def follow(self, value):
+        """Notes the losses (n,) of a step; the report has them if all images took all steps."""
+        self.losses.append(value)
 
     def fill(self, report):
-        if report is not None:
-            report.update(zero_gradient=self.seen & ~self.nonzero, gradients=self.gradients,
-                          queries=self.queries)
+        if report is None:
+            return
+        report.update(zero_gradient=self.seen & ~self.nonzero, gradients=self.gradients,
+                      queries=self.queries)
+        if self.losses and all(len(value) == len(self.seen) for value in self.losses):
+            report["losses"] = self.losses
 
 
-# ------------------------------------------------------------------- attackers who know the defence
+# ------------------------------------------------------------------- for adaptive attackers
 
-class bpda(nn.Module):  # noqa: N801  # reads as what it is: bpda(layer)
-    """`layer` forward, another function backward: the identity, or one with its own gradient.
+class bpda(nn.Module):  # noqa: N801  # lower case because it is used like a function
+    """`layer` in the forward pass, another function in the backward pass, None: the identity.
 
     backward: a differentiable stand-in for the layer; its Jacobian at x is used. The layer's own
-    weights get no gradient. UserError where the stand-in does not make the layer's shape.
+    weights get no gradient. UserError if the stand-in's output has another shape than the layer's.
     """
 
     def __init__(self, layer, backward=None):
@@ -124,10 +133,11 @@ class bpda(nn.Module):  # noqa: N801  # reads as what it is: bpda(layer)
 class _StandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, backward):
-        out = layer(x.clone())  # of a copy: it may work in place
+        out = layer(x.clone())  # a copy: the layer may work in place
         if backward is None and out.shape != x.shape:
-            raise UserError(f"bpda: the layer makes {tuple(out.shape)} of {tuple(x.shape)}, so the "
-                            "identity cannot be its gradient; type bpda(layer, backward=function)")
+            raise UserError(f"bpda: the layer turns {tuple(x.shape)} into {tuple(out.shape)}, so "
+                            "the identity cannot stand in for its backward pass; type bpda(layer, "
+                            "backward=function)")
         ctx.save_for_backward(x)
         ctx.stand_in = backward
         return out
@@ -140,17 +150,17 @@ class _StandIn(torch.autograd.Function):
             x = ctx.saved_tensors[0].detach().requires_grad_()
             out = ctx.stand_in(x)
             if out.shape != g.shape:
-                raise UserError(f"bpda: the layer makes {tuple(g.shape)}, its stand-in "
+                raise UserError(f"bpda: the layer gives {tuple(g.shape)}, its stand-in "
                                 f"{tuple(out.shape)}; wanted the same shape")
             return torch.autograd.grad(out, x, g)[0], None, None
 
 
-class eot(nn.Module):  # noqa: N801  # reads as what it is: eot(model, 20)
+class eot(nn.Module):  # noqa: N801  # lower case because it is used like a function
     """Expectation over transformation: a random model whose gradient the attacks average.
 
     One call is one draw of the model. The attacks average logits, losses and gradients over
-    `draws` of them, also where this module is a part of another; the mean logits tell who is
-    fooled. What is random must be drawn at every call, from a generator of the model's own.
+    `draws` calls, also if this module is part of another; the mean logits decide which images are
+    fooled. The model must draw anew at every call, from a generator of its own.
     """
 
     def __init__(self, model, draws):
@@ -164,7 +174,7 @@ class eot(nn.Module):  # noqa: N801  # reads as what it is: eot(model, 20)
 
 
 def draws_of(model):
-    """How many calls make one look at the model: the product over the eots in it."""
+    """How many forward passes the attacks average over: the product over the eots in the model."""
     parts = model.modules() if isinstance(model, nn.Module) else ()
     return math.prod(part.draws for part in parts if isinstance(part, eot))
 
@@ -176,13 +186,13 @@ def cross_entropy(logits, y):
 
 
 def margin(logits, y):
-    """max_{j != y} z_j - z_y (N,): positive where fooled."""
+    """max_{j != y} z_j - z_y (N,): positive if the image is misclassified."""
     label = logits.gather(1, y[:, None])
     return (logits.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True) - label)[:, 0]
 
 
 def dlr(logits, y):
-    """Difference of logits ratio: the margin in units of z_1 - z_3, so scale does not matter."""
+    """Difference of logits ratio: the margin over z_1 - z_3, so that scale does not matter."""
     top = _top(logits, 3)
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -200,7 +210,7 @@ def _top(logits, k):
 
 
 def dlr_towards(target):
-    """Targeted DLR, to leave y: (z_target - z_y) / (z_1 - (z_3 + z_4) / 2)."""
+    """Targeted DLR, from y to the target: (z_target - z_y) / (z_1 - (z_3 + z_4) / 2)."""
     def loss(logits, y):
         gain = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
         return gain / _targeted_scale(logits)
@@ -212,8 +222,8 @@ LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 def ascend(loss, targeted):
     """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,)."""
-    function = loss if callable(loss) else LOSSES[choose("loss", loss, LOSSES)]
-    if targeted and loss == "dlr":  # not in the papers: their ratio is constant for the third
+    function = loss if callable(loss) else LOSSES[one_of("loss", loss, LOSSES)]
+    if targeted and loss == "dlr":  # unlike the papers: their ratio is constant for the third
         return lambda logits, y: -margin(logits, y) / _targeted_scale(logits)
     return (lambda logits, y: -function(logits, y)) if targeted else function
 
@@ -223,16 +233,16 @@ def is_fooled(logits, y, targeted):
 
 
 def forward(model, x, y):
-    """Logits (n, K) in x's dtype; UserError where they are not finite or the labels do not fit."""
+    """Logits (n, K) in x's dtype; UserError if they are not finite or the labels do not fit."""
     version = x._version
     logits = model(x).to(x.dtype)
     if x._version != version:
-        raise UserError("the model changes its input in place, and so the attacked image; type "
+        raise UserError("the model changes its input, the attacked image, in place; type "
                         "inplace=False in its first layer")
     if logits.dim() != 2 or len(logits) != len(x):
         raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
     fits = (y >= 0).all() & (y < logits.shape[1]).all()
-    if not bool(fits & logits.isfinite().all()):  # one wait for a GPU, not three
+    if not bool(fits & logits.isfinite().all()):  # waits for a GPU once, not three times
         raise UserError(
             "the model's logits are not finite: broken weights, or an overflow in half precision; "
             "run it in float32" if bool(fits) else f"labels go from {int(y.min())} to "
@@ -252,7 +262,7 @@ def per_image(loss, logits, y):
 def gradient(model, x, y, loss, tally, index):
     """Logits (n, K), losses (n,) and their gradients at x (n, ...), averaged over an eot's draws.
 
-    index: which images of the batch that the tally knows these are.
+    index: the positions of these images in the batch that the tally counts.
     """
     draws, total = draws_of(model), None
     for _ in range(draws):
@@ -261,7 +271,7 @@ def gradient(model, x, y, loss, tally, index):
         value = per_image(loss, logits, y)
         if not value.requires_grad:
             raise UserError("the model has no gradient: no path leads from its logits back to the "
-                            "pixels; put bpda(layer) in place of the layer that breaks it")
+                            "pixels; put bpda(layer) in place of the layer that interrupts it")
         g, = torch.autograd.grad(value.sum(), x)
         one = (logits.detach(), value.detach(), g)
         total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
@@ -270,9 +280,9 @@ def gradient(model, x, y, loss, tally, index):
     if not bool(peak.isfinite().all()):
         raise UserError(
             f"the model's gradient is NaN or infinite for {int((~peak.isfinite()).sum())} of "
-            f"{len(x)} images though its logits are finite: a layer without a finite slope (a root "
-            "or a logarithm at 0, a concealed gradient, an overflow in half precision); put "
-            "bpda(layer) in its place, or run in float32")
+            f"{len(x)} images although its logits are finite: a layer without a finite derivative "
+            "(a root or a logarithm at 0, a concealed gradient, an overflow in half precision); "
+            "put bpda(layer) in its place, or run in float32")
     tally.seen[index] = True
     tally.nonzero[index] |= peak > 0
     tally.gradients += draws * len(x)
@@ -281,7 +291,7 @@ def gradient(model, x, y, loss, tally, index):
 
 @torch.no_grad()
 def measure(model, x, y, loss, targeted):
-    """Losses and who is fooled, (n,) each, of final images."""
+    """Losses of final images, and which of them are fooled, (n,) each."""
     draws, value, mean = draws_of(model), 0, 0
     for _ in range(draws):
         logits = forward(model, x, y)

@@ -1,0 +1,282 @@
+"""Networks in one table: accuracy, accuracy under attack, corruptions, universal perturbations.
+
+    --attacks    column           attack within Linf eps
+    fgsm         FGSM             one signed step                         arXiv:1412.6572
+    pgd20        PGD-20           steps of eps / 4 from a random start    arXiv:1706.06083
+    pgd50x10     PGD-50-10        the same, from ten random starts
+    cw50         CW-50            the same on C&W's margin, one start     arXiv:1608.04644
+    strongest    APGD + Square    Auto-PGD on two losses, then Square     arXiv:2003.01690
+
+    python eval_net.py                                                   # digits, offline
+    python eval_net.py --runs runs/free/natural runs/free/free8 --save runs/free
+    python eval_net.py --runs runs/challenge/stage1 --attacks none --corruptions
+    python eval_net.py --data_dir /data/imagenet/val --model_name resnet50 vit_b_16 --num_images 500
+
+--runs takes what free_at.py, train_gcm.py and fgsm_mnist.py left: data, radius and defence are
+those of NAME.json. A network behind a defence is measured behind it and attacked by the adaptive
+attacker. Every cell is saved when it is done; the same command continues where it was stopped.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import attacks
+from utils import data, finished, measure, models, uaps
+from utils.augment import OPS
+from utils.cli import Parser, at_least, names, radius, run_script
+from utils.defenses import adaptive, defend, describe, is_random
+from utils.errors import UserError
+from utils.report_nets import headline, save_tables
+from utils.run import RunFolder, make_generator, provenance, resolve_device, save_json, settled
+
+ATTACKS = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest")
+AUGMENTED = 100  # images that are augmented at once: their random numbers depend on it
+
+
+# ---------------------------------------------------------------- what is measured
+
+def linf_attacks(eps, queries, classes=10, random=False):
+    """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random."""
+    steps = partial(attacks.pgd, eps=eps, alpha=eps / 4, stop_early=not random)
+    parts = {"apgd_ce": partial(attacks.apgd, eps=eps)}
+    if classes > 2:  # the targeted DLR loss needs four classes, the plain one three
+        loss = "dlr_targeted" if classes > 3 else "dlr"
+        parts["apgd_dlr"] = partial(attacks.apgd, eps=eps, loss=loss)
+    parts["square"] = partial(attacks.square, eps=eps, queries=queries)
+    runs = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
+            "PGD-50-10": partial(steps, steps=50, restarts=10),
+            "CW-50": partial(steps, steps=50, loss="margin"),
+            f"APGD + Square {queries}": partial(attacks.worst_case, attacks=parts)}
+    return {name: measure.Attack(title, "linf", eps, run)
+            for name, (title, run) in zip(ATTACKS, runs.items(), strict=True)}
+
+
+@torch.no_grad()
+def accuracy_cell(model, images, operations, *, generator, batch_size, device, workers):
+    """How many images are classified correctly: clean, and under each of {name: operation}."""
+    right, n = dict.fromkeys(("clean", *operations), 0), 0
+    with tqdm(total=len(images), desc="accuracy", unit="img", leave=False, disable=None) as bar:
+        for index, x in data.batches(images, batch_size, workers=workers, skipped=[]):
+            x, y = data.to_float(x.to(device)), images.labels[index].to(device)
+            for name in right:
+                z = x if name == "clean" else operations[name](x, generator=generator)
+                right[name] += int((model(z).argmax(1) == y).sum())
+            n += len(y)
+            bar.update(len(y))
+    return {"n": n, "right": right}
+
+
+def fooling_cell(model, images, delta, device):
+    """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
+    before, after = (measure.predictions([model], images.pixels, device, delta=d)
+                     for d in (None, delta))
+    return {"n": len(images), "fooled": int((after != before).sum())}
+
+
+# -------------------------------------------------------------------- the networks
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """A network in memory. facts: NAME.json of its run in `folder`; {} and None without a run."""
+    name: str
+    target: models.Target
+    model: nn.Module
+    classes: int
+    eps: float
+    facts: dict
+    folder: Path
+
+    @property
+    def defense(self):
+        return self.facts.get("defense", "none")
+
+    def behind(self, generator):
+        """The network behind its defence, which draws from the generator."""
+        return defend(self.model, self.defense, size=self.target.size, low=self.facts.get("low"),
+                      generator=generator).eval()
+
+    def draws(self, s):
+        return s.draws if is_random(self.defense) else 1
+
+    def described(self, s):
+        """What its cells stand on."""
+        front = describe(self.defense, size=self.target.size, low=self.facts.get("low"))
+        return f"{self.target.name} ({self.target.described}) behind {front}, {self.draws(s)} draws"
+
+    def clean_cell(self, images, s):
+        """The cell of no attack at all: in how many forward passes each image is right."""
+        before = measure.times_right_on(
+            self.behind(make_generator(s.seed)), images, draws=self.draws(s),
+            batch_size=s.batch_size, device=s.device).tolist()
+        return {"n": len(images), "draws": self.draws(s), "before": before, "after": before}
+
+    def attack_cell(self, attack, images, before, s):
+        """The cell of one attack by the adaptive attacker, measured behind the defence."""
+        generator = make_generator(s.seed)  # one for the attack and the defence
+        model = self.behind(generator)
+        return measure.run_cell(
+            attack, adaptive(model, s.draws), model, images, torch.tensor(before),
+            draws=self.draws(s), batch_size=s.batch_size, generator=generator, device=s.device,
+            desc=f"{self.name} {attack.title}")
+
+
+def missing_cells(net, images, in_memory, perturbations, done, s):
+    """Yields (key, cell) of what is not yet in {key: cell} `done`, where the caller puts it.
+
+    images: names only; in_memory(size): the same with their pixels.
+    """
+    own, size = f"{net.name} | ", net.target.size
+    if s.attacks and own + "clean" not in done:
+        yield own + "clean", net.clean_cell(in_memory(size), s)
+    every = linf_attacks(net.eps, s.queries, net.classes, is_random(net.defense))
+    for attack in (every[name] for name in s.attacks):
+        if own + attack.title not in done:
+            yield own + attack.title, net.attack_cell(attack, in_memory(size),
+                                                      done[own + "clean"]["before"], s)
+    key = own + ("corruptions" if s.corruptions else "accuracy")
+    if key not in done and (s.corruptions or not s.attacks):
+        shown = in_memory(size) if s.attacks or perturbations else images.prepared(size, None)
+        yield key, accuracy_cell(
+            net.behind(make_generator(s.seed)), shown, OPS if s.corruptions else {},
+            generator=make_generator(s.seed), batch_size=min(s.batch_size, AUGMENTED),
+            device=s.device, workers=s.workers)
+    for uap in perturbations:
+        if own + f"uap {uap.name}" not in done:
+            yield own + f"uap {uap.name}", fooling_cell(net.behind(make_generator(s.seed)),
+                                                        in_memory(size), uap.delta, s.device)
+
+
+def named_networks(s):
+    """[(name, network's name, weights, NAME.json, folder)] of --runs, or of networks by name."""
+    if s.runs:
+        return [(name, facts["model_name"], str(path), facts, path.parent)
+                for name, path, facts in finished.read_runs(s.runs)]
+    images = data.open_images(s.data_dir, split="test", data_root=s.data_root)
+    found = []
+    for target in models.targets_of(s.model_name, s.weights or [["V1"]],
+                                    data.PRESETS[images.kind].targets, images):
+        path = models.weights_path(target.name, target.weights)
+        facts = models.trained(path) if path else {}
+        facts = finished.checked(facts, path) if "hold_out" in facts else {}
+        found.append((target.name, target.name, target.weights, facts, None))
+    return found
+
+
+def open_all(s):
+    """-> [Tested], the test images of all (names only), what a reader must know of these."""
+    opened, networks = {}, []
+    for name, model_name, weights, facts, folder in named_networks(s):
+        data_dir = s.data_dir or facts["data_dir"]
+        key = str([data_dir, *map(facts.get, ("kind", "hold_out", "given_images", "classes"))])
+        images, note = opened[key] = opened.get(key) or finished.test_images(
+            facts, data_dir, s.data_root, s.num_images)
+        first = next(iter(opened.values()))[0]
+        if (images.kind, images.sha256()) != (first.kind, first.sha256()):
+            raise UserError(f"{name} is tested on {len(images)} {images.kind} images, "
+                            f"{networks[0].name} on {len(first)} other {first.kind} images; wanted "
+                            "networks tested on the same images")
+        target, = models.targets_of([[model_name]], [[weights]], None, images)
+        model = target.load(images, data_dir=data_dir, data_root=s.data_root, device=s.device)
+        model = model.to(memory_format=torch.channels_last)  # the faster on photographs
+        zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
+        facts = facts if folder else {}
+        tested = Tested(name, target, model, model(zero).shape[1],
+                        s.eps or finished.linf_radius(facts, images.kind), facts, folder)
+        tested.behind(make_generator(s.seed))  # says now if the defence cannot be built
+        networks.append(tested)
+    return networks, images, note
+
+
+def open_uaps(networks, images, s):
+    """The perturbations of --uaps; UserError if one cannot be added to the images."""
+    found = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
+    for net in networks:
+        shape = (images.channels, net.target.size, net.target.size)
+        for uap in found:
+            if tuple(uap.delta.shape) != shape:
+                raise UserError(f"--uaps {uap.path}: of shape {tuple(uap.delta.shape)}; wanted "
+                                f"{shape}, as {net.name} takes images")
+    if found and any(is_random(net.defense) for net in networks):
+        chance = uaps.Uap("none (changed by chance)", Path(), torch.zeros_like(found[0].delta))
+        found.insert(0, chance)
+    return found
+
+
+# ---------------------------------------------------------------------- a run
+
+def get_args():
+    parser = Parser("Measure networks, several in one table: accuracy, attacks, corruptions, "
+                    "universal perturbations.")
+    add = parser.add_argument
+    parser.shared("data_dir", "data_root", "num_images", data_dir={
+        "default": None, "help": "data set by name, or folder of class folders; None: what the "
+        "--runs were trained on, else digits"})
+    add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files that "
+        "free_at.py, train_gcm.py or fgsm_mnist.py left")
+    add("--model_name", type=names, nargs="+", help="networks by name instead; None: the data "
+        "set's preset")
+    parser.shared("weights", weights={"default": None})
+    add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(ATTACKS),
+        help="columns of the table")
+    add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: that of the runs' "
+        "training, for other networks 8/255, on digits and mnist 0.2")
+    parser.shared("queries")
+    add("--draws", type=at_least(1), default=10, help="of a random defence: forward passes that "
+        "the adaptive attacker averages, and in which each image is classified afterwards")
+    add("--corruptions", action="store_true", help="also accuracy under every operation of "
+        "utils/augment.py")
+    add("--uaps", nargs="+", help="also fooling ratios of these universal perturbations: files, "
+        "or folders that hold some")
+    parser.shared("batch_size", "seed", "device", "workers", batch_size={"default": 250})
+    add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
+    return parser.parse_args()
+
+
+def settle(args):
+    """The flags, filled in. UserError: flags that contradict each other."""
+    if args.runs and (args.model_name or args.weights):
+        raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
+                        "name alone")
+    if "none" in args.attacks and len(set(args.attacks)) > 1:
+        raise UserError(f"--attacks {' '.join(args.attacks)}: type none alone, or leave it out")
+    return settled(args, device=resolve_device(args.device),
+                   attacks=[name for name in ATTACKS if name in args.attacks],
+                   data_dir=args.data_dir or (None if args.runs else "digits"))
+
+
+def main(args):
+    s = settle(args)
+    networks, images, note = open_all(s)
+    other = next((net for net in networks if net.eps != networks[0].eps), None)
+    if s.attacks and other:
+        raise UserError(f"{networks[0].name} has Linf eps {networks[0].eps:.4g}, {other.name} "
+                        f"{other.eps:.4g}; type --eps to attack them at one radius")
+    perturbations, folder = open_uaps(networks, images, s), RunFolder(s.save)
+    images, run = images.prepared(images.size, s.num_images), provenance(s.device)
+    wanted = {
+        "data": str(s.data_dir or networks[0].facts["data_dir"]), "n": len(images),
+        "images_sha256": images.sha256(), "note": note, "seed": s.seed, "batch_size": s.batch_size,
+        "device": run["device"], "torch": run["torch"],
+        **({"eps": networks[0].eps} if s.attacks else {}),
+        **{f"network {net.name}": net.described(s) for net in networks},
+        **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
+    settings, done = folder.load_cells(wanted)
+    in_memory = cache(lambda size: data.load(images.prepared(size, None), workers=s.workers))
+    for net in networks:
+        for key, cell in missing_cells(net, images, in_memory, perturbations, done, s):
+            done[key] = cell | {"commit": run["commit"]}
+            save_json(folder / "results.json", {"settings": settings, "cells": done})
+            tqdm.write(f"{key}: {headline(cell)}")
+    every = linf_attacks(networks[0].eps, s.queries)
+    titles = [every[name].title for name in s.attacks]
+    text = save_tables(folder, networks, titles, wanted, done, s)
+    print("\n" + text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(get_args, main)

@@ -1,0 +1,190 @@
+"""Auto-PGD: projected gradient ascent without a step size to choose (Croce and Hein).
+
+    paper                                      here
+    2003.01690, Alg. 1, lines 7-8              _step
+    conditions 1 and 2: halve the step         _adapt
+    2103.01208: sparsity and step in L1        _adapt_l1
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from utils.attack.balls import NORMS, column, nearest, random_point, sparse_sign, unit
+from utils.attack.core import (
+    Tally,
+    ascend,
+    attack,
+    dlr_towards,
+    forward,
+    gradient,
+    is_fooled,
+    margin,
+    measure,
+    one_of,
+    own_generators,
+)
+
+
+@attack
+def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, targets=9, rho=0.75,
+         targeted=False, generator=None, report=None):
+    """Auto-PGD: where progress stalls, halves its step and continues from the best point so far.
+
+    loss: 'ce', 'dlr', or 'dlr_targeted', which runs once towards each of the `targets` likeliest
+    wrong classes. norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208 (at
+    eps alone, without the larger radii that AutoAttack tries first, and so somewhat weaker).
+    Fooled images leave the batch; images that are misclassified at first are not changed.
+    """
+    one_of("norm", norm, NORMS)
+    one_of("loss", loss, ("ce", "dlr", "dlr_targeted"))
+    tally, own = Tally(x), own_generators(generator, len(x))
+    result, alive = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
+    if len(x):
+        climbed, goals = _loss(model, x, y, loss, targets, targeted)
+        alive = ~measure(model, x, y, margin, targeted)[1]
+    for goal in (goals * restarts if len(x) else []):
+        who = alive.nonzero()[:, 0]
+        if not len(who):
+            break
+        end, reached, fooled = _run(
+            model, x[who], y[who], goal[who], [own[i] for i in who.tolist()], eps=eps, norm=norm,
+            steps=steps, loss=climbed, rho=rho, targeted=targeted, tally=tally, who=who)
+        better = fooled | (reached > value[who])
+        result[who[better]], value[who[better]] = end[better], reached[better]
+        alive[who[fooled]] = False
+    tally.fill(report)
+    return result
+
+
+def _loss(model, x, y, loss, targets, targeted):
+    """loss(logits, y, goal) to climb, and [goal (N,)]: the classes of one run after the other."""
+    if loss != "dlr_targeted":
+        plain = ascend(loss, targeted)
+        return (lambda logits, y, goal: plain(logits, y)), [y]
+    with torch.no_grad():
+        logits = forward(model, x, y)
+    if targeted:  # y is the goal, and the model's own prediction is the label to leave
+        return (lambda logits, y, goal: dlr_towards(y)(logits, goal)), [logits.argmax(1)]
+    ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+    return (lambda logits, y, goal: dlr_towards(goal)(logits, y),
+            list(ranked[:, :min(targets, logits.shape[1] - 1)].unbind(1)))
+
+
+@dataclass
+class _State:
+    """Where one run stands, a row for each image that is not fooled yet."""
+    row: torch.Tensor        # which image of the run, int64
+    x: torch.Tensor          # (n, ...) the clean image
+    y: torch.Tensor
+    goal: torch.Tensor       # class to run towards
+    at: torch.Tensor         # (n, ...) this point
+    g: torch.Tensor          # (n, ...) its gradient
+    before: torch.Tensor     # (n, ...) the last point
+    best: torch.Tensor       # (n, ...) the best point so far
+    best_g: torch.Tensor     # (n, ...) its gradient
+    best_f: torch.Tensor     # its loss
+    last_f: torch.Tensor     # loss of the last point
+    checked_f: torch.Tensor  # best loss at the last checkpoint
+    gains: torch.Tensor      # steps since then that raised the loss
+    size: torch.Tensor       # step size
+    halved: torch.Tensor     # whether it was halved at the last checkpoint
+    width: torch.Tensor      # L1: share of the entries that a step moves
+    moved: torch.Tensor      # L1: how many entries the best point had moved at the last checkpoint
+
+    def select(self, left):
+        """The rows `left` of everything."""
+        return _State(**{name: part[left] for name, part in vars(self).items()})
+
+
+def _start(x, y, goal, start, eps, norm):
+    """The state at the random start."""
+    value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
+    nothing = torch.zeros_like(x)
+    return _State(
+        row=torch.arange(len(x), device=x.device), x=x, y=y, goal=goal, at=start, g=nothing,
+        before=start, best=start, best_g=nothing, best_f=value, last_f=value, checked_f=value,
+        gains=torch.full_like(value, -1),  # the start, above -inf, is no gain
+        size=torch.full_like(value, eps if norm == "l1" else 2 * eps),
+        halved=torch.ones(len(x), dtype=torch.bool, device=x.device),
+        width=torch.full_like(value, 0.2), moved=torch.full_like(value, x[0].numel()))
+
+
+def _run(model, x, y, goal, own, *, eps, norm, steps, loss, rho, targeted, tally, who):
+    """From one random point: images (n, ...), their losses (n,), which of them are fooled (n,)."""
+    end, value = x.clone(), torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
+    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    # unlike the authors' code, which starts on the sphere: evenly in the ball, in the box
+    start = nearest(x + random_point(x, eps, norm, own), x, eps, norm)
+    s = _start(x, y, goal, start, eps, norm)
+    checkpoints = _checkpoints(steps, norm)
+    for t in range(steps + 1):
+        logits, f, s.g = gradient(model, s.at, s.y,
+                                  lambda logits, y, goal=s.goal: loss(logits, y, goal),
+                                  tally, who[s.row])
+        hit, climbed = is_fooled(logits, s.y, targeted), f > s.best_f
+        s.best = torch.where(column(climbed, x), s.at, s.best)
+        s.best_g = torch.where(column(climbed, x), s.g, s.best_g)
+        s.best_f, s.gains, s.last_f = torch.maximum(f, s.best_f), s.gains + (f > s.last_f), f
+        fooled[s.row], value[s.row] = hit, s.best_f
+        end[s.row] = torch.where(column(hit, x), s.at, s.best)
+        if bool(hit.any()):
+            s = s.select((~hit).nonzero()[:, 0])
+        if t == steps or not len(s.row):
+            break
+        if t in checkpoints:
+            (_adapt_l1 if norm == "l1" else _adapt)(s, eps, rho * checkpoints[t])
+        s.at, s.before = _step(s, eps, norm, 0.75 if t else 1.0), s.at
+    return end, value, fooled
+
+
+def _checkpoints(steps, norm):
+    """Step -> length of the window that ends there. 2003.01690, Sec. 3; for L1 every 4 %."""
+    if norm == "l1":
+        length = max(int(0.04 * steps), 1)
+        return dict.fromkeys(range(length, steps, length), length)
+    length, at, found = max(int(0.22 * steps), 1), 0, {}
+    while at + length < steps:
+        at += length
+        found[at] = length
+        length = max(length - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+    return found
+
+
+def _adapt(s, eps, wanted):
+    """Halves the step where too few steps raised the loss (condition 1), or where the last
+    checkpoint did not halve it and the best loss has not risen since (condition 2).
+    """
+    # both <= as in the authors' code; the first step from the best point is compared with it
+    stalled = (s.gains <= wanted) | (~s.halved & (s.best_f <= s.checked_f))
+    s.halved, s.checked_f = stalled, s.best_f
+    s.gains = torch.zeros_like(s.gains)
+    s.size = torch.where(stalled, s.size / 2, s.size)
+    s.at = torch.where(column(stalled, s.x), s.best, s.at)
+    s.g = torch.where(column(stalled, s.x), s.best_g, s.g)
+    s.last_f = torch.where(stalled, s.best_f, s.last_f)
+
+
+def _adapt_l1(s, eps, _):
+    """The next steps move 1 / 1.5 as many entries as the best point; where those have become fewer,
+    the step is long again, from the best point.
+    """
+    x = s.x
+    moved = (s.best != x).flatten(1).sum(1).to(s.moved)
+    shrinking = moved / s.moved.clamp_min(1) < 0.95
+    s.width, s.moved = moved / x[0].numel() / 1.5, moved
+    s.size = torch.where(shrinking, torch.full_like(s.size, eps),
+                         (s.size / 1.5).clamp_min(eps / 10))
+    s.at = torch.where(column(shrinking, x), s.best, s.at)
+    s.g = torch.where(column(shrinking, x), s.best_g, s.g)
+
+
+def _step(s, eps, norm, a):
+    """The next point: a step and, except in L1, momentum 1 - a. Alg. 1, lines 7-8."""
+    x, at, g, size = s.x, s.at, s.g, column(s.size, s.x)
+    if norm == "l1":
+        return nearest(at + size * sparse_sign(g, s.width), x, eps, norm)
+    z = nearest(at + size * (g.sign() if norm == "linf" else unit(g, "l2")), x, eps, norm)
+    return nearest(at + a * (z - at) + (1 - a) * (at - s.before), x, eps, norm)

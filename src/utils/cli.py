@@ -1,0 +1,117 @@
+"""Command lines: the flags that scripts share, types for flags, one-line errors, the entry point.
+
+    def get_args():
+        parser = Parser("What the script does.")
+        parser.shared("data_dir", "data_root")
+        parser.add_argument("--eps", type=radius, help="...")
+        return parser.parse_args()
+
+    if __name__ == "__main__":
+        run_script(get_args, main)
+"""
+
+import argparse
+import sys
+from fractions import Fraction
+
+import torch
+
+from utils.data import NAMED, default_workers
+from utils.defenses import DEFENSES
+from utils.errors import UserError
+
+
+def run_script(get_args, main):
+    """main(get_args()), where bad input or a full disk is one line on stderr and exit status 2."""
+    try:
+        main(get_args())
+    except UserError as error:
+        sys.exit(_complain(error))
+    except torch.OutOfMemoryError:
+        sys.exit(_complain("out of memory on the device; type a smaller --batch_size, --minibatch"))
+    except OSError as error:  # disk full, permission denied: what is on disk is whole
+        sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
+    except KeyboardInterrupt:
+        print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message):
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults, and reports a bad flag in one line instead of a usage page."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def shared(self, *flags, **changed):
+        """Adds flags of SHARED by name; changed: {flag: {option of add_argument: value}}."""
+        for flag in flags:
+            self.add_argument(f"--{flag}", **{**SHARED[flag], **changed.get(flag, {})})
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (all flags: --help)\n")
+
+
+# ----------------------------------------------------------------- types of flags
+
+def radius(text):
+    """argparse type: '10/255' or '0.3', as the paper prints it; pixels live in [0, 1]."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number: type a fraction such as 10/255, or 0.04") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is outside (0, 1]: pixels are on the [0, 1] scale, for 10 of 255 levels "
+            "type 10/255 (what the published SGA script calls alpha is eps)")
+    return value
+
+
+def at_least(low, kind=int, high=float("inf")):
+    """argparse type: a number from `low` to `high`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN is neither
+            most = "" if high == float("inf") else f", at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low}{most}")
+        return value
+    number.__name__ = kind.__name__  # argparse prints it when kind(text) fails
+    return number
+
+
+def names(text):
+    """argparse type: 'a,b' -> ['a', 'b']."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' names nothing: type a name, or several: a,b")
+    return found
+
+
+# -------------------------------------------------------------------- shared flags
+
+SHARED = {
+    "data_dir": {"default": "digits", "help": "folder of class folders, or " + ", ".join(NAMED)},
+    "data_root": {"default": "data", "help": "where named data sets are kept or downloaded to"},
+    "num_images": {"type": at_least(1), "help": "images, evenly over the classes; None: all"},
+    "weights": {"type": names, "nargs": "+", "default": [["V1"]],
+                "help": "V1, V2, random, a .pth state dict or a folder with NAME.pth; one for all "
+                        "networks, or one for each"},
+    "defense": {"choices": DEFENSES, "default": "none", "help": "layers in front of every network"},
+    "low": {"type": at_least(1), "help": "smallest side that resizepad draws, in pixels; None: 218 "
+                                         "of 224"},
+    "batch_size": {"type": at_least(1), "default": 50, "help": "images at a time"},
+    "queries": {"type": at_least(1), "default": 1000, "help": "queries of the Square attack"},
+    "seed": {"type": at_least(0, high=2 ** 62), "default": 0, "help": "fixes everything random"},
+    "device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto",
+               "help": "where to compute"},
+    "workers": {"type": at_least(0), "default": default_workers(),
+                "help": "processes that decode images"},
+    "resume": {"action": "store_true", "help": "continue the run in --save"},
+    "overwrite": {"action": "store_true", "help": "start again over the run in --save"},
+}

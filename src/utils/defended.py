@@ -1,0 +1,103 @@
+"""Networks with their images in memory, to be put behind defences and attacked."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from utils.audit import twin_differences
+from utils.data import PRESETS, Images, load, open_images, unseen
+from utils.defenses import defend, is_random
+from utils.errors import UserError
+from utils.measure import times_right_on
+from utils.models import targets_of, trained, weights_path
+from utils.precision import Fast
+from utils.run import make_generator
+
+
+@dataclass(eq=False)
+class Network:
+    """A network and its images; s: the run's settings. `fast` computes the attackers' gradients."""
+    name: str
+    model: nn.Module
+    images: Images
+    size: int
+    s: object
+    device: torch.device
+    before: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.model = self.model.to(memory_format=torch.channels_last)  # faster on photographs
+        self.fast = self.model
+        if self.s.amp != "off":
+            self.fast = Fast(self.model, self.s.amp, "channels_last")
+
+    def behind(self, defense, w, generator=None, fast=False):
+        """The network, or its fast copy, behind a defence that draws from the generator."""
+        return defend(self.fast if fast else self.model, defense, size=self.size, w=w,
+                      generator=generator or make_generator(self.s.seed), epsilon=self.s.epsilon,
+                      low=self.s.low)
+
+    def draws(self, defense):
+        """How many times each image is classified."""
+        return self.s.draws if is_random(defense) else 1
+
+    def right(self, defense, w):
+        """In how many of the draws the defended network is right about a clean image, (N,) int64.
+        """
+        if (defense, w) not in self.before:
+            self.before[defense, w] = times_right_on(
+                self.behind(defense, w), self.images, draws=self.draws(defense),
+                batch_size=self.s.batch_size, device=self.device)
+        return self.before[defense, w]
+
+    def differences(self, defense, w):
+        """What the defence changes in forward passes and gradients: of twin_differences."""
+        return twin_differences(self.behind(defense, w), self.model, self.images,
+                                self.s.batch_size, self.device)
+
+
+def open_targets(args, *, imagenet):
+    """[Target] of the flags, and the test images, names only; refuses what cannot work.
+
+    imagenet: the networks on ImageNet if --model_name names none. Networks of train_gcm.py are
+    attacked on images that they were not trained on.
+    """
+    images = open_images(args.data_dir, split="test", data_root=args.data_root)
+    preset = imagenet if images.kind == "imagenet" else PRESETS[images.kind].targets
+    targets = targets_of(args.model_name, args.weights, preset, images)
+    paths = [weights_path(target.name, target.weights) for target in targets]
+    ours = [facts for path in paths if path and "hold_out" in (facts := trained(path))]
+    if ours:
+        images, _ = unseen(args.data_dir, args.data_root, ours[0]["hold_out"],
+                           ours[0]["given_images"])
+    taught = [facts for facts in ours if facts["classes"] == list(images.classes)]
+    if not images.labelled and len(taught) < len(targets):
+        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks; "
+                        "wanted folders named by wnid, such as n01440764, or --weights that "
+                        "train_gcm.py trained on them")
+    if args.num_images and args.num_images > len(images):
+        raise UserError(f"--num_images {args.num_images}: {args.data_dir} has {len(images)}; type "
+                        f"--num_images {len(images)}, or leave it out")
+    for target in targets:
+        if args.low and args.low > target.size:
+            raise UserError(f"--low {args.low}: {target.name} takes {target.size} pixels; type "
+                            f"--low {target.size} or less")
+    defend(nn.Identity(), args.defense, size=images.size, w=args.w, epsilon=args.epsilon)
+    return targets, images
+
+
+def open_networks(s, images, device):
+    """{name: Network} of the run's targets; images are decoded once for every size."""
+    found, in_memory = {}, {}
+    for target in s.targets:
+        model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
+        if target.size not in in_memory:
+            in_memory[target.size] = load(images.prepared(target.size, s.num_images),
+                                          workers=s.workers)
+        found[target.name] = Network(target.name, model, in_memory[target.size], target.size, s,
+                                     device)
+        if not found[target.name].right("none", s.w).any():
+            raise UserError(f"{target.name} gets none of these images right: nothing to attack; "
+                            "type --weights of a trained network")
+    return found

@@ -1,0 +1,157 @@
+"""Networks that free_at.py, train_gcm.py and fgsm_mnist.py trained: finding them, what NAME.json
+says of them, and the images that they may be tested on.
+"""
+
+import math
+
+from utils.data import NAMED, PRESETS, open_images, unseen
+from utils.defenses import DEFENSES
+from utils.errors import UserError
+from utils.nets import HEADS
+from utils.run import load_json
+
+METHODS = ("natural", "free", "pgd", "fast")
+
+
+def _number(low, high=math.inf, kind=(int, float)):
+    return lambda value: (isinstance(value, kind) and not isinstance(value, bool)
+                          and low <= value <= high)  # NaN is neither
+
+
+def _one_of(names):
+    return lambda value: isinstance(value, str) and value in names
+
+
+def _or_none(valid):
+    return lambda value: value is None or valid(value)
+
+
+def _are_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+COUNT, PIXELS = _number(1, 2 ** 53, int), _number(1e-12, 1)
+VALID = {  # fact: whether its value can be used
+    "kind": _one_of(PRESETS), "model_name": _is_text, "data_dir": _is_text,
+    "seconds": _number(0, 1e12), "image_size": _number(1, 4096, int), "eps": PIXELS,
+    "alpha": _number(1e-12, 2), "alpha_fgs": PIXELS, "method": _one_of(METHODS), "replays": COUNT,
+    "steps": COUNT, "weight_steps": COUNT,
+    "stage": COUNT, "head": _one_of(HEADS), "classes": _are_texts, "defense": _one_of(DEFENSES),
+    "low": _or_none(COUNT), "augment": _are_texts, "w_fgsm": _number(0, 1e12),
+    "hold_out": _number(1e-3, 0.5), "given_images": _or_none(COUNT)}
+NEEDED = {  # the fact by which a script's run is known: what else it must say
+    "replays": ("method", "steps", "eps", "alpha", "weight_steps", "image_size"),
+    "hold_out": ("given_images", "classes", "head", "defense", "low", "image_size", "stage",
+                 "augment", "w_fgsm"),
+    "alpha_fgs": ()}
+
+
+# ---------------------------------------------------------------------- finding them
+
+def read_runs(paths):
+    """[(name, NAME.pth, facts)] of run folders or files, with names that tell them apart."""
+    files = list(dict.fromkeys(map(find_run, paths)))
+    facts = [read_facts(file) for file in files]
+    found = [name_of(one, file.parent) for file, one in zip(files, facts, strict=True)]
+    if len(set(found)) < len(found):
+        found = list(map(str, files))
+    return list(zip(found, files, facts, strict=True))
+
+
+def find_run(path):
+    """NAME.pth of the one run that `path` is or holds; fgsm_mnist.py has seeds in RUN/seedN."""
+    if not path.is_dir():
+        return path
+    for pattern in ("*.json", "seed*/*.json"):
+        found = [file.with_suffix(".pth") for file in sorted(path.glob(pattern))
+                 if file.with_suffix(".pth").is_file() and _of_network(file)]
+        if len(found) > 1:
+            raise UserError(f"--runs {path}: {len(found)} networks in it; name one of them: "
+                            + ", ".join(str(file.relative_to(path)) for file in found))
+        if found:
+            return found[0]
+    raise UserError(f"--runs {path}: no run there; wanted a folder that free_at.py, train_gcm.py "
+                    "or fgsm_mnist.py left, with NAME.pth and NAME.json in it")
+
+
+def _of_network(path):
+    """Whether these are facts of a network; those of a perturbation have a scale."""
+    facts = load_json(path)
+    return isinstance(facts, dict) and "scale" not in facts
+
+
+def read_facts(path):
+    """What NAME.json says of NAME.pth. UserError: one of them is missing, or it says nonsense."""
+    beside = path.with_suffix(".json")
+    if not path.is_file() or not beside.is_file():
+        raise UserError(f"--runs {path}: no such run; wanted a run folder, or NAME.pth with "
+                        f"{beside.name} next to it")
+    return checked(load_json(beside), beside)
+
+
+def checked(facts, path):
+    """The same facts. UserError unless they are those of a run, with values that can be used."""
+    facts = facts if isinstance(facts, dict) else {}
+    kind = next((key for key in NEEDED if key in facts), None)
+    if kind is None:
+        raise UserError(f"{path}: does not say how the network was trained; wanted what "
+                        "free_at.py, train_gcm.py or fgsm_mnist.py writes")
+    for key in ("kind", "model_name", "data_dir", "seconds", kind, *NEEDED[kind]):
+        if key not in facts or not VALID[key](facts[key]):
+            there = f"{key} is {str(facts[key])[:60]}" if key in facts else f"{key} is missing"
+            raise UserError(f"{path}: {there}; restore what the training wrote, or train again")
+    return facts
+
+
+def name_of(facts, folder):
+    """natural, free8, 'free8 (alpha 0.25 eps)', pgd, fast; of other runs the folder's name."""
+    if "replays" not in facts:
+        folder = folder.resolve()
+        seed = folder.name.removeprefix("seed").isdigit()
+        return f"{folder.parent.name}/{folder.name}" if seed else folder.name
+    if facts["method"] != "free":
+        return facts["method"]
+    part = facts["alpha"] / facts["eps"]
+    return f"free{facts['replays']}" + f" (alpha {part:.3g} eps)" * (part != 1)
+
+
+# ----------------------------------------------------------------- how they are tested
+
+def linf_radius(facts, kind):
+    """Linf radius of the network's training, else 8/255, on digits and MNIST the preset."""
+    preset = PRESETS[kind].eps if kind in ("digits", "mnist") else 8 / 255
+    return facts.get("eps", facts.get("alpha_fgs", preset))
+
+
+def test_images(facts, data_dir, data_root, num_images):
+    """-> the test images, names only; what a reader must know of them, or ''.
+
+    facts: {} for a network that is no run of ours; num_images is only checked. Where there is no
+    test split, a network of train_gcm.py gets the images that were held out of its training.
+    """
+    note = ""
+    if "hold_out" in facts:
+        images, held = unseen(data_dir, data_root, facts["hold_out"], facts["given_images"])
+        note = "held out of the training images, and the best epoch was chosen on them" * held
+    else:
+        images = open_images(data_dir, split="test", data_root=data_root)
+    if facts and "hold_out" not in facts and data_dir not in NAMED:
+        train = open_images(data_dir, split="train", data_root=data_root)
+        note = "there is no test split: the network was trained on them" * (
+            (train.root, train.names) == (images.root, images.names))
+    if images.kind != facts.get("kind", images.kind):
+        raise UserError(f"--data_dir {data_dir}: {images.kind} images; the network was trained on "
+                        f"{facts['kind']}")
+    taught = facts.get("classes", list(images.classes) if images.labelled else [])
+    if list(images.classes) != taught[:len(images.classes)]:
+        raise UserError(f"--data_dir {data_dir}: its {len(images.classes)} classes are not those "
+                        f"of the network ({len(taught) or 1000}); wanted the ones that it was "
+                        "trained on, for torchvision's networks folders such as n01440764")
+    if num_images and num_images > len(images):
+        raise UserError(f"--num_images {num_images}: {data_dir} has {len(images)}; type "
+                        f"--num_images {len(images)}, or leave it out")
+    return images, note

@@ -1,0 +1,314 @@
+"""Networks of our own for small images, how the five small ones are trained, and heads.
+
+    cnn, cnn_bn, mlp, vgg_small, resnet_small   for digits, MNIST and CIFAR-10; trained on first use
+    lenet, lenet_bn    the exercise's: two convolutions of stride 2 and two linear layers; with
+                       BatchNorm after every layer but the last
+    preact_resnet18    He et al. 2016 (arXiv:1603.05027), widths 64 to 512
+    wrn_32_10          Zagoruyko and Komodakis 2016 (arXiv:1605.07146) as Madry et al. count: five
+                       blocks a stage, widths 160, 320, 640 (elsewhere called WRN-34-10)
+
+Heads for the feature map of any convolutional network, with_head(net, head, classes, name):
+
+    own          the network's own, its last layer for as many classes as there are
+    fc           pool, 512, 256, classes, with GELU, dropout and LayerNorm between
+    ml_decoder   queries that attend to the places of the feature map   arXiv:2111.12933
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.models as zoo
+from torch import nn
+
+from utils.data import default_workers, load, open_images, to_float
+from utils.errors import UserError
+from utils.loop import Trainer, loop
+
+# how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
+# which networks with BatchNorm change their prediction at any pattern on the black of digits
+RECIPES = {"digits": (12, 0, 0.1), "mnist": (3, 0, 0.1), "cifar10": (12, 4, 0.0)}
+RECIPE_VERSION = 1  # part of the cached file's name: a new recipe trains anew
+HEADS = ("own", "fc", "ml_decoder")
+
+
+class Residual(nn.Module):
+    """Basic block of a pre-2016 ResNet: two 3 x 3 convolutions and a shortcut."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(),
+            nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout))
+        self.shortcut = nn.Identity() if cin == cout and stride == 1 else nn.Sequential(
+            nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class PreAct(nn.Module):
+    """x + conv(relu(bn(conv(relu(bn(x)))))), with a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(cin), _conv3(cin, cout, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(cout), _conv3(cout, cout, 1)
+        self.shortcut = None if cin == cout and stride == 1 else nn.Conv2d(cin, cout, 1, stride,
+                                                                           bias=False)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        x = x if self.shortcut is None else self.shortcut(out)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(out))))
+
+
+def _conv3(cin, cout, stride):
+    return nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
+
+
+def _network(channels, first, widths, blocks):
+    layers, cin = [_conv3(channels, first, 1)], first
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            layers.append(PreAct(cin, width, 2 if stage and not block else 1))
+            cin = width
+    return nn.Sequential(*layers, nn.BatchNorm2d(cin), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(cin, 10))
+
+
+def _lenet(channels, size, norm):
+    layers, widths = [], ((channels, 16), (16, 32))
+    for cin, cout in widths:
+        layers += [nn.Conv2d(cin, cout, 4, 2, 1), *([nn.BatchNorm2d(cout)] if norm else []),
+                   nn.ReLU()]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(32 * (size // 4) ** 2, 100),
+        *([nn.BatchNorm1d(100)] if norm else []), nn.ReLU(), nn.Linear(100, 10))
+
+
+def _conv(cin, cout, *, norm, stride=1):
+    layers = [nn.Conv2d(cin, cout, 3, stride, 1, bias=not norm)]
+    return layers + ([nn.BatchNorm2d(cout)] if norm else []) + [nn.ReLU()]
+
+
+NETWORKS = {  # name: (channels, pixels) -> network of 10 classes
+    "lenet": lambda channels, size: _lenet(channels, size, norm=False),
+    "lenet_bn": lambda channels, size: _lenet(channels, size, norm=True),
+    "preact_resnet18": lambda channels, _: _network(channels, 64, (64, 128, 256, 512), 2),
+    "wrn_32_10": lambda channels, _: _network(channels, 16, (160, 320, 640), 5)}
+
+
+def build_small(name, channels, size):
+    """A network of ours with random weights; 10 classes, (N, channels, size, size)."""
+    if name in NETWORKS:
+        return NETWORKS[name](channels, size)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if name == "cnn":
+        layers = [*_conv(channels, 32, norm=False), nn.MaxPool2d(2), *_conv(32, 64, norm=False),
+                  nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, 128), nn.ReLU(),
+                  nn.Linear(128, 10)]
+    elif name == "cnn_bn":
+        layers = [*_conv(channels, 32, norm=True), *_conv(32, 64, norm=True, stride=2),
+                  *_conv(64, 128, norm=True, stride=2), *pool, nn.Linear(128, 10)]
+    elif name == "mlp":
+        layers = [nn.Flatten(), nn.Linear(channels * size * size, 256), nn.ReLU(),
+                  nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    elif name == "vgg_small":
+        layers = [*_conv(channels, 32, norm=False), *_conv(32, 32, norm=False), nn.MaxPool2d(2),
+                  *_conv(32, 64, norm=False), *_conv(64, 64, norm=False), nn.MaxPool2d(2),
+                  *_conv(64, 128, norm=False), *pool, nn.Linear(128, 10)]
+    else:
+        layers = [*_conv(channels, 16, norm=True), Residual(16, 16, 1), Residual(16, 32, 2),
+                  Residual(32, 64, 2), *pool, nn.Linear(64, 10)]
+    return nn.Sequential(*layers)
+
+
+# ------------------------------------------------------- training the small networks
+
+class SmallTraining(Trainer):
+    """Adam, one-cycle, cross-entropy; whole minibatches only."""
+
+    def __init__(self, model, kind, images):
+        self.model, self.images, self.device = model, images, next(model.parameters()).device
+        epochs, self.shift, self.noise = RECIPES[kind]
+        self.batch = 64 if kind == "digits" else 128
+        super().__init__(self.device, steps=len(images) // self.batch, keep={"net": model})
+        self.generator = torch.Generator().manual_seed(0)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, 4e-3, total_steps=epochs * self.steps)
+
+    def one_pass(self, bar):
+        total = torch.zeros((), device=self.device)
+        order = torch.randperm(len(self.images), generator=self.generator)
+        for index in order[:self.steps * self.batch].split(self.batch):
+            x = _jitter(to_float(self.images.pixels[index]), self.shift, self.noise, self.generator)
+            y = self.images.labels[index].to(self.device)
+            loss = F.cross_entropy(self.model(x.to(self.device)), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.detach()
+            bar.update()
+        return {"loss": float(total) / self.steps}
+
+
+def train_small(model, name, kind, data_dir, data_root):
+    """Trains in place; prints the accuracy on the test split. The model ends in eval mode."""
+    start = time.time()
+    train, test = (load(open_images(_parent(data_dir), split=split, data_root=data_root),
+                        workers=default_workers()) for split in ("train", "test"))
+    if len(train) < (64 if kind == "digits" else 128):
+        raise UserError(f"--data_dir {data_dir}: {len(train)} training images are too few to train "
+                        f"{name} on; type --weights PATH")
+    training = SmallTraining(model.train(), kind, train)
+    loop(training, RECIPES[kind][0], desc=f"train {name}, epoch")
+    with torch.inference_mode():
+        model.eval()
+        right = sum((model(to_float(x).to(training.device)).argmax(1).cpu() == y).sum().item()
+                    for x, y in zip(test.pixels.split(500), test.labels.split(500), strict=True))
+    print(f"trained {name} on {kind}: accuracy {100 * right / len(test):.1f} % "
+          f"(n={len(test)}), {time.time() - start:.0f} s", flush=True)
+
+
+def _parent(data_dir):
+    """.../test or .../val -> the folder that holds it and train/ beside it."""
+    path = Path(data_dir)
+    if path.name in ("train", "val", "test") and path.is_dir():
+        if not (path.parent / "train").is_dir():
+            raise UserError(f"--data_dir {data_dir}: no train/ beside it to train a network on")
+        return path.parent
+    return data_dir
+
+
+def _jitter(x, shift, noise, generator):
+    """One random flip and shift (zeros come in) for the batch, and noise for every pixel."""
+    if noise:
+        x = (x + noise * torch.randn(x.shape, generator=generator)).clamp_(0, 1)
+    if not shift:
+        return x
+    dy, dx = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+    x = F.pad(x, (shift,) * 4)[..., shift + dy:x.shape[-2] + shift + dy,
+                               shift + dx:x.shape[-1] + shift + dx]
+    return x.flip(-1) if torch.rand((), generator=generator) < 0.5 else x
+
+
+# ------------------------------------------------------------------------------ heads
+
+class MLDecoder(nn.Module):
+    """Ridnik et al. 2021, Sec. 3: a transformer's decoder layer without its self-attention.
+
+    Features (n, C, H, W) -> logits (n, classes). As many queries as classes, or `queries` of them,
+    each of which answers for a group of classes (group decoding). The queries are fixed and random;
+    what they pass through is learnt.
+    """
+
+    def __init__(self, channels, classes, *, queries=100, width=768, hidden=2048, attention_heads=8,
+                 dropout=0.1):
+        super().__init__()
+        groups = min(queries, classes)
+        self.classes, each = classes, math.ceil(classes / groups)
+        self.embed = nn.Linear(channels, width)
+        self.register_buffer("queries", torch.randn(groups, width))
+        self.norm_query, self.norm_seen, self.norm_out = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = nn.MultiheadAttention(width, attention_heads, dropout, batch_first=True)
+        self.hidden = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout),
+                                    nn.Linear(hidden, width))
+        self.dropout = nn.Dropout(dropout)
+        self.weight = nn.Parameter(torch.empty(groups, width, each))  # of the group's classes
+        self.bias = nn.Parameter(torch.zeros(classes))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x):
+        places = F.relu(self.embed(x.flatten(2).transpose(1, 2)))  # (n, H W, width)
+        q = self.queries.expand(len(x), -1, -1)
+        q = self.norm_query(q + self.dropout(q))  # where self-attention would be
+        seen = self.attention(q, places, places, need_weights=False)[0]
+        q = self.norm_seen(q + self.dropout(seen))
+        q = self.norm_out(q + self.dropout(self.hidden(q)))
+        logits = torch.einsum("ngd,gdk->ngk", q, self.weight).flatten(1)
+        return logits[:, :self.classes] + self.bias
+
+
+def fc_head(channels, classes, dropout=0.2):
+    """Features (n, C, H, W) -> logits (n, classes)."""
+    layers, widths = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(channels)], (512, 256)
+    for width in widths:
+        layers += [nn.Linear(channels, width), nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(width)]
+        channels = width
+    return nn.Sequential(*layers, nn.Linear(channels, classes))
+
+
+class WithHead(nn.Sequential):
+    """Sequential(body, head): the body's feature map has `channels` channels."""
+
+    def __init__(self, body, head, channels):
+        super().__init__(body, head)
+        self.channels = channels
+
+
+def with_head(net, head, classes, name):
+    """The network with another head: 'own' changes its last layer alone, and only where it must."""
+    if head == "own":
+        if isinstance(net, WithHead):
+            raise UserError(f"these weights of {name} have another head than its own; give others, "
+                            "or leave out --head")
+        last, layer = _last(net)
+        if layer.weight.shape[0] != classes:
+            setattr(net.get_submodule(last.rpartition(".")[0]), last.rpartition(".")[2],
+                    _with_outputs(layer, classes))
+        return net
+    body, channels = _body(net, name)
+    return WithHead(body, {"fc": fc_head, "ml_decoder": MLDecoder}[head](channels, classes),
+                    channels)
+
+
+def head_parameters(net):
+    """The parameters of the head: of another one all, of the network's own the last layer's."""
+    return list((net[1] if isinstance(net, WithHead) else _last(net)[1]).parameters())
+
+
+def _last(net):
+    """Name and layer of the network's last linear layer, which in SqueezeNet is a convolution."""
+    return [(name, layer) for name, layer in net.named_modules()
+            if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+
+
+def _with_outputs(layer, classes):
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(layer.in_channels, classes, layer.kernel_size)
+    return nn.Linear(layer.in_features, classes)
+
+
+def _body(net, name):
+    """What makes the feature map (n, C, H, W), and C; UserError where that is not known."""
+    if isinstance(net, WithHead):
+        return net[0], net.channels
+    if isinstance(net, zoo.ResNet):
+        body = nn.Sequential(*list(net.children())[:-2])
+    elif isinstance(net, zoo.DenseNet):
+        body = nn.Sequential(net.features, nn.ReLU())
+    elif hasattr(net, "features") and not isinstance(net, zoo.SwinTransformer):
+        body = net.features
+    else:
+        pools = [i for i, layer in enumerate(net.children())
+                 if isinstance(layer, nn.AdaptiveAvgPool2d)]
+        if not isinstance(net, nn.Sequential) or not pools:
+            raise UserError(f"--head: {name} has no feature map that is known here; type --head "
+                            "own, or another network, such as convnext_tiny, resnet50, cnn_bn")
+        body = net[:pools[0]]
+    return body, _channels(body)
+
+
+def _channels(body):
+    """Of the feature map, by looking at one."""
+    first = next(layer for layer in body.modules() if isinstance(layer, nn.Conv2d))
+    was = body.training
+    with torch.no_grad():
+        found = body.eval()(torch.zeros((1, first.in_channels, 64, 64))).shape[1]
+    body.train(was)
+    return found

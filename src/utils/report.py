@@ -1,0 +1,38 @@
+"""Figures as text, tables as Markdown, the line of facts above a table, columns of results.csv."""
+
+
+def percent(s):
+    """A share with its interval: '66.0 % (60.5-71.1, n=300)'."""
+    return (f"{100 * s['value']:.1f} % ({100 * s['low']:.1f}-{100 * s['high']:.1f}, "
+            f"n={s['n']:.6g})")
+
+
+def interval(s):
+    """A share with its interval in a table whose head says %: '66.0 (60.5-71.1)'."""
+    return f"{100 * s['value']:.1f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})"
+
+
+def eps_text(eps, norm):
+    """A radius as the papers print it: '8/255' in linf, '8' in the others."""
+    return f"{255 * eps:.4g}/255" if norm == "linf" else f"{eps:.4g}"
+
+
+def markdown(head, rows):
+    """A table as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def protocol(facts):
+    """The line above a table, from {name: value}: 'Protocol: data: digits; n: 40; ...'.
+
+    Facts that do not apply, None or '', are left out.
+    """
+    return "Protocol: " + "; ".join(f"{name}: {value}" for name, value in facts.items()
+                                    if value not in (None, "")) + "\n"
+
+
+def csv_columns(figures):
+    """{metric: share} -> {metric: value, metric_n: n, metric_low: ..., metric_high: ...}."""
+    return {f"{name}{end}": s[key] for name, s in figures.items() for end, key in (
+        ("", "value"), ("_n", "n"), ("_low", "low"), ("_high", "high"))}

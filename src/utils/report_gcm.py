@@ -1,0 +1,169 @@
+"""What gcm.py prints and saves: the robustness table, the audit, the sweep over w.
+
+The cells of a run come as {Cell: counts}, in the order of the rows; counts is None where a cell has
+not been made yet.
+"""
+
+from utils import draw
+from utils.audit import checklist, verdict
+from utils.defenses import describe, is_random
+from utils.measure import figures, worst_of
+from utils.papers import GCM_COLUMNS, GCM_TABLE
+from utils.report import csv_columns, eps_text, interval, markdown
+from utils.run import save_csv, save_json, write_atomic
+
+WORST = "worst case"
+KEPT = ("norm", "eps", "seconds", "gradients", "queries", "zero_gradient", "largest", "outside")
+FLAGGED = {True: "yes", False: "no", None: "does not apply"}
+
+
+def facts(settings, s, steps):
+    """{name: value} of what every figure stands on, for the line above the tables."""
+    sizes = sorted({target.size for target in s.targets})
+    leave = "always" if s.stop_early else "where the attacker is adaptive or transfers"
+    if s.audit:
+        leave += ", and at the larger radii"
+    if is_random(s.defense):
+        leave += ", never behind a random defence"
+    defence = " / ".join(dict.fromkeys(describe(
+        s.defense, size=size, w=s.w, epsilon=s.epsilon, low=s.low) for size in sizes))
+    return {
+        "data": settings["data"], "n": settings["n"],
+        "image list": f"sha256 {settings['images_sha256'][:16]}",
+        "networks": ", ".join(f"{t.name} {t.size} pixels ({t.described})" for t in s.targets),
+        "defence": defence.replace(f"w={s.w:g} ", "") if s.w_sweep else defence,
+        "attacked": "images that are right before, untargeted",
+        "loss": "cross-entropy, for C&W its margin", "FGSM": "from the image",
+        "PGD": f"{steps} steps of 3/40 eps from a random start, scaled to the ball and clipped to "
+               "[0, 1], the last step counts", "fooled images leave PGD": leave,
+        "gradients": "float32" if s.amp == "off" else s.amp, "measured in": "float32",
+        "seed": s.seed, "batch size": s.batch_size, "device": settings["device"],
+        "torch": settings["torch"]}
+
+
+def line(counts):
+    """What is printed when a cell is done."""
+    return (f"{counts['model']} | {counts['defense']} | {counts['attacker']} | {counts['title']}: "
+            f"attack_robustness {interval(figures(counts)['attack_robustness'])}, "
+            f"{counts['seconds']:.0f} s")
+
+
+# ------------------------------------------------------------------------- the table
+
+def label(cell, draws):
+    """What the table calls the row of a cell."""
+    if cell.defense == "none":
+        return "vanilla"
+    if cell.attacker == "naive":
+        return f"{cell.defense}, naive attacker"
+    means = ["BPDA"] if "gcm" in cell.defense else []
+    if is_random(cell.defense):
+        means.append(f"EOT of {draws}")
+    return f"{cell.defense}, adaptive attacker ({', '.join(means)})"
+
+
+def save_table(folder, head, cells, s):
+    """results.md, results.csv; -> the Markdown"""
+    rows, lines, saved = {}, [], []
+    for cell, counts in cells.items():
+        rows.setdefault(cell.model, {}).setdefault(label(cell, s.draws), {})[cell.attack] = counts
+    titles = {name: name for name in s.attacks} | {
+        cell.attack: counts["title"] for cell, counts in cells.items() if counts}
+    for model, own in rows.items():
+        for name, by_attack in own.items():
+            done = [counts for counts in by_attack.values() if counts]
+            if not done:
+                continue
+            shown = by_attack | {WORST: worst_of(done) if len(done) == len(by_attack) else None}
+            lines.append([model, name, interval(figures(done[0])["clean_acc"]), *(
+                interval(figures(counts)[s.metric]) if counts else "-"
+                for counts in shown.values()), f"{sum(counts['seconds'] for counts in done):.0f}"])
+            saved += [{"model": model, "row": name, "attack": attack, **_columns(counts)}
+                      for attack, counts in shown.items() if counts]
+        if s.defense == "gcm" and s.metric == "attack_robustness":
+            lines += paper_lines(model, s.attacks)
+    text = (f"{head}\n{s.metric}, % (95 % Wilson interval); clean_acc of all images; worst case "
+            "over the columns, image by image; s: seconds of the row's attacks\n\n" + markdown(
+                ["network", "row", "clean_acc", *(titles[name] for name in s.attacks), WORST, "s"],
+                lines) + audit_line([counts for counts in cells.values() if counts]))
+    save_csv(folder / "results.csv", saved)
+    write_atomic(folder / "results.md", text.encode())
+    return text
+
+
+def paper_lines(model, attacks):
+    """The paper's two rows of this network, where it prints these columns."""
+    return [[model, f"paper: {name}", f"{top1:.2f}", *(
+        f"{dict(zip(GCM_COLUMNS, ar, strict=True))[attack]:.2f}" if attack in GCM_COLUMNS else "-"
+        for attack in attacks), "-", "-"]
+        for name, (top1, *ar) in zip(("vanilla", "GCM"), GCM_TABLE.get(model, ()), strict=False)]
+
+
+def audit_line(done):
+    """One line by which a reader can check what the attacks of these cells returned."""
+    largest = max((counts["largest"] / counts["eps"] for counts in done), default=0)
+    return (f"\n{len(done)} cells: largest norm {largest:.6f} of its eps, "
+            f"{sum(counts['outside'] for counts in done)} images outside the ball or [0, 1], "
+            f"{sum(counts['zero_gradient'] for counts in done)} without any gradient\n")
+
+
+def _columns(counts):
+    """Of a row of results.csv: every figure with its n and interval, and what the attack took."""
+    return {k: counts[k] for k in KEPT if k in counts} | csv_columns(figures(counts))
+
+
+# ------------------------------------------------------------------------- the audit
+
+def save_audit(folder, head, cells, twins, s):
+    """audit_DEFENSE.md, .json, .csv; twins {network: twin_differences}; -> the Markdown"""
+    text, rows = f"{head}\nAR: attack_robustness\n", []
+    for model in dict.fromkeys(cell.model for cell in cells):
+        lines = audited({(cell.attacker, cell.attack): counts for cell, counts in cells.items()
+                         if cell.model == model}, twins.get(model), s.queries)
+        text += (f"\n{model}, {s.defense}\n\n" + markdown(
+            ["sign", "figure", "flagged if", "flagged"],
+            [[one["sign"], one["figure"], one["flagged_if"], FLAGGED[one["flagged"]]]
+             for one in lines]) + f"\nVerdict: {verdict(lines)}.\n")
+        rows += [{"model": model, "defense": s.defense, **one, "verdict": verdict(lines)}
+                 for one in lines]
+    name = f"audit_{s.defense}"
+    save_csv(folder / f"{name}.csv", rows)
+    save_json(folder / f"{name}.json", rows)
+    write_atomic(folder / f"{name}.md", text.encode())
+    return text
+
+
+def audited(counts, twin, queries):
+    """The audit's checklist, from {(attacker, attack): counts} of one network."""
+    def ar(attacker, attack):
+        return figures(counts[attacker, attack])["attack_robustness"]["value"]
+
+    own = counts["naive", "pgd_linf"]
+    robust = {"fgsm": ar("naive", "fgsm"), "pgd": ar("naive", "pgd_linf"),
+              "square": ar("naive", "square")}
+    if twin is not None:
+        robust |= {"transfer": ar("vanilla", "pgd_linf"), "adaptive": ar("adaptive", "pgd_linf")}
+    growing = {eps_text(one["eps"], "linf"): ar(*by) for by, one in counts.items()
+               if by[0] == "naive" and by[1].startswith("pgd_linf")}
+    attacked = sum(count > 0 for count in own["before"])
+    return checklist(robust, radii=growing, queries=queries,
+                     blind=own["zero_gradient"] / max(1, attacked),
+                     losses={"mean": own["losses"], "ascent": own["ascent"]}, twin=twin)
+
+
+# ------------------------------------------------------------------------- the sweep
+
+def save_sweep(folder, head, cells, s):
+    """w_sweep.csv, w_sweep.png; -> the Markdown"""
+    by = {}
+    for cell, counts in cells.items():
+        by.setdefault((cell.model, cell.attacker), []).append((cell, counts))
+    rows = [{"model": model, "attacker": attacker, "w": cell.w, "epsilon": s.epsilon,
+             **_columns(counts)} for (model, attacker), own in by.items() for cell, counts in own]
+    lines = [[*who, *(interval(figures(counts)["attack_robustness"]) for _, counts in own)]
+             for who, own in by.items()]
+    save_csv(folder / "w_sweep.csv", rows)
+    write_atomic(folder / "w_sweep.png", draw.sweep(rows))
+    columns = dict.fromkeys(f"{cell.w:.0e}" for cell in cells)
+    return (f"{head}\nattack_robustness under PGD Linf, % (95 % Wilson interval), against w\n\n"
+            + markdown(["network", "attacker", *columns], lines))

@@ -1,0 +1,127 @@
+"""What fgsm_mnist.py leaves of a run and of several: tables, files, and what looks suspicious."""
+
+import csv
+import statistics
+
+import numpy as np
+
+from utils import draw
+from utils.errors import UserError
+from utils.report import interval, markdown, protocol
+from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
+
+COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
+           "strongest": "APGD + Square"}
+HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
+SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv")  # in all runs of a summary
+
+
+def suspicions(found):
+    """[(what it is called, the figures)] for {clean, fgs, fgv, pgd40, strongest: value}."""
+    said, percent = [], {name: f"{100 * found[name]:.1f} %" for name in COLUMNS}
+    for name in ("fgs", "fgv"):
+        if found[name] > found["clean"]:
+            said.append(("label leaking", f"accuracy under {COLUMNS[name]} {percent[name]}, on "
+                         f"clean images {percent['clean']}"))
+    if found["fgs"] > HIGH and min(found["pgd40"], found["strongest"]) < LOW:
+        said.append(("catastrophic overfitting", "accuracy " + ", ".join(
+            f"under {COLUMNS[name]} {percent[name]}" for name in ("fgs", "pgd40", "strongest"))))
+    return said
+
+
+def mean_of(found, name):
+    """'98.5 ± 0.2' over the seeds, or for one seed its interval."""
+    values = [100 * one[name]["value"] for one in found]
+    if len(values) == 1:
+        return interval(found[0][name])
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def settings(facts):
+    """{name: value} of what all figures of the table stand on."""
+    return {
+        "data": facts["kind"], "training images": facts["num_images"], "epochs": facts["epochs"],
+        "one step": f"FGS {facts['alpha_fgs']:g}, FGV {facts['alpha_fgv']:g}, "
+                    f"n={facts['test_images']} test images",
+        "many steps": f"Linf {facts['alpha_fgs']:g}, n={facts['attacked']}",
+        "label in training": facts["label"], "device": facts["device"]}
+
+
+def table(runs):
+    """Markdown: protocol, a line for every (facts, figures of its seeds), and the suspicions."""
+    facts, seeds = runs[0]
+    spread = (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1
+              else "95 % Wilson interval")
+    lines = [[facts["variation"], *(mean_of(found, name) for name in COLUMNS),
+              f"{statistics.mean(one['seconds'] for one in found):.0f}"] for facts, found in runs]
+    said = [f"\n{what}: {facts['variation']}, seed {one['seed']}: {figures}\n"
+            for facts, found in runs for one in found
+            for what, figures in suspicions({name: one[name]["value"] for name in COLUMNS})]
+    return (protocol(settings(facts))
+            + "clean_acc, then attack_robustness (of the images right before the attack, those "
+            f"right after it), %, {spread}; s: training\n\n"
+            + markdown(["trained on", *COLUMNS.values(), "s"], lines) + "".join(said))
+
+
+def save_results(folder, facts, found):
+    """Results and curve of one variation into its RunFolder; found: a dict for each seed."""
+    logs = [_read_log(folder / f"seed{one['seed']}") for one in found]
+    write_atomic(folder / "curve.png", draw.variations({facts["variation"]: logs}))
+    save_json(folder / "results.json", {"facts": facts, "seeds": found})
+    save_csv(folder / "results.csv", _rows(found))
+    text = table([(facts, found)])
+    write_atomic(folder / "results.md", text.encode())
+    print(text + f"saved {folder.path}/results.json (.csv, .md), curve.png")
+
+
+def summarise(folders, out):
+    """The table, curves and examples of several finished runs into the folder `out`."""
+    runs = [_read_run(path) for path in folders]
+    first = runs[0][0]
+    for path, (facts, _) in zip(folders, runs, strict=True):
+        for key in SAME:
+            if facts[key] != first[key]:
+                raise UserError(f"--summary {path}: has {key} {facts[key]}, {folders[0]} has "
+                                f"{first[key]}; wanted runs on the same")
+    logs = {facts["variation"]: [_read_log(path / f"seed{one['seed']}") for one in found]
+            for path, (facts, found) in zip(folders, runs, strict=True)}
+    shown = {facts["variation"]: read_examples(path, found[0])
+             for path, (facts, found) in zip(folders, runs, strict=True)
+             if (path / "examples.npz").is_file()}
+    folder, text = RunFolder(out), table(runs)
+    write_atomic(folder / "summary.md", text.encode())
+    save_csv(folder / "summary.csv", [{"variation": facts["variation"], **row}
+                                      for facts, found in runs for row in _rows(found)])
+    write_atomic(folder / "curves.png", draw.variations(logs))
+    picture = draw.exercise(shown) if shown else None
+    if picture:
+        write_atomic(folder / "examples.png", picture)
+    print(text + f"saved {out}/summary.md (.csv), curves.png" + ", examples.png" * bool(picture))
+
+
+def _read_run(path):
+    """Facts, and the figures of every seed."""
+    saved = load_json(path / "results.json") if (path / "results.json").is_file() else None
+    if not isinstance(saved, dict) or "variation" not in saved.get("facts", {}):
+        raise UserError(f"--summary {path}: no finished run; wanted a folder that fgsm_mnist.py "
+                        "left, with results.json in it")
+    return saved["facts"], saved["seeds"]
+
+
+def _rows(found):
+    return [{"seed": one["seed"], "metric": name, **one[name]} for one in found for name in COLUMNS]
+
+
+def _read_log(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_examples(folder, found):
+    """{x (3, n, C, H, W) clean, FGS, FGV; seen (3, n); y (n,); labels} of a run's examples.npz.
+
+    found: the figures of its first seed, whose network attacked them.
+    """
+    labels = [f"{COLUMNS[name]}: {100 * found[name]['value']:.1f} %" for name in ("fgs", "fgv")]
+    with np.load(folder / "examples.npz", allow_pickle=False) as file:
+        return {"labels": labels, **{key: file[key] for key in file}}

@@ -1,0 +1,229 @@
+"""The tables of eval_net.py: results.md, results.csv, and the picture of corruptions."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import draw
+from utils.defenses import describe, is_random
+from utils.errors import UserError
+from utils.measure import figures, share, worst_of
+from utils.papers import FREE_TABLE
+from utils.report import eps_text, interval, markdown, protocol
+from utils.run import save_csv, write_atomic
+
+WORST = "worst case"
+BACKWARD = {"natural": lambda facts: 1, "free": lambda facts: 1, "fast": lambda facts: 2,
+            "pgd": lambda facts: facts["steps"] + 1}  # backward passes of a weight step
+TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentations", "w_fgsm",
+            "minutes", "clean_acc")  # the first columns
+
+
+def save_tables(folder, networks, titles, settings, cells, s):
+    """Writes results.md, results.csv and corruptions.png; -> the Markdown.
+
+    networks: eval_net.Tested; titles: of the attacks; settings: of this command; cells: of
+    results.json; s: the flags.
+    """
+    found = [measured(net, titles, settings, cells, s) for net in networks]
+    text = protocol(stated(networks, settings, found[0].clean["n"], s)) + "\n" + tables(found)
+    save_csv(folder / "results.csv", csv_rows(found))
+    write_atomic(folder / "results.md", text.encode())
+    if s.corruptions:
+        write_atomic(folder / "corruptions.png",
+                     draw.corruptions({net.name: net.corruptions for net in found}))
+    return text
+
+
+def stated(networks, settings, n, s):
+    """What all figures have in common, for the line above the table."""
+    nets = [f"{net.name} (" + f"{net.target.name}, " * (net.name != net.target.name)
+            + f"{net.target.size} pixels, {net.target.described})" for net in networks]
+    behind = [net for net in networks if net.defense != "none"]
+    defences = [f"{net.name} behind "
+                + describe(net.defense, size=net.target.size, low=net.facts["low"])
+                for net in behind]
+    random = any(is_random(net.defense) for net in behind)
+    means = ["BPDA"] * any("gcm" in net.defense for net in behind) + [f"EOT of {s.draws}"] * random
+    attacks = {
+        "Linf eps": eps_text(settings["eps"], "linf"),
+        "attacks": "on the images that are classified correctly; PGD from a random start in steps "
+                   "of eps/4, until the image is fooled"
+                   + ", behind a random defence always to the end" * random,
+        "attacker": f"adaptive ({', '.join(means)})" if behind else ""} if s.attacks else {}
+    note = f" ({settings['note']})" if settings["note"] else ""
+    return {
+        "data": settings["data"], "n": f"{n} test images{note}",
+        "list sha256": settings["images_sha256"][:16], "networks": ", ".join(nets),
+        "defences": ", ".join(defences), **attacks,
+        "accuracy": "of all images, in %, with 95 % Wilson intervals",
+        "float32, BatchNorm in eval mode; seed": s.seed, "batches of": s.batch_size,
+        "device": settings["device"], "torch": settings["torch"]}
+
+
+def headline(cell):
+    """The figure of one cell, for the line that is printed when it is done."""
+    if "after" in cell:
+        return "accuracy " + interval(figures(cell)["adv_acc"])
+    if "fooled" in cell:
+        return "fooling_ratio " + interval(share(cell["fooled"], cell["n"]))
+    return "clean accuracy " + interval(share(cell["right"]["clean"], cell["n"]))
+
+
+# --------------------------------------------------------------------------- the tables
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A network with its figures: attacks {title: cell}; corruptions, uaps {name: share}.
+
+    facts: NAME.json of its run in `folder`; {} and None for other networks.
+    """
+    name: str
+    facts: dict
+    folder: Path
+    clean: dict
+    attacks: dict
+    corruptions: dict
+    uaps: dict
+
+    @property
+    def worst(self):
+        return figures(worst_of(list(self.attacks.values())))["adv_acc"]
+
+    @property
+    def mean(self):
+        """Mean accuracy over the operations; the interval is that of all augmented images."""
+        found = [s for name, s in self.corruptions.items() if name != "clean"]
+        return share(sum(s["k"] for s in found), sum(s["n"] for s in found))
+
+
+def measured(net, titles, settings, cells, s):
+    """The figures of one network."""
+    def own(name):
+        return cells[f"{net.name} | {name}"]
+
+    plain = {}
+    if s.corruptions or not titles:
+        cell = own("corruptions" if s.corruptions else "accuracy")
+        plain = {name: share(k, cell["n"]) for name, k in cell["right"].items()}
+    fooled = {key: own(key) for key in settings if key.startswith("uap ")}
+    return Measured(
+        net.name, net.facts, net.folder,
+        clean=figures(own("clean"))["clean_acc"] if titles else plain["clean"],
+        attacks={title: own(title) for title in titles},
+        corruptions=plain if s.corruptions else {},
+        uaps={key.removeprefix("uap "): share(cell["fooled"], cell["n"])
+              for key, cell in fooled.items()})
+
+
+def tables(networks):
+    """The Markdown of everything that was measured on these networks [Measured]."""
+    text = main_table(networks) + claims(networks)
+    if networks[0].corruptions:
+        names = sorted(networks[0].corruptions, key=lambda name: (
+            name != "clean", networks[0].corruptions[name]["value"]))
+        text += "\nAccuracy under each operation, %\n\n" + markdown(
+            ["operation", *(net.name for net in networks)],
+            [[name.replace("_", " "), *(interval(net.corruptions[name]) for net in networks)]
+             for name in names])
+    if networks[0].uaps:
+        text += "\nfooling_ratio, %\n\n" + markdown(
+            ["perturbation", *(net.name for net in networks)],
+            [[name, *(interval(net.uaps[name]) for net in networks)]
+             for name in networks[0].uaps])
+    return text
+
+
+def main_table(networks):
+    """A line for every network; a column is shown if one of the networks has it."""
+    lines = [columns_of(net) for net in networks]
+    every = dict.fromkeys(title for found in lines for title in found)
+    columns = [title for title in TRAINING if title in every]
+    columns += sorted(every.keys() - TRAINING, key=lambda title: (
+        title.startswith("paper: "), list(every).index(title)))
+    free = all("replays" in net.facts for net in networks)
+    first = "training" if free else "run" if all(net.facts for net in networks) else "network"
+    return markdown([first, *columns], [
+        [net.name, *(found.get(title, "-") for title in columns)]
+        for net, found in zip(networks, lines, strict=True)])
+
+
+def columns_of(net):
+    """{column: text} of one network, in the order of the columns."""
+    facts, found = net.facts, {}
+    if "replays" in facts:
+        steps = facts["weight_steps"]
+        found = {"weight steps": steps,
+                 "backward passes": steps * BACKWARD[facts["method"]](facts)}
+    if "hold_out" in facts:
+        found = {"stage": facts["stage"], "defence": facts["defense"],
+                 "augmentations": " ".join(facts["augment"]), "w_fgsm": f"{facts['w_fgsm']:g}"}
+    if facts:
+        found["minutes"] = f"{facts['seconds'] / 60:.1f}"
+    found["clean_acc"] = interval(net.clean)
+    found |= {title: interval(figures(cell)["adv_acc"]) for title, cell in net.attacks.items()}
+    if len(net.attacks) > 1:
+        found[WORST] = interval(net.worst)
+    if net.corruptions:
+        title = f"mean of {len(net.corruptions) - 1} augmentations"
+        found[title] = f"{100 * net.mean['value']:.1f}"
+    found |= robustness_table(net.folder) if "hold_out" in facts else {}
+    if "replays" in facts and facts["kind"] == "cifar10":
+        titles = ("paper: clean", "paper: PGD-20-10", "paper: minutes")
+        found |= dict(zip(titles, FREE_TABLE.get(net.name, "---"), strict=True))
+    return found
+
+
+def robustness_table(folder):
+    """{'AR, row': worst-case attack_robustness} of what gcm.py left in RUN/gcm, if it did."""
+    path, found = folder / "gcm" / "results.csv", {}
+    if not path.is_file():
+        return found
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["attack"] == WORST]
+        for row in rows:
+            label = row["row"].partition(", ")[2].partition(" (")[0] or row["row"]
+            found[f"AR, {label}"] = interval({
+                "value": float(row["attack_robustness"]),
+                **{k: float(row[f"attack_robustness_{k}"]) for k in ("low", "high")}})
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(f"{path}: not the table of gcm.py; restore it, or move it elsewhere"
+                        ) from None
+    return found
+
+
+def claims(networks):
+    """What the paper says of natural training, and of free-8 and pgd, with our figures."""
+    by = {net.name: net for net in networks if "replays" in net.facts and len(net.attacks) > 1}
+    said = []
+    if "natural" in by:
+        said.append(f"Natural training: accuracy {100 * by['natural'].worst['value']:.1f} % in the "
+                    "worst case (paper: 0).")
+    if {"free8", "pgd"} <= by.keys():
+        free, pgd = by["free8"], by["pgd"]
+        points = 100 * (free.worst["value"] - pgd.worst["value"])
+        alike = all(free.facts.get(key) == pgd.facts.get(key)
+                    for key in ("device", "images_sha256", "eps"))
+        times = pgd.facts["seconds"] / max(free.facts["seconds"], 1e-3)
+        said.append(f"free8 compared with pgd-{pgd.facts['steps']}: {points:+.1f} points in the "
+                    "worst case" + f", in 1/{times:.1f} of its training time" * alike
+                    + " (paper: +0.8 under PGD-20-10, in 1/6.9).")
+    return "\n" + " ".join(said) + "\n" if said else ""
+
+
+def csv_rows(networks):
+    """results.csv: a row for every figure."""
+    def row(net, metric, under, s):
+        return {"network": net.name, "metric": metric, "under": under,
+                **{key: s[key] for key in ("value", "k", "n", "low", "high")}}
+    found = []
+    for net in networks:
+        cells = net.attacks | ({WORST: worst_of(list(net.attacks.values()))}
+                               if len(net.attacks) > 1 else {})
+        found += [row(net, "clean_acc", "none", net.clean)]
+        found += [row(net, metric, title, figures(cell)[metric]) for title, cell in cells.items()
+                  for metric in ("adv_acc", "attack_robustness")]
+        found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()]
+        found += [row(net, "fooling_ratio", name, s) for name, s in net.uaps.items()]
+    return found

@@ -1,0 +1,645 @@
+"""eval_net.py: its figures compared with naive loops, its tables, resuming, bad input."""
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import attacks
+import eval_net
+from attack_toys import pictures, toy
+from utils import augment, finished, report_nets
+from utils.data import load, open_images, to_float
+from utils.defenses import defend
+from utils.errors import UserError
+from utils.models import load_model, trainable
+from utils.run import make_generator, save_json, save_pth
+
+CPU = torch.device("cpu")
+FEW = ("--num_images", 20, "--queries", 10, "--device", "cpu", "--workers", 0)
+TWO = ("rain", "rotation")
+FREE = {"name": "free8_mlp", "kind": "digits", "data_dir": "digits", "model_name": "mlp",
+        "method": "free", "replays": 8, "eps": 0.1, "alpha": 0.1, "steps": 7, "weight_steps": 24,
+        "image_size": 28, "seconds": 60.0, "device": "cpu", "images_sha256": "0"}
+STAGE = {"name": "stage1_cnn_bn", "kind": "digits", "data_dir": "digits", "model_name": "cnn_bn",
+         "stage": 1, "head": "own", "classes": list("0123456789"), "defense": "gcm", "low": None,
+         "augment": ["published"], "w_fgsm": 0.02, "image_size": 28, "hold_out": 0.05,
+         "given_images": None, "seconds": 90.0, "best_epoch": 2}
+SHEET = {"name": "fgs", "kind": "digits", "data_dir": "digits", "model_name": "mlp",
+         "alpha_fgs": 0.3, "alpha_fgv": 0.6, "seconds": 5.0}
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(folder):
+    return json.loads((folder / "results.json").read_text())["cells"]
+
+
+def digits(split, n):
+    return load(open_images("digits", split=split).prepared(28, n), workers=0)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """{name: state dict} of networks that were trained on digits for a moment."""
+    images, found = digits("train", 600), {}
+    x, y = to_float(images.pixels), images.labels
+    for name, steps in (("mlp", 40), ("cnn_bn", 60)):
+        model = trainable(name, kind="digits")
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        for k in range(steps):
+            part = torch.arange(64 * k, 64 * (k + 1)) % len(x)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+        found[name] = model[1].state_dict()
+    return found
+
+
+@pytest.fixture
+def network(weights):
+    model = trainable("mlp", kind="digits")
+    model[1].load_state_dict(weights["mlp"])
+    return model.eval().requires_grad_(False)
+
+
+def save_run(folder, facts, state):
+    """What a training script leaves in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_pth(folder / f"{facts['name']}.pth", state)
+    save_json(folder / f"{facts['name']}.json", facts)
+    return folder
+
+
+@pytest.fixture
+def leave(tmp_path, weights):
+    """leave(folder, facts, **changed): a finished run of these facts."""
+    def make(folder, facts, state=None, **changed):
+        facts = {**facts, **changed}
+        return save_run(tmp_path / folder, facts, state or weights[facts["model_name"]])
+    return make
+
+
+@pytest.fixture
+def two_operations(monkeypatch):
+    monkeypatch.setattr(eval_net, "OPS", {name: augment.OPS[name] for name in TWO})
+
+
+# --------------------------------------------------------------- the figures, naively
+
+def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, tmp_path):
+    folder = leave("run", FREE)
+    done = run_here("eval_net.py", "--runs", "run", "--num_images", 40, *FEW[2:], "--seed", 3,
+                    "--save", "out")
+    assert done.returncode == 0, done.stderr
+    model = load_model("mlp", weights=str(folder / "free8_mlp.pth"), kind="digits")
+    images = digits("test", 40)
+    x, y = to_float(images.pixels), images.labels
+    before = torch.tensor([int(model(one[None]).argmax()) == label for one, label in zip(
+        x, y.tolist(), strict=True)])
+    step = {"eps": 0.1, "alpha": 0.025, "stop_early": True}
+    calls = {
+        "FGSM": (attacks.fgsm, {"eps": 0.1}), "PGD-20": (attacks.pgd, step | {"steps": 20}),
+        "PGD-50-10": (attacks.pgd, step | {"steps": 50, "restarts": 10}),
+        "CW-50": (attacks.pgd, step | {"steps": 50, "loss": "margin"})}
+    found = cells(tmp_path / "out")
+    left = {}
+    for name, (attack, settings) in calls.items():
+        report = {}
+        x_adv = attack(model, x[before], y[before], generator=make_generator(3), report=report,
+                       **settings)
+        left[name] = before.clone()
+        left[name][before] = model(x_adv).argmax(1) == y[before]
+        assert found[f"free8 | {name}"]["after"] == left[name].long().tolist(), name
+        assert found[f"free8 | {name}"]["before"] == before.long().tolist()
+        assert found[f"free8 | {name}"]["gradients"] == report["gradients"], name
+    assert len({int(right.sum()) for right in left.values()}) == 4  # the comparison says something
+    own, x_adv, alive = make_generator(3), x[before], torch.ones(int(before.sum())).bool()
+    seeds = attacks.own_generators(own, len(x_adv))
+    for attack, settings in ((attacks.apgd, {}), (attacks.apgd, {"loss": "dlr_targeted"}),
+                             (attacks.square, {"queries": 10})):
+        who = alive.nonzero()[:, 0]
+        if len(who):
+            z = attack(model, x_adv[who], y[before][who], eps=0.1,
+                       generator=[seeds[i] for i in who.tolist()], **settings)
+            alive[who] = model(z).argmax(1) == y[before][who]
+    last = before.clone()
+    last[before] = alive
+    assert found["free8 | APGD + Square 10"]["after"] == last.long().tolist()
+    table = {(row["metric"], row["under"]): row for row in rows(tmp_path / "out" / "results.csv")}
+    every = torch.stack([*left.values(), last]).all(0)
+    for name, right in {**left, "APGD + Square 10": last, "worst case": every}.items():
+        row = table["adv_acc", name]
+        assert float(row["value"]) == int(right.sum()) / 40 and row["n"] == "40"
+        assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    assert float(table["clean_acc", "none"]["value"]) == int(before.sum()) / 40
+
+
+def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
+    operations = {name: augment.OPS[name] for name in TWO}
+    images, model = open_images("digits", split="test").prepared(28, 130), network
+    found = eval_net.accuracy_cell(model, images, operations, generator=make_generator(4),
+                                   batch_size=100, device=CPU, workers=0)
+    generator, right = make_generator(4), {"clean": 0, "rain": 0, "rotation": 0}
+    for part in torch.arange(130).split(100):
+        x, y = to_float(images.pixels[part]), images.labels[part]
+        for name in right:
+            z = x if name == "clean" else augment.OPS[name](x, generator=generator)
+            for image, label in zip(z, y, strict=True):
+                right[name] += int(model(image[None]).argmax()) == int(label)
+    assert found == {"n": 130, "right": right}
+    assert len(set(right.values())) == 3  # the comparison says something
+
+
+def test_the_mean_over_the_corruptions_leaves_out_the_clean_images():
+    shares = {"clean": {"k": 9, "n": 10}, "rain": {"k": 4, "n": 10}, "fog": {"k": 1, "n": 10}}
+    mean = report_nets.Measured("a", {}, None, {}, {}, shares, {}).mean
+    assert mean["k"] == 5 and mean["n"] == 20 and mean["value"] == 0.25
+
+
+def test_the_fooling_ratio_counts_changed_predictions_right_or_wrong(network):
+    images, model = digits("test", 40), network
+    delta = torch.randn(1, 28, 28, generator=make_generator(2))
+    x = to_float(images.pixels)
+    changed = sum(int(model(one[None]).argmax()) != int(model((one + delta).clamp(0, 1)[None])
+                                                        .argmax()) for one in x)
+    assert eval_net.fooling_cell(model, images, delta, CPU) == {"n": 40, "fooled": changed}
+    assert 0 < changed < 40
+
+
+def test_the_strongest_attack_works_with_two_and_three_classes():
+    x, y = pictures(3, torch.float32), torch.tensor([0, 1, 0])
+    for classes in (2, 3, 4):
+        head = toy(torch.float32)
+
+        def model(z, head=head, classes=classes):
+            return head(z)[:, :classes]
+        attack = eval_net.linf_attacks(0.1, 5, classes)["strongest"]
+        assert attack.run(model, x, y, generator=make_generator(0), report={}).shape == x.shape
+
+
+# ------------------------------------------------------------------ behind a defence
+
+def test_a_network_behind_gcm_is_attacked_by_the_adaptive_attacker(run_here, leave, tmp_path):
+    leave("defended", STAGE)
+    leave("plain", STAGE, defense="none")
+    done = run_here("eval_net.py", "--runs", "defended", "plain", *FEW, "--attacks", "fgsm",
+                    "pgd20", "--eps", 0.1, "--save", "out")
+    assert done.returncode == 0, done.stderr
+    found = cells(tmp_path / "out")
+    for name in ("FGSM", "PGD-20"):
+        defended, plain = (found[f"{run} | {name}"] for run in ("defended", "plain"))
+        assert defended["after"] == plain["after"]
+        assert sum(plain["after"]) < sum(plain["before"]) - 5
+    assert "attacker: adaptive (BPDA)" in done.stdout
+    assert "defended behind GCM w=1e+20" in done.stdout
+
+
+def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, tmp_path):
+    folder = leave("run", STAGE, defense="resizepad", low=12)
+    done = run_here("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "--draws", 3,
+                    "--seed", 5, "--save", "out")
+    assert done.returncode == 0, done.stderr
+    core = load_model("cnn_bn", weights=str(folder / "stage1_cnn_bn.pth"), kind="digits")
+    model = defend(core, "resizepad", size=28, low=12, generator=make_generator(5))
+    images = digits("test", 20)
+    x, y = to_float(images.pixels), images.labels
+    right = sum((model(x).argmax(1) == y).long() for _ in range(3))
+    found = cells(tmp_path / "out")
+    assert found["run | clean"]["before"] == right.tolist() and found["run | clean"]["draws"] == 3
+    assert {1, 2} & set(right.tolist())
+    assert found["run | FGSM"]["draws"] == 3
+    assert "adaptive (EOT of 3)" in done.stdout and "always to the end" in done.stdout
+
+
+def test_images_never_leave_early_where_the_network_is_random():
+    for random in (False, True):
+        found = eval_net.linf_attacks(0.1, 5, 10, random)
+        assert {found[name].run.keywords["stop_early"] for name in ("pgd20", "pgd50x10", "cw50")
+                } == {not random}
+
+
+def test_changes_by_chance_are_shown_for_a_random_defence(run_here, leave, tmp_path):
+    leave("run", STAGE, defense="resizepad", low=12)
+    save_pth(tmp_path / "u.pth", 0.1 * torch.randn(1, 28, 28, generator=make_generator(0)))
+    done = run_here("eval_net.py", "--runs", "run", *FEW, "--attacks", "none", "--uaps", "u.pth",
+                    "--save", "out")
+    assert done.returncode == 0, done.stderr
+    found = cells(tmp_path / "out")
+    assert found["run | uap none (changed by chance)"]["fooled"] > 0
+    assert "| none (changed by chance) |" in done.stdout and "| u |" in done.stdout
+
+
+# -------------------------------------------------------------------------- tables
+
+def test_adversarially_trained_runs_stand_in_one_table(run_here, leave, tmp_path):
+    leave("natural", FREE, name="natural_mlp", method="natural", seconds=120.0)
+    leave("eight", FREE)
+    leave("quarter", FREE, alpha=0.025)
+    leave("pgd", FREE, name="pgd_mlp", method="pgd", weight_steps=12, seconds=600.0)
+    leave("fast", FREE, name="fast_mlp", method="fast")
+    done = run_here("eval_net.py", "--runs", "natural", "eight", "quarter", "pgd/pgd_mlp.pth",
+                    "fast", *FEW, "--attacks", "fgsm", "pgd20", "--save", "out")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines[0][:8] == ["| training", "weight steps", "backward passes", "minutes",
+                            "clean_acc", "FGSM", "PGD-20", "worst case |"]
+    assert [line[:4] for line in lines[2:]] == [
+        ["| natural", "24", "24", "2.0"], ["| free8", "24", "24", "1.0"],
+        ["| free8 (alpha 0.25 eps)", "24", "24", "1.0"], ["| pgd", "12", "96", "10.0"],
+        ["| fast", "24", "48", "1.0"]]
+    worst = {row["network"]: 100 * float(row["value"]) for row in rows(
+        tmp_path / "out" / "results.csv") if (row["metric"], row["under"]) == (
+            "adv_acc", "worst case")}
+    assert f"Natural training: accuracy {worst['natural']:.1f} % in the worst case" in done.stdout
+    assert (f"free8 compared with pgd-7: {worst['free8'] - worst['pgd']:+.1f} points in the worst "
+            "case, in 1/10.0 of its training time") in done.stdout
+    assert (tmp_path / "out" / "results.md").read_text() in done.stdout
+
+
+def test_the_training_times_of_other_devices_are_not_compared(run_here, leave):
+    leave("eight", FREE)
+    leave("pgd", FREE, name="pgd_mlp", method="pgd", device="cuda")
+    done = run_here("eval_net.py", "--runs", "eight", "pgd", *FEW, "--attacks", "fgsm", "pgd20")
+    assert "free8 compared with pgd-7" in done.stdout
+    assert "of its training time" not in done.stdout
+
+
+def test_on_cifar10_the_figures_of_the_paper_stand_next_to_ours(run_here, leave, tmp_path, picture):
+    for k, name in enumerate(("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
+                              "horse", "ship", "truck")):
+        picture(tmp_path / "tiny" / "test" / name / "a.png", 32, 32, seed=k)
+        picture(tmp_path / "tiny" / "train" / name / "b.png", 32, 32, seed=20 + k)
+    state = trainable("mlp", kind="cifar10")[1].state_dict()
+    options = {"kind": "cifar10", "data_dir": "tiny", "image_size": 32, "state": state}
+    leave("eight", FREE, **options)
+    leave("quarter", FREE, alpha=0.025, **options)
+    done = run_here("eval_net.py", "--runs", "eight", "quarter", "--attacks", "fgsm", "--device",
+                    "cpu", "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines[0].endswith("| FGSM | paper: clean | paper: PGD-20-10 | paper: minutes |")
+    assert lines[2].endswith("| 85.96 | 46.33 | 785 |") and lines[3].endswith("| - | - | - |")
+
+
+def test_the_challenges_runs_stand_in_one_table_with_their_robustness(
+        run_here, leave, tmp_path, two_operations):
+    leave("stage1", STAGE)
+    leave("stage2", STAGE, name="stage2_cnn_bn", stage=2, defense="gcm+resizepad", w_fgsm=1.0,
+          augment=["rain", "fog"])
+    made = run_here("gcm.py", "--data_dir", "digits", "--model_name", "cnn_bn", "--weights",
+                    "stage1/stage1_cnn_bn.pth", "--attacks", "fgsm", "--num_images", 20, "--save",
+                    "stage1/gcm", "--device", "cpu")
+    assert made.returncode == 0, made.stderr
+    done = run_here("eval_net.py", "--runs", "stage1", "stage2", *FEW, "--attacks", "none",
+                    "--corruptions", "--save", "both")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines[0][:10] == [
+        "| run", "stage", "defence", "augmentations", "w_fgsm", "minutes", "clean_acc",
+        "mean of 2 augmentations", "AR, vanilla", "AR, naive attacker"]
+    assert lines[0][10].startswith("AR, adaptive attacker")
+    assert lines[2][:6] == ["| stage1", "1", "gcm", "published", "0.02", "1.5"]
+    assert lines[3][:6] == ["| stage2", "2", "gcm+resizepad", "rain fog", "1", "1.5"]
+    assert lines[3][8:] == ["-", "-", "- |"] and all("(" in cell for cell in lines[2][8:])
+    right = cells(tmp_path / "both")["stage1 | corruptions"]["right"]
+    assert lines[2][6].startswith(f"{100 * right['clean'] / 20:.1f} (")
+    assert lines[2][7] == f"{100 * (right['rain'] + right['rotation']) / 40:.1f}"
+    assert [line[0] for line in lines[-3:]][0] == "| clean"
+    assert {line[0] for line in lines[-2:]} == {"| rain", "| rotation"}
+    assert (tmp_path / "both" / "corruptions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_all_trainings_and_their_missing_columns(run_here, leave):
+    leave("one/seed0", SHEET, name="fgs")
+    leave("stage1", STAGE)
+    leave("free", FREE)
+    done = run_here("eval_net.py", "--runs", "one", "stage1", "free", *FEW, "--attacks", "fgsm",
+                    "--eps", "8/255")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines[0][:8] == ["| run", "weight steps", "backward passes", "stage", "defence",
+                            "augmentations", "w_fgsm", "minutes"]
+    assert [line[:5] for line in lines[2:]] == [
+        ["| one/seed0", "-", "-", "-", "-"], ["| stage1", "-", "-", "1", "gcm"],
+        ["| free8", "24", "24", "-", "-"]]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(run_here, leave, tmp_path):
+    leave("a/net", FREE)
+    leave("b/net", FREE)
+    done = run_here("eval_net.py", "--runs", "a/net", "b/net", "a/net", *FEW, "--attacks", "none",
+                    "--save", "out")
+    assert done.returncode == 0, done.stderr
+    assert set(cells(tmp_path / "out")) == {"a/net/free8_mlp.pth | accuracy",
+                                            "b/net/free8_mlp.pth | accuracy"}
+
+
+@pytest.mark.parametrize(("script", "flags", "name"), [
+    ("free_at.py", ("--model_name", "mlp", "--method", "natural", "--epochs", 1), "natural"),
+    ("train_gcm.py", ("--batch_size", 40, "--epochs", 1, "--augment", "none"), "run"),
+    ("fgsm_mnist.py", ("--epochs", 1, "--eval_images", 5, "--queries", 2), "run/seed0")])
+def test_what_each_training_leaves_can_be_measured(run_here, tmp_path, script, flags, name):
+    made = run_here(script, "--num_images", 100, *flags, "--device", "cpu", "--save", "run")
+    assert made.returncode == 0, made.stderr
+    done = run_here("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "--save", "out")
+    assert done.returncode == 0, done.stderr
+    assert f"{name} | FGSM" in cells(tmp_path / "out")
+
+
+def test_a_folder_stands_for_its_perturbations_and_not_for_its_networks(run_here, leave, tmp_path):
+    leave("runs/net", FREE)
+    save_pth(tmp_path / "runs" / "u.pth", torch.zeros(1, 28, 28))
+    (tmp_path / "runs" / "u.json").write_text(json.dumps({"kind": "digits", "scale": 1}))
+    done = run_here("eval_net.py", "--runs", "runs/net", *FEW, "--attacks", "none", "--uaps",
+                    "runs")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| u | 0.0 (") == 1
+
+
+# ------------------------------------------------------------- which images, which network
+
+def test_a_network_of_train_gcm_is_tested_on_images_that_were_held_out(
+        run_here, leave, tmp_path, picture):
+    for k in range(3):
+        for i in range(6):
+            picture(tmp_path / "images" / f"c{k}" / f"{i}.png", 32, 32, seed=10 * k + i)
+    state = trainable("squeezenet1_1", kind="folder", head="own", classes=3)[1].state_dict()
+    leave("run", STAGE, state=state, name="stage1_squeezenet1_1", model_name="squeezenet1_1",
+          kind="folder", data_dir="images", classes=["c0", "c1", "c2"], image_size=64,
+          hold_out=0.25)
+    flags = ("--attacks", "none", "--device", "cpu", "--workers", 0)
+    done = run_here("eval_net.py", "--runs", "run", *flags, "--save", "out")
+    assert done.returncode == 0, done.stderr
+    said = "held out of the training images, and the best epoch was chosen on them"
+    assert f"n: 4 test images ({said})" in done.stdout and "64 pixels" in done.stdout
+    by_name = run_here("eval_net.py", "--model_name", "squeezenet1_1", "--weights",
+                       "run/stage1_squeezenet1_1.pth", "--data_dir", "images", *flags)
+    assert f"n: 4 test images ({said})" in by_name.stdout, by_name.stderr
+    assert "| squeezenet1_1 |" in by_name.stdout and "GCM" not in by_name.stdout
+
+
+def test_images_that_a_network_was_trained_on_are_not_tested_in_silence(
+        run_here, leave, tmp_path, picture):
+    for k, wnid in enumerate(("n01440764", "n02504458")):
+        picture(tmp_path / "images" / wnid / "a.png", 32, 32, seed=k)
+    state = trainable("squeezenet1_1", kind="imagenet")[1].state_dict()
+    leave("run", FREE, state=state, name="free8_squeezenet1_1", model_name="squeezenet1_1",
+          kind="imagenet", data_dir="images", image_size=224)
+    done = run_here("eval_net.py", "--runs", "run", "--attacks", "none", "--device", "cpu",
+                    "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    assert "(there is no test split: the network was trained on them)" in done.stdout
+
+
+def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here, tmp_path, picture):
+    for k, wnid in enumerate(("n01440764", "n02504458")):
+        picture(tmp_path / "val" / wnid / "a.png", seed=k)
+    (tmp_path / "val" / "n01440764" / "broken.png").write_text("no image")
+    done = run_here("eval_net.py", "--data_dir", "val", "--model_name", "squeezenet1_1",
+                    "--weights", "random", "--attacks", "fgsm", "--device", "cpu", "--workers", 0,
+                    "--save", "out")
+    assert done.returncode == 0, done.stderr
+    assert "Linf eps: 8/255" in done.stdout and "224 pixels, random" in done.stdout
+    assert "n: 2 test images" in done.stdout
+    assert cells(tmp_path / "out")["squeezenet1_1 | FGSM"]["n"] == 2
+
+
+def test_the_radius_is_that_of_the_training_or_the_data_sets(run_here, leave, tmp_path):
+    leave("free", FREE)
+    leave("sheet", SHEET)
+    leave("stage1", STAGE)
+    for name, eps in (("free", 0.1), ("sheet", 0.3), ("stage1", 0.2)):
+        done = run_here("eval_net.py", "--runs", name, *FEW, "--attacks", "fgsm", "--save",
+                        f"out_{name}")
+        assert done.returncode == 0, done.stderr
+        cell, = (one for key, one in cells(tmp_path / f"out_{name}").items() if "FGSM" in key)
+        assert cell["eps"] == eps and abs(cell["largest"] - eps) < 1e-6
+
+
+# ------------------------------------------------------------------------- resuming
+
+ALL = ("--runs", "free", "stage1", *FEW, "--attacks", "fgsm", "--eps", 0.1, "--corruptions",
+       "--uaps", "u.pth", "--draws", 2)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script may catch it."""
+
+
+def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
+        run_here, leave, tmp_path, monkeypatch, two_operations):
+    leave("free", FREE)
+    leave("stage1", STAGE, defense="gcm+resizepad", low=20)
+    save_pth(tmp_path / "u.pth", 0.1 * torch.randn(1, 28, 28, generator=make_generator(0)))
+    whole = run_here("eval_net.py", *ALL, "--save", "whole")
+    assert whole.returncode == 0, whole.stderr
+    count = len(cells(tmp_path / "whole"))
+    assert count == 2 * (2 + 1 + 2)
+    real, saved = eval_net.save_json, []
+
+    def watched(path, value):
+        real(path, value)
+        saved.append(path)
+        if len(saved) == limit:
+            raise Killed
+    monkeypatch.setattr(eval_net, "save_json", watched)
+    monkeypatch.setattr(report_nets.draw, "corruptions", lambda runs: b"")  # slow, not compared
+    for k in range(1, count + 1):
+        limit, save = k, f"killed{k}"
+        saved.clear()
+        with pytest.raises(Killed):
+            run_here("eval_net.py", *ALL, "--save", save)
+        assert len(cells(tmp_path / save)) == k and not (tmp_path / save / "results.md").exists()
+        limit = 0
+        saved.clear()
+        done = run_here("eval_net.py", *ALL, "--save", save)
+        assert done.returncode == 0, done.stderr
+        assert len(saved) == count - k  # nothing is measured twice
+        for name in ("results.md", "results.csv"):
+            assert (tmp_path / save / name).read_bytes() == (tmp_path / "whole" / name
+                                                             ).read_bytes(), k
+
+
+def test_other_columns_are_added_to_the_same_folder(run_here, leave, tmp_path, two_operations):
+    leave("free", FREE)
+    command = ("--runs", "free", *FEW, "--save", "out")
+    assert run_here("eval_net.py", *command, "--attacks", "none", "--corruptions").returncode == 0
+    done = run_here("eval_net.py", *command, "--attacks", "fgsm")
+    assert done.returncode == 0, done.stderr
+    assert set(cells(tmp_path / "out")) == {"free8 | corruptions", "free8 | clean", "free8 | FGSM"}
+
+
+def test_a_table_of_another_radius_network_or_perturbation_is_kept(
+        run_here, leave, refused, tmp_path):
+    leave("free", FREE)
+    save_pth(tmp_path / "u.pth", torch.zeros(1, 28, 28))
+    command = ("--runs", "free", *FEW, "--attacks", "fgsm", "--uaps", "u.pth", "--save", "out")
+    assert run_here("eval_net.py", *command).returncode == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    refused(run_here("eval_net.py", *command, "--eps", 0.02), "--save out", "eps 0.1", "0.02")
+    refused(run_here("eval_net.py", *command, "--seed", 1), "--save out", "seed 0")
+    save_pth(tmp_path / "u.pth", torch.full((1, 28, 28), 0.1))
+    refused(run_here("eval_net.py", *command), "--save out", "uap u")
+    save_pth(tmp_path / "u.pth", torch.zeros(1, 28, 28))
+    leave("free", FREE, state=trainable("mlp", kind="digits", seed=3)[1].state_dict())
+    refused(run_here("eval_net.py", *command), "--save out", "network free8")
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    near = run_here("eval_net.py", "--runs", "free", *FEW, "--attacks", "fgsm", "--eps", 0.02,
+                    "--save", "near")
+    assert near.returncode == 0, near.stderr
+
+
+# ------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--runs", "nowhere"), ("--runs nowhere", "no such run")),
+    (("--runs", "run", "nowhere.pth"), ("nowhere.pth", "nowhere.json")),
+    (("--runs", "empty"), ("--runs empty", "no run there", "free_at.py")),
+    (("--runs", "alone/free8_mlp.pth"), ("free8_mlp.json", "next to it")),
+    (("--runs", "both"), ("--runs both", "2 networks", "natural_mlp.pth", "free8_mlp.pth")),
+    (("--runs", "seeds"), ("--runs seeds", "2 networks", "seed0/fgs.pth", "seed1/fgs.pth")),
+    (("--runs", "uap"), ("--runs uap", "no run there")),
+    (("--runs", "run", "mnist"), ("mnist", "MNIST is not in")),
+    (("--runs", "run", "own", "--num_images", 1), (
+        "own is tested on 1 folder images", "355 other digits", "the same images")),
+    (("--runs", "run", "far"), ("free8 has Linf eps 0.1, fast 0.3", "--eps")),
+    (("--runs", "run", "--num_images", 400), ("--num_images 400", "has 355")),
+    (("--runs", "run", "--model_name", "mlp"), ("--runs", "--model_name")),
+    (("--runs", "run", "--weights", "random"), ("--runs", "--weights")),
+    (("--runs", "run", "--data_dir", "photos"), ("--data_dir photos", "imagenet", "on digits")),
+    (("--runs", "run", "--data_dir", "nowhere"), ("nowhere", "no such folder")),
+    (("--runs", "run", "--attacks", "none", "fgsm"), ("--attacks none fgsm", "none alone")),
+    (("--runs", "run", "--attacks", "pgd"), ("invalid choice", "pgd20")),
+    (("--runs", "run", "--uaps", "small.pth"), ("small.pth", "(1, 8, 8)", "(1, 28, 28)")),
+    (("--runs", "run", "--uaps", "nowhere.pth"), ("nowhere.pth",)),
+    (("--runs", "run", "--uaps", "empty"), ("empty", "no perturbation for digits images")),
+    (("--runs", "run", "--save", "run/free8_mlp.pth"), ("cannot write there",)),
+    (("--runs", "run", "--save", "other"), ("other", "choose another folder")),
+    (("--runs", "mlp_as_cnn"), ("not the weights of cnn",)),
+    (("--runs", "low"), ("low=40",)),
+    (("--model_name", "resnet9000"), ("resnet9000", "wanted one of cnn")),
+    (("--model_name", "mlp", "--weights", "nowhere.pth"), ("--weights nowhere.pth",)),
+    (("--model_name", "mlp", "--weights", "random", "V1", "random"), ("3 given for 1",)),
+    (("--data_dir", "own_images", "--model_name", "squeezenet1_1", "--weights", "random"),
+     ("--data_dir own_images", "2 classes", "n01440764")),
+    (("--eps", 8), ("outside (0, 1]",)), (("--draws", 0), ("at least 1",))], ids=str)
+def test_bad_input_is_one_line_and_nothing_is_measured(run_here, refused, wrong, tmp_path, flags,
+                                                       words):
+    for path in wrong.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    few = FEW[2:] if "--num_images" in flags else FEW
+    refused(run_here("eval_net.py", *few, *flags), *words)
+    assert not list(wrong.rglob("results.md")) and not list(tmp_path.rglob("results.md"))
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory, weights):
+    """A folder with what the bad input names."""
+    top = tmp_path_factory.mktemp("wrong")
+
+    def leave(folder, facts, **changed):
+        facts = {**facts, **changed}
+        save_run(top / folder, facts, weights.get(str(facts["model_name"]), weights["mlp"]))
+    for folder in ("run", "both", "alone"):
+        leave(folder, FREE)
+    (top / "alone" / "free8_mlp.json").unlink()
+    leave("both", FREE, name="natural_mlp", method="natural")
+    leave("seeds/seed0", SHEET)
+    leave("seeds/seed1", SHEET)
+    leave("mnist", FREE, kind="mnist", data_dir="mnist")
+    leave("own", STAGE, kind="folder", data_dir="own_images", classes=["cat", "dog"], hold_out=0.5)
+    leave("far", FREE, method="fast", eps=0.3)
+    leave("mlp_as_cnn", FREE, model_name="cnn")
+    leave("low", STAGE, defense="resizepad", low=40)
+    leave("uap", {"name": "sga", "kind": "digits", "scale": 1, "model_name": ["mlp"]})
+    (top / "empty").mkdir()
+    (top / "other").mkdir()
+    (top / "other" / "results.json").write_text("{}")
+    save_pth(top / "small.pth", torch.zeros(1, 8, 8))
+    for name in ("photos/n01440764", "own_images/cat", "own_images/dog"):
+        (top / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(top / name / "a.png")
+    return top
+
+
+NONSENSE = [
+    ("kind", "mnits"), ("kind", ["digits"]), ("model_name", 3),
+    ("data_dir", None), ("method", "slow"), ("replays", 0), ("replays", True), ("eps", "8/255"),
+    ("eps", 8), ("eps", float("nan")), ("alpha", -1), ("steps", 1e300), ("weight_steps", "many"),
+    ("seconds", float("inf")), ("seconds", -1), ("image_size", 2.5)]
+NONSENSE_STAGE = [
+    ("classes", []), ("classes", "0123456789"), ("classes", [0, 1]),
+    ("head", "fcc"), ("defense", "gmc"), ("low", "small"), ("low", 0), ("hold_out", 0),
+    ("hold_out", "half"), ("given_images", -4), ("stage", "two"), ("augment", "published"),
+    ("augment", [3]), ("w_fgsm", None)]
+
+
+@pytest.mark.parametrize(("facts", "key", "value"), [
+    *((FREE, *pair) for pair in NONSENSE), *((STAGE, *pair) for pair in NONSENSE_STAGE)],
+    ids=lambda value: "" if isinstance(value, dict) else str(value))
+def test_nonsense_in_name_json_is_named(facts, key, value):
+    with pytest.raises(UserError, match=f"NAME.json: {key} is "):
+        finished.checked({**facts, key: value}, "NAME.json")
+
+
+@pytest.mark.parametrize(("facts", "key", "value", "words"), [
+    (FREE, "eps", 8, ("free8_mlp.json", "eps is 8", "train again")),
+    (FREE, "model_name", "mlp9", ("mlp9", "did you mean mlp?")),
+    (STAGE, "classes", ["0", "1"], ("10 classes", "of the network (2)"))])
+def test_nonsense_is_one_line_for_the_user(run_here, leave, refused, weights, facts, key, value,
+                                           words):
+    leave("run", facts, **{key: value}, state=weights[facts["model_name"]])
+    refused(run_here("eval_net.py", "--runs", "run", *FEW), *words)
+
+
+@pytest.mark.parametrize("key", ["eps", "steps", "kind", "seconds", "weight_steps"])
+def test_a_missing_fact_is_named(run_here, leave, refused, tmp_path, key):
+    facts = {name: value for name, value in FREE.items() if name != key}
+    leave("run", facts)
+    refused(run_here("eval_net.py", "--runs", "run", *FEW), "free8_mlp.json", f"{key} is missing")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", ("not JSON",)), ("\xff\x00", ("not JSON",)), ("[1]", ("does not say",)),
+    ("3", ("does not say",)), ("{}", ("does not say how the network was trained",)),
+    ('{"model_name": "mlp", "kind": "digits"}', ("does not say",))])
+def test_a_name_json_that_is_none_is_one_line(run_here, leave, refused, tmp_path, text, words):
+    folder = leave("run", FREE)
+    (folder / "free8_mlp.json").write_bytes(text.encode("latin-1"))
+    refused(run_here("eval_net.py", "--runs", "run/free8_mlp.pth", *FEW), "free8_mlp.json", *words)
+
+
+@pytest.mark.parametrize("text", [
+    "model,row\n", "model,row,attack\nmlp,a,worst case\n",
+    "row,attack,attack_robustness\nvanilla,worst case,many\n", "\x00"])
+def test_a_broken_robustness_table_is_one_line(run_here, leave, refused, tmp_path, text):
+    folder = leave("stage1", STAGE)
+    (folder / "gcm").mkdir()
+    (folder / "gcm" / "results.csv").write_text(text)
+    done = run_here("eval_net.py", "--runs", "stage1", *FEW, "--attacks", "none")
+    if done.returncode:
+        refused(done, "results.csv", "not the table of gcm.py")
+    else:
+        assert "AR, " not in done.stdout
+
+
+def test_every_fact_that_is_needed_has_a_check():
+    assert {key for keys in finished.NEEDED.values() for key in keys} <= finished.VALID.keys()
+    assert all(finished.VALID[key](value) for facts in (FREE, STAGE, SHEET)
+               for key, value in facts.items() if key in finished.VALID)
+
+
+def test_the_command_runs_in_a_process_of_its_own(run_script, leave, tmp_path):
+    leave("run", FREE)
+    done = run_script("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "strongest")
+    assert done.returncode == 0, done.stderr
+    assert "| free8 | 24 | 24 | 1.0 |" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "runs/eval_net").iterdir() if p.name[0] != ".") == [
+        "results.csv", "results.json", "results.md"]
