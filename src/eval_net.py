@@ -220,7 +220,8 @@ def get_args():
         "free_at.py, train_gcm.py or fgsm_mnist.py left")
     add("--model_name", type=names, nargs="+", help="networks by name instead; None: the data "
         "set's preset")
-    parser.shared("weights", weights={"default": None})
+    parser.shared("weights", weights={"default": None, "help": "of --model_name: V1, V2, random, a "
+        ".pth state dict or a folder with NAME.pth; one for all, or one for each; None: V1"})
     add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(ATTACKS),
         help="columns of the table")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: that of the runs' "

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attack/core.py", "utils/attack/balls.py"
 APGD, SQUARE = "utils/attack/apgd.py", "utils/attack/square.py"
-DEFENSES, CELLS, AUDIT = "utils/defenses.py", "robustness.py", "utils/audit.py"
+DEFENSES, CELLS, AUDIT = "utils/defenses.py", "utils/measure.py", "utils/audit.py"
+GCM = "gcm.py"
 FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
-DATA, LOOP = "utils/data.py", "utils/loop.py"
+DATA, LOOP, FINISHED = "utils/data.py", "utils/loop.py", "utils/finished.py"
 STAGES, EVALUATED, HEADS = "train_gcm.py", "eval_net.py", "utils/nets.py"
 
 
@@ -44,11 +45,15 @@ def layer(name):
 
 
 def count(name):
-    return f"tests/test_robustness.py::test_{name}"
+    return f"tests/test_measure.py::test_{name}"
 
 
 def free(name):
     return f"tests/test_free.py::test_{name}"
+
+
+def network(name):
+    return f"tests/test_eval_net.py::test_{name}"
 
 
 def sheet(name):
@@ -58,8 +63,8 @@ def sheet(name):
 OPTIMUM = "on_a_linear_model_the_optimum_is_reached_and_not_passed"
 BALL = "the_result_is_in_the_ball_and_in_the_box_and_worse_than_the_clean_image"
 AS_BEFORE = "model_images_labels_and_global_random_numbers_are_as_before"
-EVAL = "it_attacks_the_model_in_eval_mode_whatever_its_mode_also_without_gradients_on"
-UNDEFENDED = "knowing_gcm_the_attack_makes_the_images_of_the_undefended_network"
+EVAL = "it_attacks_the_model_in_eval_mode_whatever_its_mode_also_under_no_grad"
+UNDEFENDED = "an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_network"
 NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
 
 BUGS = [
@@ -81,10 +86,10 @@ BUGS = [
     Bug("binary search for c in the wrong half", ATTACKS,
         "torch.where(success, low, c), torch.where(success, c, high)",
         "torch.where(success, c, low), torch.where(success, high, c)",
-        (form("cw_moves_black_and_white_pixels_inwards_where_only_they_can_move"),)),
+        (form("cw_moves_black_and_white_pixels_inwards_if_only_they_matter"),)),
     Bug("tanh is flat at black and white pixels", ATTACKS,
         "SQUEEZE = 0.1", "SQUEEZE = 1e-6",
-        (form("cw_moves_black_and_white_pixels_inwards_where_only_they_can_move"),)),
+        (form("cw_moves_black_and_white_pixels_inwards_if_only_they_matter"),)),
     Bug("random start outside the ball", BALLS,
         "return eps * torch.stack(drawn)", "return 2 * eps * torch.stack(drawn)",
         (form("random_starts_are_spread_evenly_over_the_ball[l2]"),)),
@@ -102,8 +107,8 @@ BUGS = [
         "-function(logits, y)", "function(logits, y)",
         (rule("towards_a_target_the_image_comes_nearer_to_its_class[bim]"),)),
     Bug("APGD never halves its step", APGD,
-        's["size"] / 2, s["size"])', 's["size"], s["size"])',
-        (form("apgd_halves_its_step_until_it_stands_on_a_maximum_inside_the_ball[linf]"),)),
+        "s.size / 2, s.size)", "s.size, s.size)",
+        (form("apgd_halves_its_step_until_it_reaches_a_maximum_inside_the_ball[linf]"),)),
     Bug("Square accepts nothing that does not fool at once", SQUARE,
         "better = fooled | (f > best_f)\n        best,", "better = fooled\n        best,",
         (form("square_never_gets_worse_with_more_queries_and_counts_them"),)),
@@ -134,7 +139,7 @@ BUGS = [
         (form("of_all_restarts_the_worst_is_kept[the fooled one]"),)),
     Bug("one draw tells who is fooled", CORE,
         "is_fooled(mean, y, targeted)", "is_fooled(logits, y, targeted)",
-        (form("who_is_fooled_is_told_by_the_mean_over_the_draws_and_not_by_one_lucky_draw"),)),
+        (form("an_image_is_fooled_if_the_mean_over_the_draws_is_and_not_one_lucky_draw"),)),
     Bug("a model may change the image", CORE,
         "if x._version != version:", "if False:",
         (form("a_model_that_works_in_place_on_its_input_is_refused"),)),
@@ -143,42 +148,42 @@ BUGS = [
         (form("eot_averages_the_gradients_of_the_loss_over_its_draws"),)),
     Bug("a NaN gradient is a gradient of no sign", CORE,
         "if not bool(peak.isfinite().all()):", "if False:",
-        (rule("a_gradient_that_is_not_a_number_is_one_line_that_names_the_cause[fgsm]"),)),
+        (rule("a_nan_gradient_is_refused_in_one_line_that_names_the_cause[fgsm]"),)),
     Bug("the layer of another formula", DEFENSES,
         "torch.sin(self.w * x)", "torch.cos(self.w * x)",
         (layer("it_is_the_formula_of_the_paper"),)),
-    Bug("who knows the layer follows its gradient", DEFENSES,
+    Bug("an adaptive attacker follows the layer's gradient", DEFENSES,
         "bpda(layer) if isinstance(layer, GradientConcealment) else layer", "layer",
         (layer(f"{UNDEFENDED}[0-fgsm]"),)),
-    Bug("who knows a random layer looks once", DEFENSES,
+    Bug("an adaptive attacker draws a random layer once", DEFENSES,
         "return eot(seen, draws) if any", "return seen if any",
-        (layer("the_mean_gradient_of_who_knows_is_that_of_many_looks"),)),
+        (layer("the_gradient_of_an_adaptive_attacker_is_the_mean_over_many_forward_passes"),)),
     Bug("one draw for the batch", DEFENSES,
         "(n,), generator=self.generator)", "(1,), generator=self.generator).expand(n)",
-        (layer("all_sides_and_places_occur_and_nothing_sticks_out"),)),
+        (layer("all_sides_and_places_occur_within_the_square"),)),
     Bug("the same place in both directions", DEFENSES,
         "return side, *corner.minimum(room)", "return side, *corner[:1].minimum(room).expand(2, n)",
-        (layer("all_sides_and_places_occur_and_nothing_sticks_out"),)),
+        (layer("all_sides_and_places_occur_within_the_square"),)),
     Bug("half a pixel off", DEFENSES,
         "(2 * line + 1).double()", "(2 * line).double()",
         (layer("every_image_is_scaled_and_pasted_on_black[20-24-shape0]"),)),
     Bug("images outside the ball count as fooled", CELLS,
-        "torch.where(allowed, looks(model, x_adv, y, draws), before[index])",
-        "looks(model, x_adv, y, draws)",
+        "torch.where(allowed, times_right(model, x_adv, y, draws), before[index])",
+        "times_right(model, x_adv, y, draws)",
         (count("an_image_outside_the_ball_or_the_box_counts_as_not_attacked"),)),
     Bug("robustness over all images", CELLS,
         "share(_divide(both, draws * draws), right)",
         "share(_divide(both, draws * draws), cell['n'])",
         (count("attack_robustness_by_hand"),)),
     Bug("the best case", CELLS,
-        "str(min(counts))", "str(max(counts))",
-        (count("the_worst_case_is_the_worst_of_each_image_not_of_the_averages"),)),
-    Bug("images leave a random network at the first lucky look", CELLS,
+        "min(counts) for", "max(counts) for",
+        (count("the_worst_case_is_taken_image_by_image_and_not_from_the_averages"),)),
+    Bug("images leave a random network at the first lucky draw", GCM,
         "early=stop_early and not random", "early=stop_early",
-        (count("images_never_leave_early_where_the_network_is_random"),)),
+        (count("images_never_leave_pgd_early_behind_a_random_defence"),)),
     Bug("falls of the loss count as rises", AUDIT,
         "(change.sum(0) /", "(change.abs().sum(0) /",
-        (count("ascent_is_the_net_rise_over_the_ups_and_downs"),)),
+        (count("ascent_is_the_net_rise_over_the_total_variation"),)),
     Bug("another order of the attacks compared", AUDIT,
         'white - ar["square"] > POINTS', 'ar["square"] - white > POINTS',
         (count("every_sign_is_flagged_beyond_its_threshold_and_not_at_it"),)),
@@ -206,10 +211,10 @@ BUGS = [
     Bug("the clean gradient is lost", SHEET,
         "        loss.backward()\n        g = images.grad",
         "        g, = torch.autograd.grad(loss, images)",
-        (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_apart[fgs]"),)),
+        (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_separately[fgs]"),)),
     Bug("FGS without the sign", ATTACKS,
         "(x + eps * g.sign())", "(x + eps * g)",
-        (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_apart[fgs]"),)),
+        (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_separately[fgs]"),)),
     Bug("the true label where the predicted one is asked for", SHEET,
         "F.cross_entropy(logits, logits.argmax(1))", "F.cross_entropy(logits, y)",
         (sheet("with_the_predicted_label_the_attack_does_not_know_the_true_one"),)),
@@ -255,10 +260,30 @@ BUGS = [
         (stage("a_data_set_with_a_test_split_is_tested_on_it"),)),
     Bug("accuracy under an augmentation of the plain image", EVALUATED,
         "right[name] += int((model(z)", "right[name] += int((model(x)",
-        (stage("accuracy_under_an_augmentation_is_a_plain_loop"),)),
+        (network("the_accuracy_under_a_corruption_is_that_of_a_plain_loop"),)),
     Bug("queries that are learnt away", HEADS,
         "q = self.norm_query(q + self.dropout(q))", "q = self.norm_query(q)",
         ("tests/test_heads.py::test_ml_decoder_is_attention_written_naively",)),
+    Bug("the attacker of eval_net.py does not know the defence", EVALUATED,
+        "attack, adaptive(model, s.draws), model, images", "attack, model, model, images",
+        (network("a_network_behind_gcm_is_attacked_by_the_adaptive_attacker"),)),
+    Bug("measured without the defence", EVALUATED,
+        "self.behind(make_generator(s.seed)), images, draws", "self.model, images, draws",
+        (network("a_network_is_measured_behind_its_defence_in_all_draws"),)),
+    Bug("another step size than the table says", EVALUATED,
+        "alpha=eps / 4", "alpha=eps / 2",
+        (network("the_cells_are_those_of_the_attacks_called_one_by_one"),)),
+    Bug("tested on images that were trained on", FINISHED,
+        '    if "hold_out" in facts:\n', "    if False:\n",
+        (network("a_network_of_train_gcm_is_tested_on_images_that_were_held_out"),)),
+    Bug("a resumed loop forgets its random numbers", LOOP,
+        "restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict",
+        "restore = str if isinstance(part, torch.Generator) else part.load_state_dict",
+        ("tests/test_loop.py::test_a_run_stopped_after_any_epoch_resumes_to_the_same_weights_and_rows",
+         )),
+    Bug("a loss that is not finite is saved", LOOP,
+        "if not math.isfinite(loss) or broken:", "if False:",
+        ("tests/test_loop.py::test_a_loss_that_is_not_finite_stops_before_the_checkpoint",)),
 ]
 
 

@@ -111,6 +111,7 @@ def test_sparse_steps_skip_pixels_that_the_box_holds_back():
     assert (delta.flatten(1) @ w > 0.9 * best).all()
 
 
+@pytest.mark.slow
 def test_square_finds_the_corner_given_by_the_signs_of_the_weights():
     attack = functools.partial(attacks.square, eps=0.1, queries=2000)
     for kind in (greys, pictures):
@@ -118,6 +119,7 @@ def test_square_finds_the_corner_given_by_the_signs_of_the_weights():
         assert share.max() < 1 + 2e-5 and share.min() > 0.995, share
 
 
+@pytest.mark.slow
 def test_square_in_l2_fools_if_half_the_radius_suffices_and_never_if_the_radius_does_not():
     weight = 0.3 * random_weight(2, D)
     x = greys(6, shape=SMALL)
@@ -141,6 +143,7 @@ def nearest_radius(w, pixels, need, norm):
     return bisect(lambda r: w @ best_linear(w, pixels, r, norm), need)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dlr_targeted", "ce"])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_apgd_fools_exactly_where_the_closed_form_says_it_is_possible(norm, loss):
@@ -193,6 +196,7 @@ def ways_out(model, image, label, confidence=0.0):
     return sorted(np.inf if d is None else size(d, "l2") for d in ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "bias", "kind", "confidence"), [
     (2, 0.0, greys, 0.0), (2, -50.0, pictures, 0.0), (K, 0.0, greys, 0.0),
     (K, -50.0, pictures, 0.0), (2, 0.0, pictures, 2.0)],

@@ -379,11 +379,11 @@ def test_apgd_fools_the_images_that_pyautoattack_fools_from_the_same_start(
 
 @cache
 def photographs(shared):
-    """A network and those of 100 photographs that it gets right, at 128 pixels to save time."""
+    """A network and those of 50 photographs that it gets right, at 128 pixels to save time."""
     folder = shared / "data"
     model = models.load_model("squeezenet1_0", weights=folder / "weights")
     images = data.open_images(folder / "imagenet_sample" / "val", split="test")
-    images = data.load(images.prepared(128, 100), workers=0)
+    images = data.load(images.prepared(128, 50), workers=0)
     x = data.to_float(images.pixels)
     right = predicted(model, x) == images.labels
     return model, x[right], images.labels[right]
@@ -392,9 +392,9 @@ def photographs(shared):
 @pytest.mark.parametrize(("norm", "eps", "loss"), [
     ("linf", 0.15 / 255, "ce"), ("linf", 0.15 / 255, "dlr"), ("l2", 0.06, "ce"), ("l1", 8.0, "ce")])
 def test_apgd_on_photographs_is_as_strong_as_pyautoattack(norm, eps, loss, shared):
-    """Radii at which about half of 45 images are robust under pyautoattack, chosen before ours was
+    """Radii at which about half of the images are robust under pyautoattack, chosen before ours was
     run; different random starts. The counts differ by at most one image, but in L1 a start from
-    the whole ball is stronger than theirs, which has few large coordinates: 11 to 24."""
+    the whole ball is stronger than theirs, which has few large coordinates."""
     model, x, y = photographs(shared)
     with torch.random.fork_rng():
         theirs = robust(model, their_apgd(model, eps, norm, loss, 10).perturb(x, y), y)
@@ -477,12 +477,12 @@ def test_square_on_digits_is_as_strong_as_pyautoattack(norm, eps):
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 4 / 255), ("l2", 2.0)])
 def test_square_on_photographs_is_as_strong_as_pyautoattack(norm, eps, shared):
-    """100 queries, one seed, 45 images of which about 40 % are robust under pyautoattack."""
+    """100 queries, one seed; about 40 % of the images are robust under pyautoattack."""
     model, x, y = photographs(shared)
     theirs = robust(model, their_square(model, x, y, eps=eps, norm=norm, queries=100, seed=0), y)
     ours = robust(model, attacks.square(model, x, y, eps=eps, norm=norm, queries=100), y)
     assert 0.2 * len(x) <= theirs <= 0.8 * len(x)
-    assert abs(ours - theirs) <= 5  # three standard deviations over seeds
+    assert abs(ours - theirs) <= 4  # three standard deviations over seeds
 
 
 # --------------------------------------------------------------- exact projections

@@ -237,7 +237,7 @@ def trained(path):
 def head_of(path):
     """(head, classes) of a network that train_gcm.py trained; None: the network's own."""
     facts = trained(path)
-    return (facts["head"], len(facts["classes"])) if "head" in facts else None
+    return (facts["head"], len(facts["classes"])) if {"head", "classes"} <= facts.keys() else None
 
 
 def _fit(net, path, name):
