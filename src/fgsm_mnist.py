@@ -186,7 +186,7 @@ def stronger(model, images, s, device):
     return found
 
 
-def examples(model, images, s, device):
+def attacked_examples(model, images, s, device):
     """The first test images that are right before: x (clean, FGS, FGV), seen (predictions), y."""
     first = images.select(torch.arange(min(200, len(images))))
     before = measure.times_right_on(model, first, draws=1, batch_size=EVAL_BATCH, device=device)
@@ -266,7 +266,7 @@ def one_seed(s, seed, images, test, few, device):
         "name": s.name, "kind": images.kind, "data_dir": str(s.data_dir), **flags,
         "model_name": "lenet_bn" if s.batch_norm else "lenet", "num_images": len(images),
         "seconds": round(trainer.seconds, 1), **provenance(device)})
-    shown = examples(model, test, s, device) if seed == s.seed else None
+    shown = attacked_examples(model, test, s, device) if seed == s.seed else None
     if shown:
         buffer = io.BytesIO()
         np.savez(buffer, **shown)
@@ -274,7 +274,7 @@ def one_seed(s, seed, images, test, few, device):
     return {"seed": seed, "seconds": trainer.seconds, **found}
 
 
-def train(args):
+def train_all(args):
     """Every seed, then the figures over all of them."""
     device = resolve_device(args.device)
     s, images, test = settle(args)
@@ -293,7 +293,7 @@ def main(args):
     if args.summary:
         summarise(args.summary, args.save or args.summary[0].parent)
     else:
-        train(args)
+        train_all(args)
 
 
 if __name__ == "__main__":

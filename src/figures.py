@@ -56,7 +56,7 @@ def get_args():
 
 # ------------------------------------------------------------------- the pictures
 
-def uaps(args):
+def uaps_picture(args):
     """A photograph perturbed, perturbations amplified, their fooling ratios with n."""
     folder = args.uaps or Path("runs/eval")
     results = _results(folder, "--uaps", "eval_uap.py")
@@ -78,7 +78,7 @@ def uaps(args):
     return draw.uaps(deltas, ratios, photograph, args.credit)
 
 
-def examples(args):
+def examples_picture(args):
     """Images clean, the perturbation, and the images perturbed."""
     saved = _examples(args.examples)
     rows = _results(args.examples, "--examples", "eval_uap.py")["rows"]
@@ -89,7 +89,7 @@ def examples(args):
                          f"fooling ratio {percent(found)}")
 
 
-def w_sweep(args):
+def w_sweep_picture(args):
     """Robustness against w, a panel for each network."""
     rows = []
     for path in (folder / "w_sweep.csv" for folder in args.w_sweep):
@@ -101,7 +101,7 @@ def w_sweep(args):
     return draw.sweep(rows)
 
 
-def corruptions(args):
+def corruptions_picture(args):
     """Accuracy by family of corruption, minus that of the first network."""
     results = _results(args.corruptions, "--corruptions", "eval_net.py")
     cells, settings = results["cells"], results["settings"]
@@ -117,7 +117,7 @@ def corruptions(args):
         for name, label in chosen}, title, minus_first=True)
 
 
-def exercise(args):
+def exercise_picture(args):
     """The same digits attacked for each network of the exercise."""
     shown, n = {}, []
     for folder in args.exercise:
@@ -135,7 +135,7 @@ def exercise(args):
     return picture
 
 
-def augmentations(args):
+def augmentations_picture(args):
     """Every operation of utils/augment.py on one image."""
     if args.image:
         try:
@@ -180,10 +180,11 @@ def _examples(folder):
                 else file[key].tolist() for key in file}
 
 
-PICTURES = {"w_sweep": (w_sweep, "gcm_w"), "corruptions": (corruptions, "challenge"),
-            "exercise": (exercise, "mnist_examples"),
-            "augmentations": (augmentations, "augment"), "uaps": (uaps, "uaps"),
-            "examples": (examples, "digits")}  # flag: how it is drawn, its name in imgs/
+PICTURES = {  # flag: how it is drawn, its name in imgs/
+    "w_sweep": (w_sweep_picture, "gcm_w"), "corruptions": (corruptions_picture, "challenge"),
+    "exercise": (exercise_picture, "mnist_examples"),
+    "augmentations": (augmentations_picture, "augment"),
+    "uaps": (uaps_picture, "uaps"), "examples": (examples_picture, "digits")}
 
 
 def main(args):

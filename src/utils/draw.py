@@ -66,9 +66,9 @@ def curves(rows, title):
     epochs = [row["epoch"] for row in rows]
     left.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker="o", ms=3)
     left.set(xlabel="epoch", title=title)
-    left.set_ylabel("loss (ascended)", color=BLUE)
+    left.set_ylabel("loss (maximised)", color=BLUE)
     right.plot(epochs, [100 * row["fooling_ratio"] for row in rows], color=ORANGE, marker="s", ms=3)
-    right.set_ylabel("fooling ratio, % (watched images)", color=ORANGE)
+    right.set_ylabel("fooling ratio, % (monitored images)", color=ORANGE)
     right.set_ylim(0, 100)
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid(alpha=0.3)
@@ -98,9 +98,9 @@ def training(rows, title, **also):
 
 
 def family_accuracies(found):
-    """{operation: share of n images} -> {family: share}: the mean over its operations, of n.
+    """{operation: share of n images} -> {family: the mean share over its operations}.
 
-    The operations of a family change the same n images, so that their mean counts as n of them.
+    All operations change the same n images, so that the interval of a mean is that of n images.
     """
     every = [name for names in FAMILIES.values() for name in names]
     families = {"clean": ("clean",), **FAMILIES, f"all {len(every)}": every}
@@ -113,10 +113,10 @@ def family_accuracies(found):
 
 
 def corruptions(runs, title="", *, minus_first=False):
-    """Accuracy by family of corruption, of {run: {operation: share}}, with intervals.
+    """Accuracy by family of corruption, from {run: {operation: share}}, with intervals.
 
-    minus_first: instead, what every run has more than the first, in points, with Newcombe's
-    interval of a difference.
+    minus_first: instead the difference between each run and the first, in points, with Newcombe's
+    interval.
     """
     means = {run: family_accuracies(found) for run, found in runs.items()}
     first, *others = means
@@ -146,7 +146,7 @@ def corruptions(runs, title="", *, minus_first=False):
 
 
 def _difference(one, other):
-    """Points that one share is above another: value, low, high (Newcombe 1998, method 10)."""
+    """One share minus another, in points: value, low, high (Newcombe 1998, method 10)."""
     value = one["value"] - other["value"]
     down, up = (np.hypot(one["value"] - one[a], other[b] - other["value"])
                 for a, b in (("low", "high"), ("high", "low")))
@@ -154,7 +154,7 @@ def _difference(one, other):
 
 
 def variations(logs):
-    """Accuracies over the epochs, a panel for every {variation: [rows of log.csv, a list a seed]}.
+    """Accuracies over the epochs, a panel for each {variation: [rows of log.csv of each seed]}.
 
     The line is the mean over the seeds, the band reaches from the lowest to the highest.
     """
@@ -319,7 +319,7 @@ def sweep(rows):
 
 def examples(x, x_adv, delta, before, after, title):
     """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes."""
-    figure = _figure(1.7 * len(x) + 0.4, 5.9)
+    figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9)
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(3, len(x), squeeze=False)
     for i, (clean, mid, adv) in enumerate(panels.T):
