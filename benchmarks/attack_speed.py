@@ -133,7 +133,7 @@ def open_batch(name, args, device):
     images = open_images(args.data_dir, split="test") if args.data_dir else None
     kind = images.kind if images else "imagenet"
     if images and not images.labelled:
-        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks")
+        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks")
     model = load_model(name, weights=args.weights, kind=kind, data_dir=args.data_dir,
                        device=device)
     size = input_size(name, kind, images.size if images else None, args.weights)

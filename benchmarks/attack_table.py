@@ -193,7 +193,7 @@ def flat(row):
 
 
 def facts(settings, cells):
-    """{name: value} of what every figure stands on."""
+    """{name: value} that every figure depends on."""
     scale = settings["eps_scale"]
     return {
         "data": settings["data"], "n": settings["n"],
@@ -232,7 +232,7 @@ def prepare(args, device):
     """Networks {name: (model, images in memory, right (n,))} and the settings of the run."""
     images = open_images(args.data_dir, split="test")
     if not images.labelled:
-        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks")
+        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks")
     found, about, in_memory = {}, {}, {}
     for name in dict.fromkeys(args.model_name):
         model = load_model(name, weights=args.weights, kind=images.kind, data_dir=args.data_dir,

@@ -26,7 +26,7 @@ choose_python() {
         if has "$PYTHON" $modules; then return 0; fi
     done
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "error: $base is no Python 3.10 or newer; type PYTHON=/path/to/python3 before sh" >&2
+        echo "error: $base is not Python 3.10 or newer; type PYTHON=/path/to/python3 before sh" >&2
         exit 2
     fi
     echo "$base lacks one of: $modules; installing them into $root/.venv (once)" >&2

@@ -104,7 +104,7 @@ class Tested:
         return s.draws if is_random(self.defense) else 1
 
     def described(self, s):
-        """What its cells stand on."""
+        """What its cells depend on."""
         front = describe(self.defense, size=self.target.size, low=self.facts.get("low"))
         return f"{self.target.name} ({self.target.described}) behind {front}, {self.draws(s)} draws"
 
@@ -131,7 +131,7 @@ def missing_cells(net, images, in_memory, perturbations, done, s):
     images: names only; in_memory(size): the same with their pixels.
     """
     own, size = f"{net.name} | ", net.target.size
-    if s.attacks and own + "clean" not in done:
+    if s.attacks and "before" not in done.get(own + "clean", {}):
         yield own + "clean", net.clean_cell(in_memory(size), s)
     every = linf_attacks(net.eps, s.queries, net.classes, is_random(net.defense))
     for attack in (every[name] for name in s.attacks):
@@ -156,7 +156,7 @@ def named_networks(s):
     if s.runs:
         return [(name, facts["model_name"], str(path), facts, path.parent)
                 for name, path, facts in finished.read_runs(s.runs)]
-    images = data.open_images(s.data_dir, split="test", data_root=s.data_root)
+    images = data.open_images(s.data_dir, split="test", data_root=s.data_root or "data")
     found = []
     for target in models.targets_of(s.model_name, s.weights or [["V1"]],
                                     data.PRESETS[images.kind].targets, images):
@@ -167,21 +167,34 @@ def named_networks(s):
     return found
 
 
-def open_all(s):
-    """-> [Tested], the test images of all (names only), what a reader must know of these."""
-    opened, networks = {}, []
-    for name, model_name, weights, facts, folder in named_networks(s):
-        data_dir = s.data_dir or facts["data_dir"]
-        key = str([data_dir, *map(facts.get, ("kind", "hold_out", "given_images", "classes"))])
-        images, note = opened[key] = opened.get(key) or finished.test_images(
-            facts, data_dir, s.data_root, s.num_images)
+def where(facts, s):
+    """data_dir and data_root of the images that a network is tested on."""
+    return s.data_dir or facts["data_dir"], s.data_root or facts.get("data_root", "data")
+
+
+def test_images_of(named, s):
+    """-> the test images of all these networks, names only; what a reader must know of them."""
+    opened = {}
+    for name, _, _, facts, _ in named:
+        key = str([*where(facts, s), *map(facts.get, (
+            "data_dir", "kind", "hold_out", "given_images", "classes"))])
+        images, _ = opened[key] = opened.get(key) or finished.test_images(
+            facts, *where(facts, s), s.num_images)
         first = next(iter(opened.values()))[0]
         if (images.kind, images.sha256()) != (first.kind, first.sha256()):
             raise UserError(f"{name} is tested on {len(images)} {images.kind} images, "
-                            f"{networks[0].name} on {len(first)} other {first.kind} images; wanted "
+                            f"{named[0][0]} on {len(first)} other {first.kind} images; wanted "
                             "networks tested on the same images")
+    return first, "; ".join(dict.fromkeys(note for _, note in opened.values() if note))
+
+
+def open_all(named, images, s):
+    """[Tested] of [(name, network's name, weights, NAME.json, folder)]."""
+    networks = []
+    for name, model_name, weights, facts, folder in named:
+        data_dir, data_root = where(facts, s)
         target, = models.targets_of([[model_name]], [[weights]], None, images)
-        model = target.load(images, data_dir=data_dir, data_root=s.data_root, device=s.device)
+        model = target.load(images, data_dir=data_dir, data_root=data_root, device=s.device)
         model = model.to(memory_format=torch.channels_last)  # the faster on photographs
         zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
         facts = facts if folder else {}
@@ -189,12 +202,11 @@ def open_all(s):
                         s.eps or finished.linf_radius(facts, images.kind), facts, folder)
         tested.behind(make_generator(s.seed))  # says now if the defence cannot be built
         networks.append(tested)
-    return networks, images, note
+    return networks
 
 
-def open_uaps(networks, images, s):
-    """The perturbations of --uaps; UserError if one cannot be added to the images."""
-    found = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
+def fitting(found, networks, images):
+    """The perturbations that are measured; UserError if one cannot be added to the images."""
     for net in networks:
         shape = (images.channels, net.target.size, net.target.size)
         for uap in found:
@@ -202,8 +214,8 @@ def open_uaps(networks, images, s):
                 raise UserError(f"--uaps {uap.path}: of shape {tuple(uap.delta.shape)}; wanted "
                                 f"{shape}, as {net.name} takes images")
     if found and any(is_random(net.defense) for net in networks):
-        chance = uaps.Uap("none (changed by chance)", Path(), torch.zeros_like(found[0].delta))
-        found.insert(0, chance)
+        zero = torch.zeros_like(found[0].delta)
+        found = [uaps.Uap("none (changed by chance)", Path(), zero), *found]
     return found
 
 
@@ -215,7 +227,8 @@ def get_args():
     add = parser.add_argument
     parser.shared("data_dir", "data_root", "num_images", data_dir={
         "default": None, "help": "data set by name, or folder of class folders; None: what the "
-        "--runs were trained on, else digits"})
+        "--runs were trained on, else digits"}, data_root={"default": None, "help": "where named "
+        "data sets are kept or downloaded to; None: where the --runs found them, else data"})
     add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files that "
         "free_at.py, train_gcm.py or fgsm_mnist.py left")
     add("--model_name", type=names, nargs="+", help="networks by name instead; None: the data "
@@ -235,6 +248,7 @@ def get_args():
         "or folders that hold some")
     parser.shared("batch_size", "seed", "device", "workers", batch_size={"default": 250})
     add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
+    parser.shared("overwrite", overwrite={"help": "measure again what is in --save"})
     return parser.parse_args()
 
 
@@ -252,21 +266,24 @@ def settle(args):
 
 def main(args):
     s = settle(args)
-    networks, images, note = open_all(s)
+    named, folder = named_networks(s), RunFolder(s.save)
+    images, note = test_images_of(named, s)
+    perturbations = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
+    networks = open_all(named, images, s)  # trains the small ones that are asked for by name
+    perturbations = fitting(perturbations, networks, images)
     other = next((net for net in networks if net.eps != networks[0].eps), None)
     if s.attacks and other:
         raise UserError(f"{networks[0].name} has Linf eps {networks[0].eps:.4g}, {other.name} "
                         f"{other.eps:.4g}; type --eps to attack them at one radius")
-    perturbations, folder = open_uaps(networks, images, s), RunFolder(s.save)
     images, run = images.prepared(images.size, s.num_images), provenance(s.device)
     wanted = {
-        "data": str(s.data_dir or networks[0].facts["data_dir"]), "n": len(images),
-        "images_sha256": images.sha256(), "note": note, "seed": s.seed, "batch_size": s.batch_size,
-        "device": run["device"], "torch": run["torch"],
+        "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
+        "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
+        "batch_size": s.batch_size, "device": run["device"], "torch": run["torch"],
         **({"eps": networks[0].eps} if s.attacks else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
-    settings, done = folder.load_cells(wanted)
+    settings, done = (wanted, {}) if s.overwrite else folder.load_cells(wanted)
     in_memory = cache(lambda size: data.load(images.prepared(size, None), workers=s.workers))
     for net in networks:
         for key, cell in missing_cells(net, images, in_memory, perturbations, done, s):

@@ -69,7 +69,7 @@ def joint_gradient(model, x, y, adversary, *, label="true"):
     images = x.clone().requires_grad_()
     logits = model(images)
     loss = F.cross_entropy(logits, y)
-    if label == "predicted":  # another loss: a backward pass of its own
+    if label == "predicted":  # another loss: a separate backward pass
         g, = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), images,
                                  retain_graph=True)
         loss.backward()

@@ -11,6 +11,7 @@ Every picture is written to --out, by default under the name above in imgs/.
 """
 
 import csv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,8 @@ def uaps_picture(args):
         deltas[label] = read_uap(saved["path"], scale=saved["scale"], eps=1).delta
         ratios[label] = {row["target"]: row["fooling_ratio"] for row in results["rows"]
                          if row["uap"] == name}
+    if not deltas:
+        raise UserError(f"--uaps {folder}: no perturbation in its results.json; run eval_uap.py")
     if not args.examples:
         return draw.uaps(deltas, ratios)
     saved = _examples(args.examples)
@@ -98,6 +101,9 @@ def w_sweep_picture(args):
                             "--w_sweep first")
         with open(path, newline="") as file:
             rows += csv.DictReader(file)
+        if not rows:
+            raise UserError(f"--w_sweep {path.parent}: no rows in its w_sweep.csv; run gcm.py with "
+                            "--w_sweep again")
     return draw.sweep(rows)
 
 
@@ -111,7 +117,8 @@ def corruptions_picture(args):
     if len(chosen) < 2:
         raise UserError(f"--corruptions {args.corruptions}: {len(chosen)} networks measured with "
                         "--corruptions; wanted two or more, the first to compare with")
-    title = f"{Path(settings['data']).name}, n={settings['n']} test images"
+    n = " / ".join(dict.fromkeys(str(there[name]["n"]) for name, _ in chosen))
+    title = f"{Path(settings['data']).name}, n={n} test images"
     return draw.corruptions({label: {
         operation: share(k, there[name]["n"]) for operation, k in there[name]["right"].items()}
         for name, label in chosen}, title, minus_first=True)
@@ -175,25 +182,43 @@ def _examples(folder):
     path = folder / "examples.npz"
     if not path.is_file():
         raise UserError(f"--examples {folder}: no examples.npz there; run eval_uap.py with --show")
-    with np.load(path, allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) if key in ("x", "x_adv", "delta")
-                else file[key].tolist() for key in file}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tensors = {key: torch.from_numpy(file[key]) for key in ("x", "x_adv", "delta")}
+            return tensors | {key: file[key].tolist()
+                              for key in ("before", "after", "target", "uap")}
+    except DAMAGE:
+        raise UserError(f"--examples {folder}: its examples.npz is not one of eval_uap.py; run it "
+                        "with --show again") from None
 
 
-PICTURES = {  # flag: how it is drawn, its name in imgs/
-    "w_sweep": (w_sweep_picture, "gcm_w"), "corruptions": (corruptions_picture, "challenge"),
-    "exercise": (exercise_picture, "mnist_examples"),
-    "augmentations": (augmentations_picture, "augment"),
-    "uaps": (uaps_picture, "uaps"), "examples": (examples_picture, "digits")}
+DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, EOFError, StopIteration,
+          zipfile.BadZipFile, csv.Error)  # by what a file does that is another's, or junk
+PICTURES = {  # flag: how it is drawn, its name in imgs/, the script whose files it reads
+    "w_sweep": (w_sweep_picture, "gcm_w", "gcm.py"),
+    "corruptions": (corruptions_picture, "challenge", "eval_net.py"),
+    "exercise": (exercise_picture, "mnist_examples", "fgsm_mnist.py"),
+    "augmentations": (augmentations_picture, "augment", None),
+    "uaps": (uaps_picture, "uaps", "eval_uap.py"),
+    "examples": (examples_picture, "digits", "eval_uap.py")}
 
 
 def main(args):
     asked = [flag for flag in PICTURES if getattr(args, flag)] or ["uaps"]
     if len(asked) > 1 and asked != ["uaps", "examples"]:
         raise UserError(f"--{asked[0]} and --{asked[1]}: one picture at a time")
-    picture, name = PICTURES[asked[0]]
+    picture, name, script = PICTURES[asked[0]]
     out = args.out or Path("imgs") / f"{name}.png"
-    png = picture(args)
+    try:
+        png = picture(args)
+    except DAMAGE as error:
+        if script is None:  # it reads no run: our own bug
+            raise
+        given = getattr(args, asked[0]) or "runs/eval"
+        folders = " ".join(map(str, given if isinstance(given, list) else [given]))
+        raise UserError(f"--{asked[0]} {folders}: other files than those of {script}, or damaged "
+                        f"ones ({type(error).__name__}: {error}); wanted a folder that it wrote"
+                        ) from error
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, png)
     print(f"drew {out}")

@@ -84,7 +84,7 @@ class Cell:
 def measure_cell(cell, network, s):
     """Attacks `network` (utils/defended.py) as the cell says; -> what results.json keeps of it.
 
-    Adaptive attacks and transfers are no part of the published protocol: fooled images leave PGD.
+    The published protocol has naive attackers only; for the others, fooled images leave PGD.
     """
     generator = run.make_generator(s.seed)  # one for the attack and the defence
     defended = network.behind(cell.defense, cell.w, generator)
@@ -245,9 +245,10 @@ def main(args):
     networks = open_networks(s, images, device)
     about, listed = run.provenance(device), next(iter(networks.values())).images
     settings, found = folder.load_cells({
-        "data": str(s.data_dir), "n": len(listed), "images_sha256": listed.sha256(),
-        "stop_early": s.stop_early, "amp": s.amp, "batch_size": s.batch_size, "seed": s.seed,
-        "device": about["device"], "torch": about["torch"], **{f"network {t.name}": {
+        "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
+        "images_sha256": listed.sha256(), "stop_early": s.stop_early, "amp": s.amp,
+        "batch_size": s.batch_size, "seed": s.seed, "device": about["device"],
+        "torch": about["torch"], **{f"network {t.name}": {
             "size": t.size, "eps": radii(images, t.size, s.eps, s.eps_l2, s.eps_l1),
             "weights": t.described} for t in s.targets}})
     head = report.protocol(report_gcm.facts(settings, s, STEPS))

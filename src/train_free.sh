@@ -13,6 +13,8 @@ RUNS=${RUNS:-runs/free}                      # folder for the runs' folders and 
 EVAL_IMAGES=${EVAL_IMAGES:-}                 # test images to attack; empty: all
 
 . "$(dirname "$0")/env.sh"
+again=
+case " $* " in *" --overwrite "*) again=--overwrite ;; esac
 folders=
 train() {  # train NAME FLAG...
     name=$1; shift
@@ -28,5 +30,5 @@ for method in $METHODS; do
     fi
 done
 # shellcheck disable=SC2086  # a list, separated by spaces
-exec "$PYTHON" "$root/src/eval_net.py" --runs $folders --save "$RUNS" \
+exec "$PYTHON" "$root/src/eval_net.py" --runs $folders --save "$RUNS" $again \
     ${EVAL_IMAGES:+--num_images "$EVAL_IMAGES"}

@@ -67,7 +67,7 @@ def weighted_loss(model, x, y, attack, *, classes, w_clean, w_mixup, w_cutmix, w
 
 class ChallengeTraining(Trainer):
     """model: Sequential(Normalize, net); defended: the model behind the defence."""
-    advice = "type a smaller --lr_head, --lr_backbone"
+    advice = "the last checkpoint is kept; type a smaller --lr_head, --lr_backbone"
 
     def __init__(self, s, images, held, team, device):
         if images.pixels is not None:

@@ -14,6 +14,8 @@ TESTED=${TESTED:-}           # test images of the corruption table; empty: all
 PROCESSES=${PROCESSES:-1}    # processes that train, started by torchrun
 
 . "$(dirname "$0")/env.sh"
+again=
+case " $* " in *" --overwrite "*) again=--overwrite ;; esac
 launch="$PYTHON"
 if [ "$PROCESSES" -gt 1 ]; then
     launch="$PYTHON -m torch.distributed.run --nproc_per_node $PROCESSES"
@@ -33,4 +35,4 @@ for stage in 1 2; do
     epochs=$EPOCHS2 defense=gcm+resizepad  # of stage 2, which starts from these weights
 done
 exec "$PYTHON" "$root/src/eval_net.py" --runs "$RUNS/stage1" "$RUNS/stage2" --corruptions \
-    --attacks none --save "$RUNS" ${TESTED:+--num_images "$TESTED"}
+    --attacks none --save "$RUNS" $again ${TESTED:+--num_images "$TESTED"}

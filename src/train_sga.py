@@ -33,7 +33,7 @@ from utils.loop import Trainer, loop
 from utils.measure import predictions
 from utils.models import num_classes
 from utils.precision import Fast, fastest, to_layout
-from utils.uaps import finish, fooled, surrogates_of, uap_name
+from utils.uaps import fooled, save_perturbation, surrogates_of, uap_name
 
 WATCHED = 100     # images of the training set whose fooling ratio is logged every epoch
 SPGD_CHUNK = 50   # images per backward pass of SPGD: 250 at once need 27 GB on VGG16
@@ -112,7 +112,7 @@ def update(delta, g, v, *, eps, alpha, mu):
 
 # ------------------------------------------------------------- input diversity
 
-FLIP, SCALE, SHIFT, ROTATE = 0.5, (0.7, 1.3), 0.2, 0.0  # of --augment; README says what was tried
+FLIP, SCALE, SHIFT, ROTATE = 0.5, (0.7, 1.3), 0.2, 0.0  # of --augment: docs/uap.md
 
 
 def draw_maps(shape, generator):
@@ -146,7 +146,7 @@ def index_draws(s, n, generator):
 
 class SgaTraining(Trainer):
     """The epochs of SGA or SPGD with settings s; models: the surrogates without their defence."""
-    advice = "look at the weights, or try --amp off"
+    advice = "the last checkpoint is kept; look at the weights, or try --amp off"
 
     def __init__(self, s, models, images, generator, device):
         parts = torch.arange(len(images)).split(s.batch_size)
@@ -210,7 +210,7 @@ class SgaTraining(Trainer):
         return super().state() | {name: getattr(self, name) for name in HELD}
 
     def restore(self, state):
-        super().restore({"stopped": False} | state)  # an older checkpoint does not hold it
+        super().restore(state)
         self.delta, self.v, self.labels, self.amp, self.layout = (state[name] for name in HELD)
 
 
@@ -276,6 +276,8 @@ def main(args):
     saved = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
     models = [one.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
               for one in surrogates]
+    print(f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
+          f"{images.sha256()[:16]}; surrogate {', '.join(s.model_name)}", flush=True)
     images = load(images, workers=s.workers)
     training = SgaTraining(s, models, images, run.make_generator(s.seed), device)
     if saved is None:
@@ -287,13 +289,11 @@ def main(args):
     if saved is None:
         run.write_atomic(folder / "images.txt", images.listing().encode())
         run.save_pth(folder / "checkpoint.pth", {**training.state(), "flags": flags})
-    print(f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
-          f"{images.sha256()[:16]}; surrogate {', '.join(s.model_name)}\ngradients in "
-          f"{'float32' if training.amp == 'off' else training.amp}, {training.layout} (to repeat: "
+    print(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
           f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
           f"n={len(training.watched)} of these images", flush=True)
     loop(training, s.epochs, folder, flags)
-    finish(training, folder, name)
+    save_perturbation(training, folder, name)
 
 
 if __name__ == "__main__":

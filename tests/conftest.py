@@ -43,7 +43,7 @@ def shared():
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no ../shared/data with photographs and weights; the tests on toy networks and "
-                    "digits prove the same attacks")
+                    "digits prove the same attacks; docs/results/sample.sh makes the photographs")
     return folder
 
 

@@ -220,6 +220,7 @@ def test_cw_is_within_2_percent_of_the_shortest_way_out_of_the_class(classes, bi
         assert shortest * (1 - 1e-4) <= size(d, "l2") <= 1.02 * shortest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "distance"), [
     (SMALL, 0.01), (SMALL, 0.02), ((3, 32, 32), 0.1), ((3, 32, 32), 0.2)])
 def test_cw_is_as_close_if_the_border_is_nearer_than_one_step_of_adam(shape, distance):

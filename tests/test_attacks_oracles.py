@@ -266,6 +266,7 @@ def cw_case(request, toy, x):
     return model, x, y, targeted, *attacks.cw_l2(model, x, y, targeted=targeted, **CW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [cw_by_adv_lib, cw_by_foolbox])
 def test_cw_needs_no_larger_norm_and_fails_no_more_often(by, cw_case):
     """At the same budget; over the images on which both succeed the mean norm is at most 3 %
@@ -381,7 +382,8 @@ def test_apgd_fools_the_images_that_pyautoattack_fools_from_the_same_start(
 def photographs(shared):
     """A network and those of 50 photographs that it gets right, at 128 pixels to save time."""
     folder = shared / "data"
-    model = models.load_model("squeezenet1_0", weights=folder / "weights")
+    model = models.load_model("squeezenet1_0", weights=folder / "weights").to(
+        memory_format=torch.channels_last)  # twice as fast
     images = data.open_images(folder / "imagenet_sample" / "val", split="test")
     images = data.load(images.prepared(128, 50), workers=0)
     x = data.to_float(images.pixels)

@@ -181,3 +181,40 @@ def test_every_operation_is_drawn_in_seven_columns(run_here, refused, picture, t
 
 def test_one_picture_at_a_time(run_here, refused, evaluated):
     refused(run_here("figures.py", "--augmentations", "--uaps", evaluated), "one picture at a time")
+
+
+# ------------------------------------------------------------- files of something else
+
+def test_files_of_another_script_or_damaged_ones_are_one_line(
+        run_here, refused, evaluated, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for text in ('{"settings": {}, "cells": {}}', "[]", '{"uaps": [], "rows": 3}', "{"):
+        (other / "results.json").write_text(text)
+        for flag in ("--uaps", "--exercise", "--corruptions"):
+            refused(run_here("figures.py", flag, other), "other")
+    refused(run_here("figures.py", "--corruptions", evaluated), "--corruptions", "eval_net.py")
+    for text in ("", "model,attacker,w,epsilon\n"):
+        (other / "w_sweep.csv").write_text(text)
+        refused(run_here("figures.py", "--w_sweep", other), "no rows", "gcm.py")
+    (other / "w_sweep.csv").write_text("a,b\n1,2\n")
+    refused(run_here("figures.py", "--w_sweep", other), "--w_sweep", "gcm.py")
+    np.savez(tmp_path / "short.npz", x=np.zeros(3))
+    for content in (b"", b"junk", b"PK\x03\x04junk", (tmp_path / "short.npz").read_bytes()):
+        (evaluated / "examples.npz").write_bytes(content)
+        refused(run_here("figures.py", "--examples", evaluated), "examples.npz", "eval_uap.py")
+    assert not (tmp_path / "imgs").exists()
+
+
+def test_the_corruptions_say_their_own_n_and_both_networks(run_here, monkeypatch, tmp_path):
+    cell = {"n": 48, "right": dict.fromkeys(("clean", *OPS), 40)}
+    (tmp_path / "results.json").write_text(json.dumps({
+        "settings": {"data": "digits", "n": 50},
+        "cells": {"plain | corruptions": cell, "stage1 | corruptions": cell}}))
+    shown = []
+    monkeypatch.setattr(draw, "_png", lambda figure: shown.append(figure.axes[0]) or b"")
+    flags = ("--corruptions", tmp_path, "--rows", "plain", "stage1:augmented")
+    assert run_here("figures.py", *flags).returncode == 0
+    assert shown[0].get_title() == "digits, n=48 test images"
+    assert shown[0].get_xlabel() == (
+        "gain in accuracy of augmented over plain, points (95 % intervals)")

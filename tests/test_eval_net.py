@@ -2,10 +2,14 @@
 
 import csv
 import json
+import os
+import subprocess
+from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SRC
 from PIL import Image
 
 import attacks
@@ -141,6 +145,7 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
     assert float(table["clean_acc", "none"]["value"]) == int(before.sum()) / 40
 
 
+@pytest.mark.slow
 def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
     operations = {name: augment.OPS[name] for name in TWO}
     images, model = open_images("digits", split="test").prepared(28, 130), network
@@ -398,6 +403,39 @@ def test_images_that_a_network_was_trained_on_are_not_tested_in_silence(
     assert "(there is no test split: the network was trained on them)" in done.stdout
 
 
+def test_a_network_is_told_apart_from_the_flat_folder_that_it_was_not_trained_on(
+        leave, run_here, tmp_path, picture):
+    for part in ("train", "val"):
+        for k in range(3):
+            picture(tmp_path / "cif" / part / f"c{k}" / "a.png", 32, 32, seed=k)
+    facts = FREE | {"kind": "folder", "classes": ["c0", "c1", "c2"]}
+    train, val = (str(tmp_path / "cif" / part) for part in ("train", "val"))
+    said = "there is no test split: the network was trained on them"
+    for trained, tested, note in (
+            (train, val, ""), (train, train, said), (train, f"{val}/../train", said),
+            (str(tmp_path / "cif"), val, ""), (str(tmp_path / "cif"), train, said),
+            ("digits", val, ""), (str(tmp_path / "gone"), val, "")):
+        found = finished.test_images(facts | {"data_dir": trained}, tested, "data", None)
+        assert found[1] == note, (trained, tested)
+
+
+def test_the_notes_of_all_networks_are_said_once(monkeypatch):
+    images = open_images("digits", split="test")
+    monkeypatch.setattr(eval_net.finished, "test_images", lambda facts, *_: (images, facts["said"]))
+    s = Namespace(data_dir=None, data_root=None, num_images=None)
+    named = [(name, "mlp", "", {"data_dir": name, "said": said}, None) for name, said in (
+        ("a", "seen"), ("b", ""), ("c", "held out"), ("d", "seen"))]
+    assert eval_net.test_images_of(named, s) == (images, "seen; held out")
+
+
+def test_the_data_is_looked_for_where_the_training_found_it():
+    s = Namespace(data_dir=None, data_root=None)
+    facts = {"data_dir": "mnist", "data_root": "/data"}
+    assert eval_net.where(facts, s) == ("mnist", "/data")
+    assert eval_net.where({"data_dir": "mnist"}, s) == ("mnist", "data")
+    assert eval_net.where(facts, Namespace(data_dir="m", data_root="r")) == ("m", "r")
+
+
 def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here, tmp_path, picture):
     for k, wnid in enumerate(("n01440764", "n02504458")):
         picture(tmp_path / "val" / wnid / "a.png", seed=k)
@@ -474,6 +512,66 @@ def test_other_columns_are_added_to_the_same_folder(run_here, leave, tmp_path, t
     done = run_here("eval_net.py", *command, "--attacks", "fgsm")
     assert done.returncode == 0, done.stderr
     assert set(cells(tmp_path / "out")) == {"free8 | corruptions", "free8 | clean", "free8 | FGSM"}
+
+
+def test_with_overwrite_everything_is_measured_again(run_here, leave, refused, tmp_path):
+    leave("free", FREE)
+    command = ("--runs", "free", *FEW, "--save", "out", "--attacks")
+    assert run_here("eval_net.py", *command, "none").returncode == 0
+    leave("free", FREE, state=trainable("mlp", kind="digits", seed=3)[1].state_dict())
+    refused(run_here("eval_net.py", *command, "fgsm"), "network free8")
+    done = run_here("eval_net.py", *command, "fgsm", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert set(cells(tmp_path / "out")) == {"free8 | clean", "free8 | FGSM"}
+
+
+@pytest.mark.parametrize("script", ["train_free.sh", "train_gcm.sh"])
+def test_a_training_that_starts_again_is_measured_again(tmp_path, script):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    for flags, again in ((("--overwrite", "--seed", "1"), True), (("--epochs", "1"), False)):
+        (tmp_path / "said").unlink(missing_ok=True)
+        done = subprocess.run(["sh", str(SRC / script), *flags], cwd=tmp_path, check=False,
+                              capture_output=True, text=True,
+                              env={**os.environ, "PYTHON": str(tmp_path / "python")})
+        assert done.returncode == 0, done.stderr
+        line = (tmp_path / "said").read_text().splitlines()[-1]
+        assert "eval_net.py" in line and ("--overwrite" in line.split()) == again
+
+
+def test_a_clean_cell_without_its_counts_is_made_again(run_here, leave, tmp_path):
+    leave("free", FREE)
+    command = ("--runs", "free", *FEW, "--save", "out", "--attacks", "fgsm")
+    assert run_here("eval_net.py", *command).returncode == 0
+    path = tmp_path / "out" / "results.json"
+    state = json.loads(path.read_text())
+    whole = state["cells"]["free8 | clean"]["before"]
+    state["cells"] = {"free8 | clean": {"n": 20}}
+    path.write_text(json.dumps(state))
+    assert run_here("eval_net.py", *command).returncode == 0
+    assert cells(tmp_path / "out")["free8 | clean"]["before"] == whole
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "{}", '{"settings": {}, "cells": []}', '{"settings": {}, "cells": {"a": 1}}',
+    '{"settings": [], "cells": {}}', '{"settings": 3, "cells": {"a": {}}}'])
+def test_a_damaged_table_is_kept_and_refused(refused, leave, run_here, tmp_path, text):
+    leave("free", FREE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(text)
+    refused(run_here("eval_net.py", "--runs", "free", *FEW, "--attacks", "none", "--save", "out"),
+            "results.json", "not a table of this script", "choose another folder")
+    assert (tmp_path / "out" / "results.json").read_text() == text
+
+
+def test_what_cannot_be_read_or_written_is_refused_before_a_network_is_loaded(
+        run_here, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(eval_net, "open_all", lambda *_: pytest.fail("networks were loaded"))
+    (tmp_path / "file").write_text("")
+    flags = ("--model_name", "mlp", *FEW)
+    refused(run_here("eval_net.py", *flags, "--uaps", "nowhere.pth"), "nowhere.pth")
+    refused(run_here("eval_net.py", *flags, "--save", "file"), "file", "cannot write there")
 
 
 def test_a_table_of_another_radius_network_or_perturbation_is_kept(

@@ -257,11 +257,11 @@ def test_bad_input_is_one_line(run_here, refused, flags, words, tmp_path):
     assert not (tmp_path / "runs" / "gcm" / "results.json").exists()
 
 
-def test_folders_that_are_no_classes_of_the_networks_are_refused(
+def test_folders_that_are_not_classes_of_the_networks_are_refused(
         run_here, refused, picture, tmp_path):
     picture(tmp_path / "val" / "mine" / "a.jpg")
     refused(run_here("gcm.py", "--data_dir", "val", "--model_name", "squeezenet1_1"),
-            "no classes of the networks", "n01440764")
+            "not classes of the networks", "n01440764")
 
 
 def test_a_network_that_is_right_about_nothing_is_refused(run_here, refused, picture, tmp_path):
@@ -277,6 +277,16 @@ def test_a_results_file_of_something_else_is_kept_and_refused(run_here, refused,
     (folder / "results.json").write_text(text)
     refused(run_here("gcm.py", *SHORT), "results.json")
     assert (folder / "results.json").read_text() == text
+
+
+def test_gcm_and_eval_net_do_not_mix_their_cells(run_here, refused, tmp_path):
+    flags = (*FEW, "--attacks", "fgsm", "--save", "both")
+    for first, second in (("gcm.py", "eval_net.py"), ("eval_net.py", "gcm.py")):
+        assert run_here(first, *flags).returncode == 0
+        before = (tmp_path / "both" / "results.json").read_bytes()
+        refused(run_here(second, *flags), f"script {first}, given {second}")
+        assert (tmp_path / "both" / "results.json").read_bytes() == before
+        shutil.rmtree(tmp_path / "both")
 
 
 def test_a_table_of_an_older_version_whose_counts_are_strings_is_refused(

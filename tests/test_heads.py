@@ -89,6 +89,7 @@ def test_a_network_without_a_known_feature_map_takes_only_its_own_head():
         with_head(with_head(build_small("cnn_bn", 1, 28), "fc", 7, "cnn_bn"), "own", 7, "cnn_bn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "squeezenet1_1", "mobilenet_v2",
                                   "vit_b_16", "swin_t", "vgg11"])
 def test_torchvision_networks_take_any_number_of_classes(name):

@@ -128,7 +128,7 @@ def test_without_a_folder_nothing_is_written_or_printed(tmp_path, monkeypatch, c
 
 
 def test_a_new_run_removes_what_an_overwritten_one_left(folder):
-    for name in ("checkpoint.pth", "results.json", "mine.txt"):
+    for name in ("checkpoint.pth", "mine.txt"):
         (folder / name).write_text("old")
     Walk(team=Team(rank=1, size=2)).resume(None, folder)
     assert (folder / "checkpoint.pth").exists()  # the first process does that

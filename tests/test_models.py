@@ -73,6 +73,7 @@ def test_the_five_small_networks_have_different_architectures():
     assert len({sum(p.numel() for p in net.parameters()) for net in built.values()}) == 5
 
 
+@pytest.mark.slow
 def test_a_small_network_is_trained_on_first_use_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     first = load_model("mlp", kind="digits", data_dir="digits")

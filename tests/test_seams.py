@@ -86,6 +86,7 @@ def test_every_flag_has_help_and_the_help_can_be_printed(path):
     assert parser.description in " ".join(parser.format_help().split())
 
 
+@pytest.mark.slow
 def test_help_needs_neither_data_nor_a_download(tmp_path):
     done = subprocess.run([sys.executable, str(COMMANDS[0]), "--help"], cwd=tmp_path, check=False,
                           capture_output=True, text=True)
@@ -126,6 +127,7 @@ def shell(name, *args, cwd, **environment):
                           check=False, env={**os.environ, "PYTHON": sys.executable, **environment})
 
 
+@pytest.mark.slow
 def test_the_quick_start_makes_a_perturbation_and_its_table(tmp_path):
     made = shell("train.sh", "--epochs", "1", "--num_images", "50", "--seed", "3", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
@@ -141,6 +143,7 @@ def test_the_quick_start_makes_a_perturbation_and_its_table(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_relative_paths_are_relative_to_the_caller(tmp_path, picture):
     picture(tmp_path / "photos" / "n01440764" / "a.jpg")
     made = shell("train.sh", "--weights", "random", "--image_size", "64", "--epochs", "1",

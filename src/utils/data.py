@@ -47,7 +47,7 @@ class Preset:
     num_images: int
 
 
-SMALL = ("cnn", "cnn_bn", "mlp", "vgg_small", "resnet_small")  # utils/models.py trains them
+SMALL = ("cnn", "cnn_bn", "mlp", "vgg_small", "resnet_small")  # utils/nets.py trains them
 IMAGENET = Preset(10 / 255, 1 / 255, "vgg16",  # Liu et al. 2023, Table 1
                ("alexnet", "googlenet", "vgg16", "vgg19", "resnet152"), 224, 10_000)
 PRESETS = {

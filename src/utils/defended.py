@@ -73,7 +73,7 @@ def open_targets(args, *, imagenet):
                            ours[0]["given_images"])
     taught = [facts for facts in ours if facts["classes"] == list(images.classes)]
     if not images.labelled and len(taught) < len(targets):
-        raise UserError(f"--data_dir {args.data_dir}: its folders are no classes of the networks; "
+        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks; "
                         "wanted folders named by wnid, such as n01440764, or --weights that "
                         "train_gcm.py trained on them")
     if args.num_images and args.num_images > len(images):

@@ -134,8 +134,8 @@ def corruptions(runs, title="", *, minus_first=False):
                       lw=1.4, capsize=2, color=COLOURS[k % len(COLOURS)], label=run)
     axes.set_yticks(range(len(families)), families)
     what = "accuracy, %"
-    if minus_first:
-        what = f"accuracy: {'others' if len(others) > 1 else others[0]} minus {first}, points"
+    if minus_first:  # the legend names several others
+        what = f"gain in accuracy{f' of {others[0]}' * (len(others) == 1)} over {first}, points"
     axes.set(title=title, ylim=(-0.6, len(families) - 0.4), xlabel=f"{what} (95 % intervals)")
     if minus_first:
         axes.axvline(0, color="black", lw=0.8)

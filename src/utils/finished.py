@@ -37,9 +37,9 @@ def _is_text(value):
 COUNT, PIXELS = _number(1, 2 ** 53, int), _number(1e-12, 1)
 VALID = {  # fact: whether its value can be used
     "kind": _one_of(PRESETS), "model_name": _is_text, "data_dir": _is_text,
-    "seconds": _number(0, 1e12), "image_size": _number(1, 4096, int), "eps": PIXELS,
-    "alpha": _number(1e-12, 2), "alpha_fgs": PIXELS, "method": _one_of(METHODS), "replays": COUNT,
-    "steps": COUNT, "weight_steps": COUNT,
+    "data_root": _is_text, "seconds": _number(0, 1e12), "image_size": _number(1, 4096, int),
+    "eps": PIXELS, "alpha": _number(1e-12, 2), "alpha_fgs": PIXELS, "method": _one_of(METHODS),
+    "replays": COUNT, "steps": COUNT, "weight_steps": COUNT,
     "stage": COUNT, "head": _one_of(HEADS), "classes": _are_texts, "defense": _one_of(DEFENSES),
     "low": _or_none(COUNT), "augment": _are_texts, "w_fgsm": _number(0, 1e12),
     "hold_out": _number(1e-3, 0.5), "given_images": _or_none(COUNT)}
@@ -100,7 +100,8 @@ def checked(facts, path):
     if kind is None:
         raise UserError(f"{path}: does not say how the network was trained; wanted what "
                         "free_at.py, train_gcm.py or fgsm_mnist.py writes")
-    for key in ("kind", "model_name", "data_dir", "seconds", kind, *NEEDED[kind]):
+    needed = ("kind", "model_name", "data_dir", "seconds", kind, *NEEDED[kind])
+    for key in (*needed, *(["data_root"] if "data_root" in facts else [])):
         if key not in facts or not VALID[key](facts[key]):
             there = f"{key} is {str(facts[key])[:60]}" if key in facts else f"{key} is missing"
             raise UserError(f"{path}: {there}; restore what the training wrote, or train again")
@@ -139,10 +140,8 @@ def test_images(facts, data_dir, data_root, num_images):
         note = "held out of the training images, and the best epoch was chosen on them" * held
     else:
         images = open_images(data_dir, split="test", data_root=data_root)
-    if facts and "hold_out" not in facts and data_dir not in NAMED:
-        train = open_images(data_dir, split="train", data_root=data_root)
         note = "there is no test split: the network was trained on them" * (
-            (train.root, train.names) == (images.root, images.names))
+            bool(facts) and _same_files(images, facts["data_dir"]))
     if images.kind != facts.get("kind", images.kind):
         raise UserError(f"--data_dir {data_dir}: {images.kind} images; the network was trained on "
                         f"{facts['kind']}")
@@ -155,3 +154,15 @@ def test_images(facts, data_dir, data_root, num_images):
         raise UserError(f"--num_images {num_images}: {data_dir} has {len(images)}; type "
                         f"--num_images {len(images)}, or leave it out")
     return images, note
+
+
+def _same_files(images, trained_on):
+    """Whether these are the training images of a folder; False if it is no longer there."""
+    if trained_on in NAMED or images.root is None:
+        return False
+    try:
+        train = open_images(trained_on, split="train")
+    except UserError:
+        return False
+    return train.root is not None and (train.root.resolve(), train.names) == (
+        images.root.resolve(), images.names)

@@ -35,7 +35,7 @@ class Trainer:
     steps, unit: length and unit of the progress bar of an epoch. keep {name: module, optimizer or
     generator}: what a checkpoint holds, besides the rows of log.csv. `stopped` ends the loop.
     """
-    advice = "type a smaller --lr"  # when a loss is not finite
+    advice = "the last checkpoint is kept; type a smaller --lr"  # when a loss is not finite
 
     def __init__(self, device, *, steps, keep, team=None, unit="it"):
         self.device, self.team, self.steps, self.unit = device, team or Team(), steps, unit
@@ -61,18 +61,17 @@ class Trainer:
             for name, part in self.keep.items()}}
 
     def restore(self, state):
-        self.rows, self.stopped = state["rows"], state["stopped"]
+        self.rows, self.stopped = state["rows"], state.get("stopped", False)
         for name, part in self.keep.items():
             restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
             restore(state[name])
 
     def resume(self, state, folder):
-        """Continues from a checkpoint; without one (None) a run that --overwrite ends goes."""
+        """Continues from a checkpoint; None: deletes that of a run that is overwritten."""
         if state is not None:
             self.restore(state)
         elif self.team.first:
-            for left_over in ("checkpoint.pth", "results.json"):
-                (folder / left_over).unlink(missing_ok=True)
+            (folder / "checkpoint.pth").unlink(missing_ok=True)
 
     @property
     def seconds(self):
@@ -113,7 +112,7 @@ def _check_finite(trainer, where, found):
     broken = sum(not bool(t.isfinite().all()) for t in trainer.tensors())
     if not math.isfinite(loss) or broken:
         raise UserError(f"{where}: the loss is {loss:g}, {broken} tensors that are trained are not "
-                        f"finite; the last checkpoint is kept; {trainer.advice}")
+                        f"finite; {trainer.advice}")
 
 
 def _save(folder, state, rows, desc, epochs, board):

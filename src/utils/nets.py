@@ -130,6 +130,7 @@ def build_small(name, channels, size):
 
 class SmallTraining(Trainer):
     """Adam, one-cycle, cross-entropy; whole minibatches only."""
+    advice = "type --weights with the path of a state dict"
 
     def __init__(self, model, kind, images):
         self.model, self.images, self.device = model, images, next(model.parameters()).device

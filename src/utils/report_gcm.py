@@ -18,7 +18,7 @@ FLAGGED = {True: "yes", False: "no", None: "does not apply"}
 
 
 def facts(settings, s, steps):
-    """{name: value} of what every figure stands on, for the line above the tables."""
+    """{name: value} that every figure depends on, for the line above the tables."""
     sizes = sorted({target.size for target in s.targets})
     leave = "always" if s.stop_early else "where the attacker is adaptive or transfers"
     if s.audit:

@@ -38,7 +38,7 @@ def mean_of(found, name):
 
 
 def settings(facts):
-    """{name: value} of what all figures of the table stand on."""
+    """{name: value} that all figures of the table depend on."""
     return {
         "data": facts["kind"], "training images": facts["num_images"], "epochs": facts["epochs"],
         "one step": f"FGS {facts['alpha_fgs']:g}, FGV {facts['alpha_fgv']:g}, "

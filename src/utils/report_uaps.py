@@ -27,7 +27,7 @@ def report(rows, about, uaps, targets):
     text += "\nAll figures, % (95 % Wilson interval)\n\n" + detail_table(rows) + "\n"
     for uap in uaps:
         resized = any(size != uap.delta.shape[-1] for size in about["sizes"])
-        text += audit_line(uap, [row for row in rows if row["uap"] == uap.name], resized) + "\n"
+        text += check_line(uap, [row for row in rows if row["uap"] == uap.name], resized) + "\n"
     return text
 
 
@@ -89,7 +89,7 @@ def seed_table(rows, groups, targets):
     return markdown(["UAP", "seeds", *targets], lines)
 
 
-def audit_line(uap, rows, resized):
+def check_line(uap, rows, resized):
     """One line to check a perturbation by: its size, NaN, and what 8-bit rounding changes."""
     if rounded(uap.delta) is None and not resized:
         rounding = "8-bit rounding changes nothing (it is on the grid k/255)"

@@ -209,7 +209,10 @@ class RunFolder:
         if not path.exists():
             return settings, {}
         saved = load_json(path)
-        if not isinstance(saved, dict) or not {"settings", "cells"} <= saved.keys():
+        parts = [saved.get("settings"), saved.get("cells")] if isinstance(saved, dict) else [None]
+        if all(isinstance(part, dict) for part in parts):
+            parts += parts[1].values()
+        if not all(isinstance(part, dict) for part in parts):
             raise UserError(f"{path}: not a table of this script; choose another folder")
         if any(isinstance(cell.get("before"), str) for cell in saved["cells"].values()):
             raise UserError(f"{path}: a table made by an older version; choose another folder")

@@ -215,7 +215,7 @@ def surrogates_of(names, weights, images, image_size=None):
 
 
 def uap_name(s):
-    """What a perturbation is called, by all settings that say how it was made and are no defaults.
+    """What a perturbation is called, by all settings of its making that are not defaults.
     """
     extra = {"augment": s.augment, s.defense: s.defense != "none", "bpda": s.bpda,
              f"target{s.target}": s.target is not None}
@@ -239,7 +239,7 @@ def fooled(training, index=slice(None)):
     return found
 
 
-def finish(training, folder, name):
+def save_perturbation(training, folder, name):
     """Saves the perturbation, the facts of its run and the pictures; prints how well it fools."""
     s, images, delta = training.s, training.images, training.delta[0].contiguous()
     shares = fooled(training)

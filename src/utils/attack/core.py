@@ -1,4 +1,4 @@
-"""What every attack stands on: the contract, one generator per image, losses, gradients.
+"""What every attack uses: the contract, one generator per image, losses, gradients.
 
 `attack` is the decorator that keeps the contract of attacks.py; `gradient` is the one place where a
 model is differentiated.
