@@ -251,8 +251,9 @@ def settle(args, team, device):
         amp=args.amp if args.amp != "auto" else "bf16" if bf16 else "off")
     images = images.prepared(size, args.num_images)
     if not team.size <= batch <= len(images):
-        raise UserError(f"--batch_size {batch}: type {max(2, team.size)} to {len(images)}, at most "
-                        f"the {len(images)} training images and at least one for each process")
+        raise UserError(f"--batch_size {batch}: there are {len(images)} training images and "
+                        f"{team.size} processes; wanted an image for each process, and no more "
+                        "than there are (two at least)")
     return s, images
 
 

@@ -496,6 +496,7 @@ def test_a_number_of_passes_that_was_rounded_up_is_printed_so(run_here):
     (("--model_name", "resnet9000"), ("resnet9000", "wanted one of cnn")),
     (("--batch_size", 500), ("--batch_size 500", "150 training images")),
     (("--batch_size", 1), ("at least 2",)), (("--eps", 8), ("outside (0, 1]",)),
+    (("--num_images", 1), ("1 training images", "two at least")),
     (("--pretrained", "nowhere.pth"), ("--pretrained nowhere.pth",)),
     (("--evaluate", "run"), ("--evaluate",))], ids=str)
 def test_bad_input_is_one_line_before_anything_is_trained(run_here, refused, tmp_path, flags,
