@@ -1,19 +1,22 @@
 """Speed of attacks compared with other libraries, in one process, alternating.
 
-    ours         on a copy of the network in the layout that is faster here: float32 and bf16, each
-                 also with fooled images leaving the batch (stop early; C&W: abort_early)
-    the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1 and for C&W adv-lib 0.2.8, on the
-                 frozen float32 network itself; those not installed are left out (attack_others.py)
+    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early)
+    the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1 and for C&W adv-lib 0.2.8; those not
+                 installed are left out (attack_others.py)
 
     PYTHONPATH=src python benchmarks/attack_speed.py \\
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
 
-Nothing else may run on the machine meanwhile. Every implementation attacks the same images, all of
-which the network gets right, and what it returns is measured again by the float32 network. Images/s
-counts attacked images, passes counts forward passes of an image. Ratios are to the fastest other
-library that took every step. C&W takes binary_steps x cw_steps steps from c = 1 without early
-aborts; that of torchattacks takes them all with one c and may stop early. That of ART is left out:
-each step costs it a backward pass for each class among the labels.
+Every implementation attacks three forms of the network, with images in its memory order: as it is
+loaded (float32, contiguous), and copies in float32 and bf16 in the layout that is faster here. The
+figure in brackets is the speed over that of the fastest other library in the same form that took
+every step. Nothing else may run on the machine meanwhile.
+
+All attack the same images, all of which the network gets right, and what they return is measured
+again by the float32 network. Images/s counts attacked images, passes counts forward passes of an
+image. C&W takes binary_steps x cw_steps steps from c = 1 without early aborts; that of torchattacks
+takes them all with one c and may stop early. That of ART is left out: each step costs it a backward
+pass for each class among the labels.
 """
 
 import statistics
@@ -35,14 +38,14 @@ from attack_others import (
     torchattacks,
 )
 from attacks import cw_l2, fgsm, pgd
+from bench import show, times_as_fast
 from utils.cli import Parser, at_least, run_script
 from utils.data import batches, default_workers, open_images, to_float
 from utils.errors import UserError
 from utils.measure import share
 from utils.models import describe_weights, input_size, load_model
-from utils.precision import Fast, fastest, synchronize, to_layout
-from utils.report import markdown
-from utils.run import provenance, resolve_device, save_json
+from utils.precision import LAYOUTS, Fast, fastest, synchronize, to_layout
+from utils.run import provenance, resolve_device
 
 ATTACKS = ("fgsm", "pgd_linf", "pgd_l2", "cw_l2")
 C, LR = 1.0, 0.01  # C&W: first constant, step size of Adam
@@ -63,9 +66,11 @@ def get_args():
     add("--batch_size", type=at_least(1), default=50, help="images attacked, in one batch")
     add("--turns", type=at_least(1), default=3, help="turns of each; the median counts")
     add("--seed", type=at_least(0), default=0, help="random starts")
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory order for ours; auto: "
+        "the faster by timing")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
     add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
-    add("--results", type=Path, help="JSON file to write")
+    add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
     return parser.parse_args()
 
 
@@ -145,23 +150,32 @@ def open_batch(name, args, device):
         return model, x, model(x).argmax(1)
 
 
-def implementations(model, x, y, args):
-    """{implementation: {attack: () -> x_adv}}, ours first; and all networks that they call."""
-    found, networks, judge = {}, [model], None
-    for amp, name in (("off", "float32"), ("bf16", "bf16")):
-        _, layout = fastest([model], lambda fast, batch: fgsm(
-            fast[0], batch, y, eps=args.eps["linf"]), x, amp=amp)
-        fast, laid = Fast(model, amp, layout), to_layout(x, layout)
-        networks.append(fast.model)
-        for early in (False, True):
-            found[f"ours, {name}, {layout}" + ", stop early" * early] = {
-                key: partial(attack, fast, laid, y)
-                for key, attack in ours(args, early, judge).items()}
-        judge = fast  # C&W in bf16 asks the float32 copy whether an image is adversarial
+def forms_of(model, x, y, args):
+    """{(precision, layout): (network, x)}, first as it is loaded."""
+    def step(networks, batch):
+        return fgsm(networks[0], batch, y, eps=args.eps["linf"])
+
+    found = {("float32", "contiguous"): (model, x)}
+    for amp, precision in (("off", "float32"), ("bf16", "bf16")):
+        _, layout = fastest([model], step, x, amp=amp, layout=args.layout)
+        found[precision, layout] = Fast(model, amp, layout).eval(), to_layout(x, layout)
+    return found
+
+
+def implementations(forms, y, args):
+    """{(implementation, precision, layout): {attack: () -> x_adv}}"""
+    model, x = forms["float32", "contiguous"]
     with torch.no_grad():
-        classes = model(x[:1]).shape[1]
-    return found | {name: {key: partial(attack, model, x, y) for key, attack in attacks.items()}
-                    for name, attacks in others(args, classes).items()}, networks
+        classes, found = model(x[:1]).shape[1], {}
+    for (precision, layout), (network, laid) in forms.items():
+        # C&W in bf16 asks a float32 network whether an image is adversarial
+        judge = forms.get(("float32", layout), (model,))[0] if precision == "bf16" else None
+        made = {"ours" + ", stop early" * early: ours(args, early, judge)
+                for early in (False, True)}
+        for name, attacks in {**made, **others(args, classes)}.items():
+            found[name, precision, layout] = {
+                key: partial(attack, network, laid, y) for key, attack in attacks.items()}
+    return found
 
 
 def timed(works, passed, turns, warm, device, desc):
@@ -195,36 +209,69 @@ def outcome(model, x, y, x_adv):
             "mean_l2": norms.mean().item() if len(norms) else None}
 
 
+def with_ratios(rows, steps):
+    """The rows of one attack, each with `ratio`: its speed over the fastest other's in its form.
+
+    steps: forward passes of an image in a whole attack; who took fewer is no yardstick.
+    """
+    def yardstick(row):
+        full = [one["seconds"] for one in rows if one["passes"] >= steps
+                and not one["implementation"].startswith("ours")
+                and (one["precision"], one["layout"]) == (row["precision"], row["layout"])]
+        return min(full, key=statistics.median, default=None)
+
+    def ratio(row):
+        other = yardstick(row)
+        return other and times_as_fast(row["seconds"], other)
+    return [{**row, "ratio": ratio(row)} for row in rows]
+
+
 def measure(name, args, device):
     """Rows of one network."""
     model, x, y = open_batch(name, args, device)
-    (made, networks), passed, rows = implementations(model, x, y, args), [], []
-    for network in networks:  # at Normalize, since ART calls the layers one by one
+    forms, passed, rows = forms_of(model, x, y, args), [], []
+    made = implementations(forms, y, args)
+    for network in {network.model if isinstance(network, Fast) else network
+                    for network, _ in forms.values()}:
+        # at Normalize, since ART calls the layers one by one
         network[0].register_forward_hook(lambda module, inputs, out: passed.append(len(out)))
-    asked = {"fgsm": 1, "cw_l2": args.binary_steps * args.cw_steps}
+    whole = {"fgsm": 1, "cw_l2": args.binary_steps * args.cw_steps}
     for attack in args.attacks:
         works = {key: attacks[attack] for key, attacks in made.items() if attack in attacks}
         found = timed(works, passed, args.turns, not rows, device, f"{name} {attack}")
-        own = [{"model": name, "attack": attack, "implementation": key, "n": len(y),
-                "images_per_s": len(y) / statistics.median(seconds), "seconds": seconds,
-                "passes": passes / len(y), **outcome(model, x, y, x_adv)}
-               for key, (seconds, passes, x_adv) in found.items()]
-        full = [row for row in own if not row["implementation"].startswith("ours")
-                and row["passes"] >= asked.get(attack, args.steps)]  # took every step
-        best = max(full, key=lambda row: row["images_per_s"], default=None)
-        rows += [{**row, "ratio": best and statistics.median(
-            b / a for a, b in zip(row["seconds"], best["seconds"], strict=True))} for row in own]
+        rows += with_ratios([{
+            "model": name, "attack": attack, "implementation": implementation,
+            "precision": precision, "layout": layout, "n": len(y),
+            "images_per_s": len(y) / statistics.median(seconds), "seconds": seconds,
+            "passes": passes / len(y), **outcome(model, x, y, x_adv)}
+            for (implementation, precision, layout), (seconds, passes, x_adv) in found.items()],
+            whole.get(attack, args.steps))
     return rows
 
 
-def line(row):
-    """A row of the Markdown table."""
-    fooled = f"{row['fooled']} of {row['n']}"
-    if row["attack"] == "cw_l2" and row["fooled"]:
-        fooled += f", mean L2 {row['mean_l2']:.3f}"
-    return [row["model"], row["attack"], row["implementation"], f"{row['images_per_s']:.1f}",
-            f"{row['ratio']:.2f}" if row["ratio"] else "-", f"{row['passes']:.1f}",
-            f"{100 * row['attack_robustness']['value']:.1f}", fooled]
+def table(rows):
+    """Head and lines: a line for each network, attack and implementation, a column for each form.
+    """
+    forms = list(dict.fromkeys((row["precision"], row["layout"]) for row in rows))
+    found, lines = {}, []
+    for row in rows:
+        key = row["model"], row["attack"], row["implementation"]
+        found.setdefault(key, {})[row["precision"], row["layout"]] = row
+    for key, own in found.items():
+        def each(text, own=own):
+            """What holds in every form once, else one for each form."""
+            said = [text(row) for row in own.values()]
+            return said[0] if len(set(said)) == 1 else " / ".join(said)
+        speeds = [f"{own[form]['images_per_s']:.1f}" + (
+            f" ({own[form]['ratio']:.2f})" if own[form]["ratio"] else "") if form in own else "-"
+            for form in forms]
+        lines.append([*key, *speeds, each(lambda row: f"{row['passes']:.1f}"),
+                      each(lambda row: f"{row['fooled']} of {row['n']}"),
+                      each(lambda row: f"{row['mean_l2']:.3f}" if row["fooled"] else "-")
+                      if key[1] == "cw_l2" else "-"])
+    speeds = [f"{precision}, {layout}: img/s (ratio)" for precision, layout in forms]
+    return ["model", "attack", "implementation", *speeds, "passes per image", "fooled",
+            "mean L2"], lines
 
 
 def main(args):
@@ -234,21 +281,18 @@ def main(args):
     args.installed = installed()
     torch.manual_seed(args.seed)  # the other libraries start from the global state
     rows = [row for name in args.model_name for row in measure(name, args, device)]
-    print(markdown(["model", "attack", "implementation", "img/s", "ratio to the fastest other",
-                    "passes an image", "attack_robustness, %", "fooled"], map(line, rows)), end="")
     kind = open_images(args.data_dir, split="test").kind if args.data_dir else "imagenet"
     about = {"data": args.data_dir or "random pixels, labelled by the network", "weights": {
         name: describe_weights(name, args.weights, kind) for name in args.model_name},
         **{key: getattr(args, key) for key in ("eps", "alpha", "steps", "binary_steps", "cw_steps",
                                                "batch_size", "turns", "seed", "installed")},
         **provenance(device)}
-    print(f"{about['data']}; weights {', '.join(map(': '.join, about['weights'].items()))}; eps "
-          f"{args.eps['linf'] * 255:g}/255 and L2 {args.eps['l2']:g}, PGD {args.steps} steps of "
-          f"{args.alpha['linf'] * 255:g}/255 and {args.alpha['l2']:g} from a random start, C&W "
-          f"{args.binary_steps} x {args.cw_steps}; median of {args.turns} turns; "
-          f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
-    if args.results:
-        save_json(args.results, {"about": about, "rows": rows})
+    note = (f"{about['data']}; weights {', '.join(map(': '.join, about['weights'].items()))}; eps "
+            f"{args.eps['linf'] * 255:g}/255 and L2 {args.eps['l2']:g}, PGD {args.steps} steps of "
+            f"{args.alpha['linf'] * 255:g}/255 and {args.alpha['l2']:g} from a random start, C&W "
+            f"{args.binary_steps} x {args.cw_steps}; median of {args.turns} turns; "
+            f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+    show(*table(rows), note, args.results, about=about, rows=rows)
 
 
 if __name__ == "__main__":

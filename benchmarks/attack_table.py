@@ -56,7 +56,7 @@ from utils.run import (
 
 PGD_STEPS, APGD_STEPS, QUERIES = 20, 100, 1000
 WORST, NETWORK = "worst case", "network "
-METRICS = ("adv_acc", "attack_robustness")
+METRICS = ("robust_acc", "attack_robustness")
 
 
 def get_args():

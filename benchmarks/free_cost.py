@@ -7,12 +7,12 @@ One process, in turns, the same network and images: seconds per weight step and 
 epoch-equivalent (as many weight steps as natural training takes for one pass over all the training
 images). Nothing else may run on the machine meanwhile. The plain loop does what published PyTorch
 code of free training does: images go through PIL and a DataLoader, the network is contiguous
-float32, and loss and two accuracies are read back from the device at every replay.
+float32, and loss and two accuracies are read back from the device at every replay. It runs also in
+our layout and precisions, so that what is left does not come from these.
 """
 
 import statistics
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +22,14 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from free_at import FreeTraining, settle
+import free_at
+from bench import flags_of, show
 from utils.cli import Parser, at_least, run_script
 from utils.data import NAMED, load, open_images
 from utils.errors import UserError
 from utils.models import trainable
-from utils.precision import synchronize
-from utils.report import markdown
-from utils.run import make_generator, provenance, resolve_device, save_json
+from utils.precision import LAYOUTS, synchronize, training
+from utils.run import make_generator, provenance, resolve_device
 from utils.team import Team
 
 
@@ -47,7 +47,7 @@ def get_args():
     add("--bf16", action="store_true", help="also time each of our loops in bf16")
     parser.shared("device", "workers", workers={
         "default": 2, "help": "processes that load images for the plain loop"})
-    add("--results", type=Path, help="JSON file to write")
+    add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
     return parser.parse_args()
 
 
@@ -62,18 +62,19 @@ class Silent:
 
 def settings(args, method, amp, device):
     """What free_at.py settles for these flags, with a low learning rate, and its images."""
-    s, images = settle(Namespace(
-        data_dir=args.data_dir, data_root=args.data_root, model_name=args.model_name,
-        num_images=args.batch_size * args.minibatches, pretrained="random", method=method, amp=amp,
-        replays=args.replays, steps=args.steps, batch_size=args.batch_size, epochs=10 ** 6,
-        eps=None, alpha=None, lr=None, momentum=0.9, weight_decay=None, schedule="step",
-        augment="auto", guard="off", seed=0, workers=0), Team(), device)
+    words = {"method": method, "amp": amp, "guard": "off", "epochs": 10 ** 6, "workers": 0,
+             "num_images": args.batch_size * args.minibatches,
+             **{name: getattr(args, name) for name in ("data_dir", "data_root", "model_name",
+                                                       "replays", "steps", "batch_size")}}
+    s, images = free_at.settle(flags_of(free_at, *(
+        word for name, value in words.items() if value is not None
+        for word in (f"--{name}", value))), Team(), device)
     return replace(s, lr=s.lr / 100), images
 
 
 def ours(s, images, device):
     """A turn of free_at.py's own training."""
-    training = FreeTraining(s, images, Team(), device)
+    training = free_at.FreeTraining(s, images, Team(), device)
 
     def turn():
         before = training.done
@@ -117,9 +118,9 @@ def accuracies(logits, y, ks):
     return [right[:k].reshape(-1).float().sum() * (100 / len(y)) for k in ks]
 
 
-def plain(s, images, device, workers):
-    """A turn of free-m written without any care for speed."""
-    model = trainable(s.model_name, kind=images.kind).to(device)
+def plain(s, images, device, workers, layout):
+    """A turn of free-m written without any care for speed, in the precision of s."""
+    model = trainable(s.model_name, kind=images.kind).to(device, memory_format=LAYOUTS[layout])
     optimizer = torch.optim.SGD(model.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay)
     loader = torch.utils.data.DataLoader(
         Pictures(images), s.batch_size, shuffle=True, num_workers=workers,
@@ -133,7 +134,8 @@ def plain(s, images, device, workers):
             x, y = x.to(device), y.to(device)
             for _ in range(s.replays):
                 noise = delta[:len(x)].clone().requires_grad_(True)
-                logits = model((x + noise).clamp(0, 1))
+                with torch.autocast(device.type, torch.bfloat16, enabled=s.amp == "bf16"):
+                    logits = model((x + noise).clamp(0, 1)).float()
                 loss = F.cross_entropy(logits, y)
                 one, five = accuracies(logits.detach(), y, (1, 5))
                 for mean, value in ((losses, loss), (top1, one), (top5, five)):
@@ -165,15 +167,21 @@ def timed(turns, count, device):
     return seconds
 
 
-def table(seconds, free, natural, slow, epoch):
-    """Markdown: a row for each loop; natural, slow: what its median is compared with."""
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    lines = [[name, f"{1000 * s:.1f}", f"{1000 * min(seconds[name]):.1f}-"
-              f"{1000 * max(seconds[name]):.1f}", f"{s * epoch:.1f}", f"{s / median[natural]:.2f}",
-              f"{median[slow] / s:.2f}" if name.startswith(free) else ""]
-             for name, s in median.items()]
-    return markdown(["training", "ms per weight step", "range", "s per epoch-equivalent",
-                     "over natural", "times as fast as the plain loop"], lines)
+HEAD = ["training", "ms per weight step", "range", "s per epoch-equivalent",
+        "times natural, float32", "speed-up over the plain loop",
+        "over the plain loop in our layout and precision"]
+
+
+def line(name, seconds, free, epoch):
+    """A line of the table for the loop `name`; epoch: weight steps of an epoch; free: free-m."""
+    median = {loop: statistics.median(values) for loop, values in seconds.items()}
+    s, (loop, precision) = median[name], name.rsplit(", ", 1)
+    slow = [f"plain loop of {free}, contiguous, float32",
+            f"plain loop of {free}, channels_last, {precision}"]
+    return [name, f"{1000 * s:.1f}", f"{1000 * min(seconds[name]):.1f}-"
+            f"{1000 * max(seconds[name]):.1f}", f"{s * epoch:.1f}",
+            f"{s / median['natural, float32']:.2f}",
+            *(f"{median[other] / s:.2f}" if loop == free else "" for other in slow)]
 
 
 def main(args):
@@ -182,23 +190,24 @@ def main(args):
     if whole.kind not in ("digits", "mnist", "cifar10"):
         raise UserError(f"--data_dir {args.data_dir}: wanted digits, mnist or cifar10")
     free, turns = f"free-{args.replays}", {}
-    slow = f"plain loop of {free}, float32"
-    for amp in ("off", "bf16")[:1 + args.bf16]:
+    for amp, precision in (("off", "float32"), ("bf16", "bf16"))[:1 + args.bf16]:
         for name, method in (("natural", "natural"), (free, "free"), (f"pgd-{args.steps}", "pgd"),
                              ("fast", "fast")):
             s, images = settings(args, method, amp, device)
             images = load(images, workers=0)
-            turns[f"{name}, {'float32' if amp == 'off' else amp}"] = ours(s, images, device)
-    turns[slow] = plain(s, images, device, args.workers)
-    seconds = timed(turns, args.turns, device)
-    run = provenance(device)
-    print(f"{s.model_name}, {args.data_dir}, batch {args.batch_size}, "
-          f"{args.minibatches} minibatches a turn, median of {args.turns} turns, {run['device']}, "
-          f"torch {run['torch']}, {args.workers} loading processes for the plain loop\n")
-    print(table(seconds, free, "natural, float32", slow, -(-len(whole) // args.batch_size)), end="")
-    if args.results:
-        flags = {k: str(v) for k, v in vars(args).items()} | {"model_name": s.model_name}
-        save_json(args.results, {"args": flags, "seconds_per_weight_step": seconds, **run})
+            turns[f"{name}, {precision}"] = ours(s, images, device)
+        for layout in ("contiguous", "channels_last")[amp == "bf16":]:
+            turns[f"plain loop of {free}, {layout}, {precision}"] = plain(
+                s, images, device, args.workers, layout)
+    with training(device, deterministic=False):
+        seconds = timed(turns, args.turns, device)
+    run, epoch = provenance(device, deterministic=False), -(-len(whole) // args.batch_size)
+    flags = {k: str(v) for k, v in vars(args).items()} | {"model_name": s.model_name}
+    show(HEAD, [line(name, seconds, free, epoch) for name in seconds],
+         f"{s.model_name}, {args.data_dir}, batch {args.batch_size}, {args.minibatches} "
+         f"minibatches a turn, median of {args.turns} turns, {run['device']}, torch "
+         f"{run['torch']}, {args.workers} loading processes for the plain loop, commit "
+         f"{run['commit']}", args.results, args=flags, seconds_per_weight_step=seconds, **run)
 
 
 if __name__ == "__main__":

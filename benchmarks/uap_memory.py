@@ -7,7 +7,6 @@ train_sga.py. The gradient is a stand-in that needs no memory, so that only the 
 resident memory of this process and of pages shared with its decoders, minus that before reading.
 """
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -17,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import train_sga
+from bench import flags_of
 from utils.cli import Parser, at_least, run_script
-from utils.data import default_workers, load, open_images, wnids
+from utils.data import default_workers, load, wnids
 from utils.run import make_generator
 
 
@@ -51,11 +51,10 @@ def main(args):
             parent.mkdir(parents=True, exist_ok=True)
             os.link(photo, parent / f"{i:05d}.jpg")
         before = resident(peak=False)
-        images = open_images(str(Path(folder) / "train"), split="train").prepared(224, None)
+        s, images, _ = train_sga.settle(flags_of(
+            train_sga, "--data_dir", Path(folder) / "train", "--weights", "random", "--augment",
+            "--iter", 1))
         images = load(images, workers=default_workers())
-    s = argparse.Namespace(method="sga", batch_size=250, minibatch=10, iter=1, augment=True,
-                           momentum=0.9, eps=10 / 255, alpha=1 / 255, loss="ce", beta=9.0,
-                           target=None, defense="none", image_size=224)
     training = train_sga.SgaTraining(s, [], images, make_generator(0), torch.device("cpu"))
     training.labels = torch.zeros((1, len(images)), dtype=torch.long)
     training.delta = training.v = torch.zeros(1, 3, 224, 224)

@@ -1,17 +1,17 @@
-"""Speed and memory of the inner step of SGA, three implementations that take turns in one process.
+"""Speed and memory of the inner step of SGA, four loops that take turns in one process.
 
-    (a) ours      train_sga.sga_gradient
-    (b) plain     the step as the published code runs it: weights that require gradients, float32,
-                  contiguous, one copy of delta per image and a gradient for each, then averaged;
-                  clean labels recomputed every epoch (their share of the forward passes included)
-    (c) bare      forward and backward pass to the input, precision and layout of (a): the limit
+    (a) ours       train_sga.sga_gradient
+    (b) published  the step as the published code runs it: weights that require gradients, float32,
+                   contiguous, one copy of delta per image and a gradient for each, then averaged;
+                   clean labels recomputed every epoch (their share of the forward passes included)
+    (c) alike      (b) in the precision and layout of (a): what is left is not due to these
+    (d) bare       forward and backward pass to the input, precision and layout of (a): the limit
 
     PYTHONPATH=src python benchmarks/uap_speed.py --model_name squeezenet1_0 vgg16 --weights random
 
 Nothing else may run on the machine meanwhile. Images/s count gradients of one image.
 """
 
-import copy
 import statistics
 import time
 from functools import partial
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import show, times_as_fast
 from train_sga import clamped_ce, input_gradient, sga_gradient
 from utils.cli import Parser, at_least, run_script
 from utils.models import input_size, load_model
-from utils.precision import Fast, fastest, synchronize, to_layout
-from utils.report import markdown
-from utils.run import provenance, resolve_device, save_json
+from utils.precision import LAYOUTS, Fast, fastest, synchronize, to_layout, training
+from utils.run import provenance, resolve_device
 
 EPS, ALPHA, BETA, K = 10 / 255, 1 / 255, 9.0, 4
 LOSS = partial(clamped_ce, beta=BETA)
@@ -36,11 +36,14 @@ def get_args():
     add = parser.add_argument
     add("--model_name", nargs="+", default=["squeezenet1_0", "vgg16"], help="networks")
     add("--weights", default="random", help="random, or a folder of NAME.pth")
+    add("--image_size", type=at_least(32), help="side in pixels; None: the network's own")
     add("--minibatch", type=at_least(1), default=10, help="images of an inner step")
     add("--steps", type=at_least(1), default=4, help="inner steps a turn")
     add("--rounds", type=at_least(1), default=5, help="turns of each; the median counts")
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory order of (a), (c) and "
+        "(d); auto: the faster by timing")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where")
-    add("--results", type=Path, help="JSON file to write")
+    add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
     return parser.parse_args()
 
 
@@ -90,23 +93,30 @@ def memory(device, reset=False):
     return float("nan")
 
 
-def measure(name, amp, args, device):
-    """A row: images/s of the three, medians of the ratios of their turns, precision and layout."""
-    model = load_model(name, weights=args.weights, device=device)
-    size = input_size(name, "imagenet", None, args.weights)
+def loops(model, x, amp, args):
+    """{loop: () -> its gradient or None}, and the layout of all but (b)."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand((max(50, args.minibatch), 3, size, size), generator=generator).to(device)
-    y = model(x[:1]).argmax(1).repeat(len(x))
-    delta = torch.zeros((1, 3, size, size), device=device)
+    y, delta = model(x[:1]).argmax(1).repeat(len(x)), torch.zeros_like(x[:1])
     draws = torch.stack([torch.randperm(len(x), generator=generator)[:args.minibatch]
-                         for _ in range(args.steps)]).to(device)
+                         for _ in range(args.steps)]).to(x.device)
     step = partial(input_gradient, delta=delta, y=y[None, :args.minibatch], loss=LOSS)
-    _, layout = fastest([model], step, x[:args.minibatch], amp=amp)
-    fast, trainable = Fast(model, amp, layout), copy.deepcopy(model).requires_grad_()
+    _, layout = fastest([model], step, x[:args.minibatch], amp=amp, layout=args.layout)
+    fast, alike = Fast(model, amp, layout), Fast(model, amp, layout).requires_grad_()
+    published = Fast(model, "off", "contiguous").requires_grad_()
     laid, laid_delta = to_layout(x, layout), to_layout(delta, layout)
-    runs = {"ours": lambda: ours(fast, laid, y, laid_delta, draws),
-            "plain": lambda: plain(trainable, x, y, delta, draws),
-            "bare": lambda: bare(fast, laid, y, laid_delta, draws)}
+    return {"ours": partial(ours, fast, laid, y, laid_delta, draws),
+            "published": partial(plain, published, x, y, delta, draws),
+            "alike": partial(plain, alike, laid, y, laid_delta, draws),
+            "bare": partial(bare, fast, laid, y, laid_delta, draws)}, layout
+
+
+def measure(name, amp, args, device):
+    """A row: images/s of the four, medians of the ratios of their turns, precision and layout."""
+    model = load_model(name, weights=args.weights, device=device)
+    size = args.image_size or input_size(name, "imagenet", None, args.weights)
+    x = torch.rand((max(50, args.minibatch), 3, size, size),
+                   generator=torch.Generator().manual_seed(0)).to(device)
+    runs, layout = loops(model, x, amp, args)
     seconds, peak = {key: [] for key in runs}, {}
     for turn in tqdm(range(args.rounds + 1), desc=f"{name} {amp}", leave=False, disable=None):
         for key, work in runs.items():
@@ -118,33 +128,30 @@ def measure(name, amp, args, device):
             if turn:  # the first one warms up
                 seconds[key].append(time.perf_counter() - start)
             peak[key] = memory(device)
-    per_s = {key: args.steps * args.minibatch / statistics.median(s) for key, s in seconds.items()}
-
-    def ratio(other):
-        return statistics.median(b / a for a, b in zip(seconds["ours"], seconds[other],
-                                                       strict=True))
     return {"model": name, "precision": "float32" if amp == "off" else amp, "layout": layout,
-            "images_per_s": per_s, "ours/plain": ratio("plain"), "ours/bare": ratio("bare"),
-            "peak_mb": peak}
+            "images_per_s": {key: args.steps * args.minibatch / statistics.median(taken)
+                             for key, taken in seconds.items()},
+            "ratios": {key: times_as_fast(seconds["ours"], taken)
+                       for key, taken in seconds.items() if key != "ours"}, "peak_mb": peak}
 
 
 def main(args):
     device = resolve_device(args.device)
-    rows = [measure(name, amp, args, device) for name in args.model_name
-            for amp in ("off", "bf16")]
-    head = ["model", "precision, layout", "(a) ours, img/s", "(b) plain, img/s", "(c) bare, img/s",
-            "(a)/(b)", "(a)/(c)", "peak MB a", "peak MB b"]
-    print(markdown(head, [[
-        row["model"], f"{row['precision']}, {row['layout']}",
-        *(f"{row['images_per_s'][key]:.1f}" for key in ("ours", "plain", "bare")),
-        f"{row['ours/plain']:.2f}", f"{row['ours/bare']:.2f}",
-        *(f"{row['peak_mb'][key]:.0f}" for key in ("ours", "plain"))] for row in rows]), end="")
+    with training(device, deterministic=False):
+        rows = [measure(name, amp, args, device) for name in args.model_name
+                for amp in ("off", "bf16")]
+    head = ["model", "precision, layout", "(a) ours, img/s", "(b) published, img/s",
+            "(c) alike, img/s", "(d) bare, img/s", "(a)/(b)", "(a)/(c)", "(a)/(d)", "peak MB a",
+            "peak MB b"]
     about = {"minibatch": args.minibatch, "rounds": args.rounds, "steps": args.steps,
-             **provenance(device)}
-    print(f"minibatch {args.minibatch}, median of {args.rounds} turns of {args.steps} steps; "
-          f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
-    if args.results:
-        save_json(args.results, {"about": about, "rows": rows})
+             **provenance(device, deterministic=False)}
+    show(head, [[row["model"], f"{row['precision']}, {row['layout']}",
+                 *(f"{value:.1f}" for value in row["images_per_s"].values()),
+                 *(f"{value:.2f}" for value in row["ratios"].values()),
+                 *(f"{row['peak_mb'][key]:.0f}" for key in ("ours", "published"))] for row in rows],
+         f"minibatch {args.minibatch}, median of {args.rounds} turns of {args.steps} steps; "
+         f"{about['device']}, torch {about['torch']}, commit {about['commit']}", args.results,
+         about=about, rows=rows)
 
 
 if __name__ == "__main__":

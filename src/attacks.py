@@ -6,6 +6,7 @@
     mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
     cw_l2          the smallest L2 norm that fools        Carlini and Wagner, arXiv:1608.04644
     worst_case     several attacks, each on the images that the ones before did not fool
+    strongest      of these, what every table calls its strongest: Auto-PGD on two losses, Square
     bpda, eot      for adaptive attackers                 Athalye et al., arXiv:1802.00420
     apgd           Auto-PGD, in utils/attack/apgd.py      Croce and Hein, arXiv:2003.01690
     square         no gradient, utils/attack/square.py    Andriushchenko et al., arXiv:1912.00049
@@ -30,6 +31,7 @@ and NaN gradients are a UserError.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -50,6 +52,7 @@ from utils.attack.core import (
     attack,
     bpda,
     eot,
+    forward,
     gradient,
     is_fooled,
     margin,
@@ -61,7 +64,7 @@ from utils.attack.square import square
 from utils.errors import UserError
 
 __all__ = ["apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step", "mim",
-           "pgd", "square", "worst_case"]
+           "pgd", "square", "strongest", "strongest_title", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
@@ -328,10 +331,54 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
     """
     if not isinstance(attacks, dict):
         raise UserError("worst_case takes attacks by name; type {'pgd': partial(pgd, eps=...)}")
-    own, result, more = own_generators(generator, len(x)), x.clone(), {}
-    if targeted:
-        more["targeted"] = True
+    result, found, _ = _in_turn(model, x, y, attacks, targeted, generator)
+    if report is not None:
+        report.update(found)
+    return result
+
+
+@attack
+def strongest(model, x, y, *, eps, queries=1000, targeted=False, generator=None, report=None):
+    """The strongest attack within Linf eps: APGD-CE, APGD-T, Square, as in worst_case.
+
+    APGD-T runs towards each of the nine likeliest wrong classes on the targeted DLR loss, which
+    needs four classes. With three classes APGD-DLR, on the plain loss, takes its place, with two
+    nothing. strongest_title names what is run. The report has worst_case's, and the totals.
+    """
+    result, found, blind = x, {}, torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if len(x):
+        with torch.no_grad():
+            classes = forward(model, x[:1], y[:1]).shape[1]
+        result, found, blind = _in_turn(model, x, y, _strongest(classes, eps, queries, targeted),
+                                        targeted, generator)
+    if report is not None:
+        totals = {key: sum(one.get(key, 0) for one in found.values())
+                  for key in ("gradients", "queries")}
+        report.update(found, zero_gradient=blind, **totals)
+    return result
+
+
+def strongest_title(classes, queries):
+    """What `strongest` runs on a network of so many classes: 'APGD-CE + APGD-T + Square 1000'."""
+    return " + ".join(_strongest(classes, 0, queries))
+
+
+def _strongest(classes, eps, queries, targeted=False):
+    """{name: attack} of `strongest`."""
+    found = {"APGD-CE": partial(apgd, eps=eps)}
+    if classes > 3:
+        found["APGD-T"] = partial(apgd, eps=eps, loss="dlr_targeted")
+    elif classes == 3 and not targeted:  # towards a class, the plain loss needs four as well
+        found["APGD-DLR"] = partial(apgd, eps=eps, loss="dlr")
+    return found | {f"Square {queries}": partial(square, eps=eps, queries=queries)}
+
+
+def _in_turn(model, x, y, attacks, targeted, generator):
+    """What worst_case returns; its report; whose gradients (N,) were all zero, in all attacks."""
+    own, result, found = own_generators(generator, len(x)), x.clone(), {}
+    more = {"targeted": True} if targeted else {}
     alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
+    seen, moved = torch.zeros_like(alive), torch.zeros_like(alive)
     for name, run in attacks.items():
         who, one = alive.nonzero()[:, 0], {}
         fooled = alive[who]
@@ -341,8 +388,9 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
             x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 gives a mask as well
             fooled = measure(model, x_adv, y[who], margin, targeted)[1]
             result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
-        if report is not None:
-            blind = one.pop("zero_gradient", torch.zeros_like(fooled))
-            report[name] = {**one, "tried": len(who), "fooled": int(fooled.sum()),
-                            "zero_gradient": int((blind & ~fooled).sum())}
-    return result
+        blind = one.pop("zero_gradient", torch.zeros_like(fooled))
+        if one.get("gradients"):
+            seen[who], moved[who] = True, moved[who] | ~blind
+        found[name] = {**one, "tried": len(who), "fooled": int(fooled.sum()),
+                       "zero_gradient": int((blind & ~fooled).sum())}
+    return result, found, seen & ~moved

@@ -1,11 +1,11 @@
 """Networks in one table: accuracy, accuracy under attack, corruptions, universal perturbations.
 
-    --attacks    column           attack within Linf eps
-    fgsm         FGSM             one signed step                         arXiv:1412.6572
-    pgd20        PGD-20           steps of eps / 4 from a random start    arXiv:1706.06083
-    pgd50x10     PGD-50-10        the same, from ten random starts
-    cw50         CW-50            the same on C&W's margin, one start     arXiv:1608.04644
-    strongest    APGD + Square    Auto-PGD on two losses, then Square     arXiv:2003.01690
+    --attacks    column                            attack within Linf eps
+    fgsm         FGSM                              one signed step, arXiv:1412.6572
+    pgd20        PGD-20                            steps of eps / 4 from a random start, 1706.06083
+    pgd50x10     PGD-50-10                         the same, from ten random starts
+    cw50         CW-50                             the same on C&W's margin, one start, 1608.04644
+    strongest    APGD-CE + APGD-T + Square 1000    each on what is left, 2003.01690
 
     python eval_net.py                                                   # digits, offline
     python eval_net.py --runs runs/free/natural runs/free/free8 --save runs/free
@@ -43,15 +43,11 @@ AUGMENTED = 100  # images that are augmented at once: their random numbers depen
 def linf_attacks(eps, queries, classes=10, random=False):
     """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random."""
     steps = partial(attacks.pgd, eps=eps, alpha=eps / 4, stop_early=not random)
-    parts = {"apgd_ce": partial(attacks.apgd, eps=eps)}
-    if classes > 2:  # the targeted DLR loss needs four classes, the plain one three
-        loss = "dlr_targeted" if classes > 3 else "dlr"
-        parts["apgd_dlr"] = partial(attacks.apgd, eps=eps, loss=loss)
-    parts["square"] = partial(attacks.square, eps=eps, queries=queries)
     runs = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
             "PGD-50-10": partial(steps, steps=50, restarts=10),
             "CW-50": partial(steps, steps=50, loss="margin"),
-            f"APGD + Square {queries}": partial(attacks.worst_case, attacks=parts)}
+            attacks.strongest_title(classes, queries): partial(attacks.strongest, eps=eps,
+                                                               queries=queries)}
     return {name: measure.Attack(title, "linf", eps, run)
             for name, (title, run) in zip(ATTACKS, runs.items(), strict=True)}
 
@@ -103,10 +99,16 @@ class Tested:
     def draws(self, s):
         return s.draws if is_random(self.defense) else 1
 
+    def attacks(self, s):
+        """{column: Attack} of --attacks."""
+        every = linf_attacks(self.eps, s.queries, self.classes, is_random(self.defense))
+        return {every[name].title: every[name] for name in s.attacks}
+
     def described(self, s):
         """What its cells depend on."""
         front = describe(self.defense, size=self.target.size, low=self.facts.get("low"))
-        return f"{self.target.name} ({self.target.described}) behind {front}, {self.draws(s)} draws"
+        return (f"{self.target.name} ({self.target.described}) behind {front}, {self.draws(s)} "
+                "draws" + f", {self.target.geometry}" * (self.target.size > 64))
 
     def clean_cell(self, images, s):
         """The cell of no attack at all: in how many forward passes each image is right."""
@@ -128,19 +130,18 @@ class Tested:
 def missing_cells(net, images, in_memory, perturbations, done, s):
     """Yields (key, cell) of what is not yet in {key: cell} `done`, where the caller puts it.
 
-    images: names only; in_memory(size): the same with their pixels.
+    images: names only; in_memory(geometry): the same with their pixels.
     """
-    own, size = f"{net.name} | ", net.target.size
+    own, at = f"{net.name} | ", net.target.geometry
     if s.attacks and "before" not in done.get(own + "clean", {}):
-        yield own + "clean", net.clean_cell(in_memory(size), s)
-    every = linf_attacks(net.eps, s.queries, net.classes, is_random(net.defense))
-    for attack in (every[name] for name in s.attacks):
-        if own + attack.title not in done:
-            yield own + attack.title, net.attack_cell(attack, in_memory(size),
-                                                      done[own + "clean"]["before"], s)
+        yield own + "clean", net.clean_cell(in_memory(at), s)
+    for title, attack in net.attacks(s).items():
+        if own + title not in done:
+            yield own + title, net.attack_cell(attack, in_memory(at),
+                                               done[own + "clean"]["before"], s)
     key = own + ("corruptions" if s.corruptions else "accuracy")
     if key not in done and (s.corruptions or not s.attacks):
-        shown = in_memory(size) if s.attacks or perturbations else images.prepared(size, None)
+        shown = in_memory(at) if s.attacks or perturbations else images.prepared(at, None)
         yield key, accuracy_cell(
             net.behind(make_generator(s.seed)), shown, OPS if s.corruptions else {},
             generator=make_generator(s.seed), batch_size=min(s.batch_size, AUGMENTED),
@@ -148,7 +149,7 @@ def missing_cells(net, images, in_memory, perturbations, done, s):
     for uap in perturbations:
         if own + f"uap {uap.name}" not in done:
             yield own + f"uap {uap.name}", fooling_cell(net.behind(make_generator(s.seed)),
-                                                        in_memory(size), uap.delta, s.device)
+                                                        in_memory(at), uap.delta, s.device)
 
 
 def named_networks(s):
@@ -161,9 +162,7 @@ def named_networks(s):
     for target in models.targets_of(s.model_name, s.weights or [["V1"]],
                                     data.PRESETS[images.kind].targets, images):
         path = models.weights_path(target.name, target.weights)
-        facts = models.trained(path) if path else {}
-        facts = finished.checked(facts, path) if "hold_out" in facts else {}
-        found.append((target.name, target.name, target.weights, facts, None))
+        found.append((target.name, target.name, target.weights, finished.origin(path), None))
     return found
 
 
@@ -172,28 +171,12 @@ def where(facts, s):
     return s.data_dir or facts["data_dir"], s.data_root or facts.get("data_root", "data")
 
 
-def test_images_of(named, s):
-    """-> the test images of all these networks, names only; what a reader must know of them."""
-    opened = {}
-    for name, _, _, facts, _ in named:
-        key = str([*where(facts, s), *map(facts.get, (
-            "data_dir", "kind", "hold_out", "given_images", "classes"))])
-        images, _ = opened[key] = opened.get(key) or finished.test_images(
-            facts, *where(facts, s), s.num_images)
-        first = next(iter(opened.values()))[0]
-        if (images.kind, images.sha256()) != (first.kind, first.sha256()):
-            raise UserError(f"{name} is tested on {len(images)} {images.kind} images, "
-                            f"{named[0][0]} on {len(first)} other {first.kind} images; wanted "
-                            "networks tested on the same images")
-    return first, "; ".join(dict.fromkeys(note for _, note in opened.values() if note))
-
-
 def open_all(named, images, s):
     """[Tested] of [(name, network's name, weights, NAME.json, folder)]."""
     networks = []
     for name, model_name, weights, facts, folder in named:
         data_dir, data_root = where(facts, s)
-        target, = models.targets_of([[model_name]], [[weights]], None, images)
+        target, = models.targets_of([[model_name]], [[weights]], None, images, None, s.geometry)
         model = target.load(images, data_dir=data_dir, data_root=data_root, device=s.device)
         model = model.to(memory_format=torch.channels_last)  # the faster on photographs
         zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
@@ -233,8 +216,8 @@ def get_args():
         "free_at.py, train_gcm.py or fgsm_mnist.py left")
     add("--model_name", type=names, nargs="+", help="networks by name instead; None: the data "
         "set's preset")
-    parser.shared("weights", weights={"default": None, "help": "of --model_name: V1, V2, random, a "
-        ".pth state dict or a folder with NAME.pth; one for all, or one for each; None: V1"})
+    parser.shared("geometry", "weights", weights={"default": None, "help": "of --model_name: V1, "
+        "V2, random, a .pth file or a folder with NAME.pth; one for all or for each; None: V1"})
     add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(ATTACKS),
         help="columns of the table")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: that of the runs' "
@@ -267,7 +250,9 @@ def settle(args):
 def main(args):
     s = settle(args)
     named, folder = named_networks(s), RunFolder(s.save)
-    images, note = test_images_of(named, s)
+    asked = [(name, facts, *where(facts, s)) for name, _, _, facts, _ in named]
+    images, note = finished.images_for(asked)
+    finished.check_images(asked, images, s.num_images)
     perturbations = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
     networks = open_all(named, images, s)  # trains the small ones that are asked for by name
     perturbations = fitting(perturbations, networks, images)
@@ -284,15 +269,13 @@ def main(args):
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
     settings, done = (wanted, {}) if s.overwrite else folder.load_cells(wanted)
-    in_memory = cache(lambda size: data.load(images.prepared(size, None), workers=s.workers))
+    in_memory = cache(lambda at: data.load(images.prepared(at, None), workers=s.workers))
     for net in networks:
         for key, cell in missing_cells(net, images, in_memory, perturbations, done, s):
             done[key] = cell | {"commit": run["commit"]}
             save_json(folder / "results.json", {"settings": settings, "cells": done})
             tqdm.write(f"{key}: {headline(cell)}")
-    every = linf_attacks(networks[0].eps, s.queries)
-    titles = [every[name].title for name in s.attacks]
-    text = save_tables(folder, networks, titles, wanted, done, s)
+    text = save_tables(folder, networks, wanted, done, s)
     print("\n" + text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
 
 

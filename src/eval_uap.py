@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import draw, run
+from utils import defenses, draw, finished, run
 from utils.cli import Parser, at_least, names, radius, run_script
-from utils.data import PRESETS, batches, imagenet_classes, open_images, to_float
-from utils.defenses import defend, describe, is_random
+from utils.data import PRESETS, batches, open_images, to_float
 from utils.measure import UapCounts
-from utils.models import num_classes, targets_of
+from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.report_uaps import flat, report
 from utils.uaps import find_uaps, fit_size, read_uaps, rounded
@@ -43,7 +42,7 @@ def count(models, deltas, images, aims, s, device):
             x, y = to_float(pixels.to(device)), images.labels[index].to(device)
             for m, model in models.items():
                 clean = model(x)
-                again = model(x) if is_random(s.defense) else None
+                again = model(x) if defenses.is_random(s.defense) else None
                 for u, (delta, delta8) in pairs.items():
                     adv = model((x + delta).clamp_(0, 1))
                     adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
@@ -53,12 +52,13 @@ def count(models, deltas, images, aims, s, device):
 
 
 def measure(s, images, networks, fitted, aims, device):
-    """The counts of all networks {input size: {name: network}}; images are decoded once a size."""
+    """The counts of all networks {Geometry: {name: network}}; images are decoded once for each."""
     counts, skipped = {}, []
-    for size, models in networks.items():
-        found, skipped = count(models, fitted[size], images.prepared(size, None), aims, s, device)
+    for geometry, models in networks.items():
+        found, skipped = count(models, fitted[geometry.size], images.prepared(geometry, None),
+                               aims, s, device)
         counts |= found
-    return counts, skipped  # the same images at every size
+    return counts, skipped  # the same images in every geometry
 
 
 @torch.no_grad()
@@ -82,8 +82,9 @@ def get_args():
     parser.shared("data_dir", "data_root", "num_images")
     add("--model_name", type=names, nargs="+", help="targets; None: the data set's preset, on "
         "ImageNet the paper's five")
-    parser.shared("weights", "defense")
-    add("--image_size", type=at_least(8), help="side in pixels; None: each target's own")
+    parser.shared("weights", "geometry", "defense")
+    add("--image_size", type=at_least(8), help="side in pixels; None: 224, or as --geometry says; "
+        "small images and networks trained here: their own")
     add("--uaps", "--uaps_save", nargs="+", default=["runs"], help="perturbations: .pth, .npy or "
         ".png files, or folders, of which those made on this kind of data are taken")
     add("--eps", type=radius, help="no perturbation may be larger, in [0, 1] pixels; None: the "
@@ -106,23 +107,25 @@ def settle(args):
     images = open_images(args.data_dir, split="test", data_root=args.data_root)
     preset = PRESETS[images.kind]
     s = run.settled(args, eps=args.eps or preset.eps)
-    targets = targets_of(s.model_name, s.weights, preset.targets, images, s.image_size)
+    targets = targets_of(s.model_name, s.weights, preset.targets, images, s.image_size,
+                         s.geometry)
+    images, _ = finished.images_for(finished.named(targets, s.data_dir, s.data_root))
     uaps = read_uaps(find_uaps(s.uaps, images.kind), scale=s.scale, eps=s.eps)
     images = images.prepared(images.size, s.num_images)
     fitted = {}
     for size in sorted({target.size for target in targets}):
-        images.prepared(size, None)
+        images.prepared(size, None)  # refuses another size than that of small images
         fitted[size] = {uap.name: fit_size(uap, size, images.channels, s.eps, s.resize)
                         for uap in uaps}
     return s, images, targets, uaps, fitted
 
 
 def load_networks(s, targets, images, device):
-    """{input size: {name: network behind its defence}}"""
+    """{Geometry: {name: network behind its defence}}"""
     networks = {}
     for target in targets:
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
-        networks.setdefault(target.size, {})[target.name] = defend(
+        networks.setdefault(target.geometry, {})[target.name] = defenses.defend(
             model if s.amp == "off" else Fast(model, s.amp, "contiguous"), s.defense,
             size=target.size, generator=run.make_generator(s.seed))
     return networks
@@ -134,15 +137,14 @@ def aim(uap, kind):
     return target if type(target) is int and 0 <= target < num_classes(kind) else None
 
 
-def protocol(s, images, targets, skipped, device):
-    """The facts that all figures depend on, which are printed once above the tables."""
+def facts(s, images, targets, skipped, device):
+    """What all figures depend on; most of it is printed once above the tables."""
     sizes = sorted({target.size for target in targets})
-    crop = "" if min(sizes) <= 64 else "shorter side to 256/224, centre crop "
     return {
         "data": str(s.data_dir), "n": len(images) - len(skipped), "skipped": skipped,
         "images_sha256": images.sha256(), "clamp": "x + delta to [0, 1]",
-        "defense": " / ".join(dict.fromkeys(describe(s.defense, size=z) for z in sizes)),
-        "sizes": sizes, "geometry": f"{crop}{'/'.join(map(str, sizes))} pixels", "eps": s.eps,
+        "defense": " / ".join(dict.fromkeys(defenses.describe(s.defense, size=z) for z in sizes)),
+        "sizes": sizes, "geometry": describe_geometry(targets), "eps": s.eps,
         "precision": "float32" if s.amp == "off" else s.amp,
         "targets": {target.name: target.described for target in targets}, **run.provenance(device)}
 
@@ -170,13 +172,14 @@ def main(args):
     networks = load_networks(s, targets, images, device)
     counts, skipped = measure(s, images, networks, fitted,
                               {uap.name: aim(uap, images.kind) for uap in uaps}, device)
-    classes = images.classes if images.labelled else imagenet_classes()
+    classes = images.known_classes
     rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,
              **counts[uap.name, target.name].figures(images.labelled, classes)}
             for uap in uaps for target in targets]
-    about, first = protocol(s, images, targets, skipped, device), targets[0]
-    shown = examples(networks[first.size][first.name], fitted[first.size][uaps[0].name],
-                     images.prepared(first.size, None), classes, s.show, device) if s.show else None
+    about, first = facts(s, images, targets, skipped, device), targets[0]
+    shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
+                     images.prepared(first.geometry, None), classes, s.show,
+                     device) if s.show else None
     text = report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
         uap.name: {"path": str(uap.path.resolve()), "scale": s.scale, "largest": uap.largest,

@@ -6,7 +6,7 @@
     3  evaluation                    accuracies: clean, and adversarial of the images right before
     4  adversarial training          joint_gradient; --train fgs; (b) curve.png
     5  variations                    --train clean | noise | fgs | fgv, each with --batch_norm
-    beyond the sheet                 PGD-40, and Auto-PGD with Square; suspicions in
+    beyond the sheet                 PGD-40, and `strongest` of attacks.py; suspicions in
                                      utils/report_mnist.py
 
     python fgsm_mnist.py --train fgs                                # digits, offline, seconds
@@ -28,12 +28,11 @@ import torch
 import torch.nn.functional as F
 
 import attacks
-from utils import measure
+from utils import measure, models
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import load, open_images, to_float
+from utils.data import load, open_both, to_float
 from utils.errors import UserError
 from utils.loop import Trainer, loop
-from utils.models import freeze, trainable
 from utils.report_mnist import save_results, summarise
 from utils.run import (
     RunFolder,
@@ -93,8 +92,8 @@ class ExerciseTraining(Trainer):
 
     def __init__(self, s, images, test, seed, device):
         self.s, self.images, self.test = s, images, test
-        self.model = trainable("lenet_bn" if s.batch_norm else "lenet", kind=images.kind,
-                               seed=seed).to(device, memory_format=torch.channels_last)
+        self.model = models.trainable("lenet_bn" if s.batch_norm else "lenet", kind=images.kind,
+                                      seed=seed).to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr)
         self.generator = make_generator(seed)
         self.adversary = {
@@ -172,10 +171,7 @@ def stronger(model, images, s, device):
     eps = s.alpha_fgs
     runs = {
         "pgd40": partial(attacks.pgd, eps=eps, alpha=eps / 30, steps=40, stop_early=True),
-        "strongest": partial(attacks.worst_case, attacks={
-            "apgd_ce": partial(attacks.apgd, eps=eps),
-            "apgd_dlr": partial(attacks.apgd, eps=eps, loss="dlr"),
-            "square": partial(attacks.square, eps=eps, queries=s.queries)})}
+        "strongest": partial(attacks.strongest, eps=eps, queries=s.queries)}
     before = measure.times_right_on(model, images, draws=1, batch_size=EVAL_BATCH, device=device)
     found = {}
     for name, run in runs.items():
@@ -225,7 +221,7 @@ def get_args():
     add("--seeds", type=at_least(1), default=1, help="how many seeds, one after the other")
     add("--eval_images", type=at_least(1), default=1000, help="test images for the attacks beyond "
         "the sheet, evenly over the classes; at most all there are")
-    shared("queries", queries={"default": 500})
+    shared("queries")
     add("--summary", nargs="+", type=Path, help="train nothing; put these finished run folders "
         "into one table and two pictures, in --save")
     add("--save", type=Path, help="run folder; None: runs/DATA_TRAIN[_bn]")
@@ -235,11 +231,11 @@ def get_args():
 
 def settle(args):
     """The flags with epochs, name and run folder filled in; training images, test images."""
-    images = open_images(args.data_dir, split="train", data_root=args.data_root)
+    images, test = open_both(args.data_dir, args.data_root)
     if images.kind not in ("digits", "mnist", "cifar10"):
         raise UserError(f"--data_dir {args.data_dir}: wanted digits, mnist or cifar10, or a folder "
                         "that holds one of the last two")
-    test = load(open_images(args.data_dir, split="test", data_root=args.data_root), workers=0)
+    test = load(test, workers=0)
     images = load(images.prepared(images.size, args.num_images), workers=0)
     if len(images) < 2:
         raise UserError(f"--num_images {len(images)}: BatchNorm has no statistics of one image; "
@@ -255,11 +251,12 @@ def one_seed(s, seed, images, test, few, device):
     flags = result_flags(s, "name", "summary", "seeds", "eval_images", "queries", seed=seed,
                          images=images.sha256()[:16], device=device.type)
     folder = RunFolder(s.save / f"seed{seed}")
-    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
+    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite,
+                                   grows=True)
     trainer = ExerciseTraining(s, images, test, seed, device)
     trainer.resume(state, folder)
     loop(trainer, s.epochs, folder, flags, desc=f"{s.name}, seed {seed}, epoch")
-    model = freeze(trainer.model)
+    model = models.freeze(trainer.model)
     found = accuracies(model, test, s, device) | stronger(model, few, s, device)
     save_pth(folder / f"{s.name}.pth", {k: v.cpu() for k, v in model[1].state_dict().items()})
     save_json(folder / f"{s.name}.json", {
@@ -286,6 +283,7 @@ def train_all(args):
         "variation": s.name, "kind": images.kind, "epochs": s.epochs, "alpha_fgs": s.alpha_fgs,
         "alpha_fgv": s.alpha_fgv, "label": s.label, "num_images": len(images),
         "test_images": len(test), "attacked": len(few), "images_sha256": images.sha256(),
+        "strongest": attacks.strongest_title(models.num_classes(images.kind), s.queries),
         **provenance(device)}, found)
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from utils import draw
 from utils.augment import OPS
 from utils.cli import Parser, at_least, run_script
-from utils.data import to_float
+from utils.data import read_image, to_float
 from utils.errors import UserError
 from utils.measure import share
 from utils.report import percent
@@ -49,7 +48,7 @@ def get_args():
         "NAME:LABEL; None: all")
     add("--credit", default="", help="line below the picture of --uaps: whose photograph it is")
     add("--image", type=Path, help="image file for --augmentations; None: a scene drawn here")
-    add("--image_size", type=at_least(16), default=160, help="pixels of its side")
+    add("--image_size", type=at_least(16, high=2048), default=160, help="pixels of its side")
     parser.shared("seed", seed={"help": "of the augmentations"})
     add("--out", type=Path, help="PNG file to write; None: the picture's own in imgs/")
     return parser.parse_args()
@@ -145,11 +144,7 @@ def exercise_picture(args):
 def augmentations_picture(args):
     """Every operation of utils/augment.py on one image."""
     if args.image:
-        try:
-            with Image.open(args.image) as file:
-                image = TF.pil_to_tensor(file.convert("RGB"))
-        except OSError as error:
-            raise UserError(f"--image {args.image}: {error}") from None
+        image = TF.pil_to_tensor(read_image(args.image))
         image = TF.center_crop(TF.resize(image, args.image_size), args.image_size)
     else:
         image = draw.scene(args.image_size)

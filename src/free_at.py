@@ -18,8 +18,6 @@ which every script takes as --weights), NAME.json, log.csv, curve.png and checkp
 was killed continues with --resume, on a CPU to the same bytes.
 """
 
-import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,12 +26,14 @@ import torch.nn.functional as F
 
 from attacks import pgd
 from utils import draw, models, run
+from utils.attack.balls import cut
 from utils.attack.core import own_generators
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import NAMED, load, open_images, to_float
-from utils.errors import UserError
+from utils.data import NAMED, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
+from utils.precision import Mixed
+from utils.recipes import FALLS, OF_PAPERS, PEAKS, decayed, passes, rate, settle
 from utils.team import in_parallel, join_team, joint_batch_norm
 
 PROBED = 200  # training images that --guard attacks after every pass
@@ -41,36 +41,26 @@ PROBED = 200  # training images that --guard attacks after every pass
 
 # ---------------------------------------------------------------- the methods
 
-def free_minibatch(step, x, y, delta, *, eps, alpha, m):
+def free_minibatch(step, x, y, delta, *, eps, alpha, m, box=False):
     """Alg. 1, lines 6 to 12: m weight steps on one minibatch x (n, C, H, W); delta, in place.
 
     step(x, y) takes a weight step on the images x by one backward pass, which also leaves the
-    gradient in what x was computed from.
+    gradient in what x was computed from. box: x + delta stays in [0, 1]; otherwise only what the
+    network sees is cut, and delta has no gradient where x + delta is outside.
     """
+    low, high = ((-x).clamp(min=-eps), (1 - x).clamp(max=eps)) if box else (-eps, eps)
+    delta.clamp_(low, high)  # that of other images, for box
     for _ in range(m):
         noise = delta.clone().requires_grad_()
-        step((x + noise).clamp(0, 1), y)  # only what the network sees is cut to [0, 1]
-        delta.add_(alpha * noise.grad.sign()).clamp_(-eps, eps)
+        step(cut(x + noise), y)
+        delta.add_(alpha * noise.grad.sign()).clamp_(low, high)  # fp16's overflows: sign(NaN) is 0
 
 
-def fast_start(model, x, y, u, *, eps, alpha):
+def fast_start(model, x, y, u, *, eps, alpha, loss=F.cross_entropy):
     """One signed step from the random point x + eps (2 u - 1); u (n, C, H, W) in [0, 1)."""
     delta = (eps * (2 * u - 1)).requires_grad_()
-    g, = torch.autograd.grad(F.cross_entropy(model((x + delta).clamp(0, 1)), y), delta)
+    g, = torch.autograd.grad(loss(model((x + delta).clamp(0, 1)), y).mean(), delta)
     return (x + (delta + alpha * g.sign()).clamp(-eps, eps).detach()).clamp(0, 1)
-
-
-def rate(done, total, schedule):
-    """Learning rate after `done` of `total` weight steps, over the highest."""
-    t = done / total
-    if schedule == "onecycle":
-        return t / 0.4 if t < 0.4 else (1 - t) / 0.6
-    return 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01
-
-
-def passes(s):
-    """Passes over the images: free training takes as many weight steps as the other methods."""
-    return math.ceil(s.epochs / s.replays) if s.method == "free" else s.epochs
 
 
 class FreeTraining(Trainer):
@@ -83,7 +73,7 @@ class FreeTraining(Trainer):
                                  data_dir=s.data_dir, data_root=s.data_root)
         self.model = joint_batch_norm(model.to(device, memory_format=torch.channels_last), device,
                                       team)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), s.lr, s.momentum,
+        self.optimizer = torch.optim.SGD(decayed(self.model, s), s.lr, s.momentum,
                                          weight_decay=s.weight_decay)
         self.generator = run.make_generator(s.seed)
         shape = (s.batch_size, images.channels, s.image_size, s.image_size)
@@ -91,11 +81,14 @@ class FreeTraining(Trainer):
         self.smallest = max(2, team.size)  # BatchNorm needs two images, every process needs one
         whole, last = divmod(len(images), s.batch_size)
         steps = (whole + (last >= self.smallest)) * (s.replays if s.method == "free" else 1)
+        self.mixed = Mixed(s.amp, device)
         super().__init__(device, steps=steps, team=team, keep={
-            "net": self.model, "optimizer": self.optimizer, "generator": self.generator})
+            "net": self.model, "optimizer": self.optimizer, "generator": self.generator,
+            "mixed": self.mixed})
         self.s, self.images, self.net = s, images, in_parallel(self.model, team)
-        self.done, self.total = 0, passes(s) * steps  # weight steps
-        self.best = {"probe": 0.0, "net": None}       # of --guard
+        self.passes = passes(s, steps)
+        self.done, self.total = 0, s.weight_steps or self.passes * steps  # weight steps
+        self.best = {"probe": 0.0, "net": None}  # of --guard
 
     def one_pass(self, bar):
         s = self.s
@@ -103,7 +96,9 @@ class FreeTraining(Trainer):
         self.bar, self.sums = bar, torch.zeros(3, device=self.device)  # loss, right, images
         for joint, index, x in one_pass(self.images, s.batch_size, self.generator, self.team,
                                         vary=s.augment == "auto", smallest=self.smallest,
-                                        workers=s.workers):
+                                        workers=s.workers, shift=s.shift):
+            if self.done == self.total:
+                break
             self.joint = joint  # images of the minibatch over all processes
             self.minibatch(to_float(x.to(self.device)), self.images.labels[index].to(self.device))
         loss, right, count = self.team.total(self.sums.tolist())
@@ -112,17 +107,19 @@ class FreeTraining(Trainer):
     def minibatch(self, x, y):
         """All weight steps on this process's part x (n, C, H, W), y (n,) of a joint minibatch."""
         s, ball = self.s, {"eps": self.s.eps, "alpha": self.s.alpha}
+        attacking = {**ball, "loss": self.mixed.attack_loss}
         if s.method == "free":
-            free_minibatch(self.step, x, y, self.delta[:len(x)], **ball, m=s.replays)
+            free_minibatch(self.step, x, y, self.delta[:len(x)], **ball,
+                           m=min(s.replays, self.total - self.done), box=s.clip_delta == "box")
         elif s.method == "pgd":
             own = self.part(own_generators(self.generator, self.joint), x)
-            with self.precision():
-                x_adv = pgd(self.model, x, y, **ball, steps=s.steps, generator=own)
+            with self.mixed.autocast():
+                x_adv = pgd(self.model, x, y, **attacking, steps=s.steps, generator=own)
             self.step(x_adv, y)
         elif s.method == "fast":
             u = torch.rand((self.joint, *x.shape[1:]), generator=self.generator)
-            with self.precision():
-                x_adv = fast_start(self.model, x, y, self.part(u, x).to(x), **ball)
+            with self.mixed.autocast():
+                x_adv = fast_start(self.model, x, y, self.part(u, x).to(x), **attacking)
             self.step(x_adv, y)
         else:
             self.step(x, y)
@@ -130,13 +127,13 @@ class FreeTraining(Trainer):
     def step(self, x, y):
         """One backward pass and one weight step on x, y; the processes share the minibatch."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.s.lr * rate(self.done, self.total, self.s.schedule)
-        with self.precision():
+            group["lr"] = self.s.lr * rate(self.done, self.total, self.s.schedule, self.passes)
+        with self.mixed.autocast():
             logits = self.net(x)
         loss = F.cross_entropy(logits.float(), y, reduction="sum")
         self.optimizer.zero_grad()
-        (loss * (self.team.size / self.joint)).backward()  # processes are averaged
-        self.optimizer.step()
+        self.mixed.backward(loss * (self.team.size / self.joint))  # processes are averaged
+        self.mixed.step(self.optimizer)
         self.done += 1
         self.sums += torch.stack([loss.detach(), (logits.argmax(1) == y).sum(),  # no wait for a GPU
                                   loss.new_tensor(len(y))])
@@ -145,11 +142,6 @@ class FreeTraining(Trainer):
     def part(self, drawn, x):
         """Of what was drawn for every image of the joint minibatch, what belongs to x."""
         return drawn[self.team.rank::self.team.size][:len(x)]
-
-    def precision(self):
-        """bf16 for the network's layers under --amp bf16; losses and images stay float32."""
-        amp = self.s.amp == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if amp else nullcontext()
 
     def after(self):
         """probe_adv_acc; --guard warns or stops when it falls below half of its best value."""
@@ -195,13 +187,6 @@ class FreeTraining(Trainer):
 
 # --------------------------------------------------------------------- a run
 
-FREE_PRESETS = {  # eps, alpha of pgd, network, epochs, batch, learning rate, weight decay
-    "digits": (0.1, 0.025, "mlp", 80, 64, 0.03, 0.0),
-    "mnist": (0.3, 0.05, "cnn", 16, 128, 0.03, 0.0),
-    "cifar10": (8 / 255, 2 / 255, "preact_resnet18", 80, 128, 0.1, 5e-4),
-    "imagenet": (4 / 255, 1 / 255, "resnet50", 90, 256, 0.1, 1e-4)}
-
-
 def get_args():
     parser = Parser("Train a network naturally or adversarially.")
     add = parser.add_argument
@@ -209,52 +194,39 @@ def get_args():
     add("--model_name", help="network; None: the data set's preset")
     add("--pretrained", default="random", help="weights to start from: random, V1 or another of "
         "torchvision's, or the path of a state dict")
-    add("--method", choices=("natural", "pgd", "free", "fast"), default="free", help="training")
-    add("--replays", type=at_least(1), default=8, help="m of free: steps on each minibatch")
+    add("--recipe", choices=tuple(OF_PAPERS), help="train as a paper does (utils/recipes.py), but "
+        "for the flags that are typed; None: as the data set's preset")
+    add("--method", choices=("natural", "pgd", "free", "fast"), help="training; None: free")
+    add("--replays", type=at_least(1), help="m of free: steps on each minibatch; None: 8")
     add("--eps", type=radius, help="Linf radius, in [0, 1] pixels; None: the data set's preset")
     add("--alpha", type=radius, help="step size; None: free eps, fast 1.25 eps, pgd the preset")
-    add("--steps", type=at_least(1), default=7, help="K of pgd")
+    add("--clip_delta", choices=("ball", "box"), help="free: ball, delta stays within eps, as in "
+        "the paper; box: x + delta also stays in [0, 1], as in fast_adversarial; None: ball")
+    add("--steps", type=at_least(1), help="K of pgd; None: 7")
     add("--epochs", type=at_least(1), help="passes; free divides them by m; None: preset")
+    add("--weight_steps", type=at_least(1), help="steps after which the training ends, instead of "
+        "--epochs; None: as many as the epochs have")
     add("--batch_size", type=at_least(2), help="of all processes together; None: preset")
     add("--lr", type=at_least(0, float), help="learning rate of SGD; None: preset")
     add("--momentum", type=at_least(0, float), default=0.9, help="momentum of SGD")
     add("--weight_decay", type=at_least(0, float), help="weight decay of SGD; None: preset")
-    add("--schedule", choices=("step", "onecycle"), default="step", help="step: a tenth after half "
-        "and again after three quarters of the weight steps; onecycle: up for 40 %%, down to 0")
+    add("--decay", choices=("all", "weights"), help="what it is for; weights: not for BatchNorm "
+        "and biases; None: all")
+    add("--schedule", choices=(*FALLS, *PEAKS), help="step: a tenth after half and again after "
+        "three quarters of the weight steps; thirds: after a third and two thirds of the passes; "
+        "onecycle: up for 40 %%, down to 0; triangle: up for half; None: step")
     add("--augment", choices=("auto", "off"), default="auto", help="auto: random crops and flips, "
         "except for digits and mnist")
+    add("--shift", type=at_least(0), help="pixels by which crops of CIFAR-10 move; None: 4")
+    add("--hold_out", type=at_least(0.001, float, 0.5), default=0.1, help="share of the images "
+        "that is kept for eval_net.py where there is no test split")
     add("--guard", choices=("stop", "warn", "off"), default="warn", help="what to do when accuracy "
         "under PGD on training images collapses; stop: end with the best weights so far")
-    add("--amp", choices=("auto", "off", "bf16"), default="auto", help="precision; auto: bf16 on a "
-        "GPU that has it, else float32")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
+        "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    parser.shared("seed", "device", "workers", "resume", "overwrite")
+    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
     return parser.parse_args()
-
-
-def settle(args, team, device):
-    """The settings, with the data set's presets filled in, and the images, none decoded yet."""
-    images = open_images(args.data_dir, split="train", data_root=args.data_root)
-    if not images.labelled:
-        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks; "
-                        "wanted folders named by wnid, such as n01440764")
-    eps, alpha, name, epochs, batch, lr, decay = FREE_PRESETS[images.kind]
-    eps, name, batch = args.eps or eps, args.model_name or name, args.batch_size or batch
-    models.check_name(name, images.kind)
-    size = models.input_size(name, images.kind, images.size, "random")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    s = run.settled(
-        args, model_name=name, image_size=size, eps=eps, batch_size=batch,
-        alpha=args.alpha or {"free": eps, "fast": 1.25 * eps}.get(args.method, alpha),
-        epochs=args.epochs or epochs, lr=lr if args.lr is None else args.lr,
-        weight_decay=decay if args.weight_decay is None else args.weight_decay,
-        amp=args.amp if args.amp != "auto" else "bf16" if bf16 else "off")
-    images = images.prepared(size, args.num_images)
-    if not team.size <= batch <= len(images):
-        raise UserError(f"--batch_size {batch}: there are {len(images)} training images and "
-                        f"{team.size} processes; wanted an image for each process, and no more "
-                        "than there are (two at least)")
-    return s, images
 
 
 def main(args):
@@ -271,10 +243,11 @@ def main(args):
     training = FreeTraining(s, images, team, device)
     training.resume(state, folder)
     if team.first:
-        rounded = " (rounded up)" * (s.method == "free" and s.epochs % s.replays > 0)
+        rounded = " (rounded up)" * bool(s.weight_steps or (
+            s.method == "free" and s.epochs % s.replays))
         print(f"{len(images)} images of {s.data_dir}, {s.model_name}, {s.method}: "
-              f"{passes(s)} passes{rounded}, {training.total} weight steps", flush=True)
-    loop(training, passes(s), folder, flags)
+              f"{training.passes} passes{rounded}, {training.total} weight steps", flush=True)
+    loop(training, training.passes, folder, flags, deterministic=s.deterministic)
     if team.first:
         finish(training, folder, name)
     team.leave()
@@ -286,8 +259,9 @@ def finish(training, folder, name):
     facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir),
              "data_root": str(s.data_root), **run.result_flags(s), "passes": len(training.rows),
              "weight_steps": training.done, "processes": training.team.size,
-             "num_images": len(images), "images_sha256": images.sha256(),
-             "seconds": training.seconds, **run.provenance(training.device)}
+             "given_images": s.num_images, "num_images": len(images),
+             "images_sha256": images.sha256(),
+             "seconds": training.seconds, **run.provenance(training.device, s.deterministic)}
     path, weights = folder / f"{name}.pth", training.model[1].state_dict()
     run.save_pth(path, {k: v.cpu() for k, v in weights.items()})
     run.save_json(folder / f"{name}.json", facts)

@@ -17,8 +17,9 @@ identity as the layer's backward pass (BPDA, arXiv:1802.00420).
     python gcm.py --w_sweep ...                              # robustness against w, both attackers
 
 The attacks are those of RobustART, whose columns the paper prints: FGSM, and PGD of 20 steps of
-3/40 eps from a random start. No source gives the settings of "C&W" with a radius eps: here it is
-PGD on C&W's margin. `cw_l2` (--attacks) is C&W's own search; it fails where its norm is above eps.
+3/40 eps from a random start, on 224 x 224 pixels. No source gives the settings of "C&W" with a
+radius eps: here it is PGD on C&W's margin. `cw_l2` (--attacks) is C&W's own search; it fails where
+its norm is above eps. The paper's rows show only figures of the same attack at the same size.
 Every cell (network, row, attack) is saved when it is done; the same command continues where it was
 stopped.
 """
@@ -30,17 +31,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from attacks import apgd, cw_l2, fgsm, pgd, square
+from attacks import apgd, cw_l2, fgsm, pgd, square, strongest, strongest_title
 from utils import measure, papers, report, report_gcm, run
 from utils.attack import balls
 from utils.cli import Parser, at_least, names, radius, run_script
-from utils.data import PRESETS
+from utils.data import PRESETS, paper_geometry
 from utils.defended import open_networks, open_targets
-from utils.defenses import GradientConcealment, ResizePad, adaptive, is_random
+from utils.defenses import adaptive, is_random
 from utils.errors import UserError
-
-__all__ = ["GradientConcealment", "ResizePad"]
-
 
 # --------------------------------------------------------- naive and adaptive attackers
 
@@ -76,7 +74,7 @@ class Cell:
         if is_random(self.defense):
             words += [f"low={s.low}", f"draws={s.draws}"]
         words += [self.attacker, self.attack]
-        if self.attack == "square":
+        if self.attack in ("square", "strongest"):
             words.append(str(s.queries))
         return " ".join(words)
 
@@ -90,7 +88,7 @@ def measure_cell(cell, network, s):
     defended = network.behind(cell.defense, cell.w, generator)
     fast = network.behind(cell.defense, cell.w, generator, fast=True)
     eps = radii(network.images, network.size, s.eps, s.eps_l2, s.eps_l1)
-    attack = robustart_attacks(eps, s.queries, random=is_random(cell.defense),
+    attack = robustart_attacks(eps, s.queries, network.classes, random=is_random(cell.defense),
                                stop_early=s.stop_early or cell.attacker != "naive")[cell.attack]
     counts = measure.run_cell(
         attack, seen_by(cell.attacker, fast, network.fast, s.draws), defended, network.images,
@@ -103,11 +101,11 @@ def measure_cell(cell, network, s):
 
 STEPS, RELATIVE = 20, 3 / 40  # RobustART's PGD: steps, and step size over eps
 FARTHER = (4, 8)              # times eps, in the audit: robustness should fall to zero
-MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square")  # columns besides the paper's
+MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest")  # columns besides the paper's
 
 
-def robustart_attacks(eps, queries, *, stop_early=False, random=False):
-    """{name: Attack}; eps {norm: radius}.
+def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, random=False):
+    """{name: Attack}; eps {norm: radius}; classes: how many the network tells apart.
 
     stop_early: fooled images leave PGD. At the larger radii they always do; behind a random
     defence they never do. The loss of pgd_linf is kept where all images take all steps.
@@ -133,6 +131,8 @@ def robustart_attacks(eps, queries, *, stop_early=False, random=False):
         "apgd": measure.Attack(f"APGD {shown}", "linf", linf, partial(apgd, eps=linf)),
         "square": measure.Attack(f"Square {shown}", "linf", linf,
                                  partial(square, eps=linf, queries=queries)),
+        "strongest": measure.Attack(f"{strongest_title(classes, queries)} {shown}", "linf", linf,
+                                    partial(strongest, eps=linf, queries=queries)),
         **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=not random) for k in FARTHER}}
 
 
@@ -144,12 +144,12 @@ def cw_within(model, x, y, *, eps, generator, report):
 
 
 def radii(images, size, linf=None, l2=None, l1=None):
-    """{norm: eps}: RobustART's 8/255, 8, 1600 on photographs, as much per pixel on small images.
+    """{norm: eps}: RobustART's 8/255, 8, 1600 at 224 pixels, as much per pixel at other sizes.
 
     On digits, which are easy, linf is the data set's own eps, and l2 and l1 are in proportion.
     """
     linf = linf or (PRESETS[images.kind].eps if images.kind in ("digits", "mnist") else 8 / 255)
-    part = min(1.0, images.channels * size * size / (3 * 224 * 224))
+    part = images.channels * size * size / (3 * 224 * 224)
     return {"linf": linf, "l2": 255 * linf * part ** 0.5 if l2 is None else l2,
             "l1": 51000 * linf * part if l1 is None else l1}
 
@@ -199,7 +199,10 @@ def get_args():
     add = parser.add_argument
     add("--model_name", type=names, nargs="+", help="networks; None: the data set's preset, on "
         "ImageNet the paper's six")
-    parser.shared("weights", "defense", "low", defense={"default": "gcm"})
+    parser.shared("weights", "geometry")
+    add("--image_size", type=at_least(8), help="side in pixels, for all networks; None: 224, or as "
+        "--geometry says; small images and networks trained here: their own")
+    parser.shared("defense", "low", defense={"default": "gcm"})
     add("--w", type=at_least(0, float), default=1e20, help="of gcm")
     add("--epsilon", type=at_least(0, float), default=1e-8, help="of gcm")
     add("--draws", type=at_least(1), default=10, help="with a random defence: forward passes that "
@@ -207,12 +210,13 @@ def get_args():
     add("--attacks", nargs="+", choices=(*papers.GCM_COLUMNS, *MORE),
         default=list(papers.GCM_COLUMNS), help="columns")
     add("--eps", type=radius, help="Linf radius; None: 8/255, on digits and mnist 0.2")
-    add("--eps_l2", type=at_least(0, float), help="L2 radius; None: 255 eps, less on small images")
-    add("--eps_l1", type=at_least(0, float), help="L1 radius; None: 51000 eps, less on small "
-        "images")
+    add("--eps_l2", type=at_least(0, float), help="L2 radius; None: 255 eps at 224 pixels, "
+        "as much per pixel at other sizes")
+    add("--eps_l1", type=at_least(0, float), help="L1 radius; None: 51000 eps at 224 pixels, as "
+        "much per pixel at other sizes")
     parser.shared("queries")
-    add("--metric", choices=("attack_robustness", "adv_acc"), default="attack_robustness",
-        help="what the table shows; the files hold both")
+    add("--metric", choices=("attack_robustness", "robust_acc"),
+        default="attack_robustness", help="what the table shows; the files hold both")
     add("--audit", action="store_true", help="instead of the table: signs of gradient masking")
     add("--w_sweep", action="store_true", help="instead of the table: robustness under pgd_linf "
         "against w")
@@ -236,7 +240,16 @@ def settle(args):
     if args.w_sweep and "gcm" not in args.defense:
         raise UserError(f"--w_sweep --defense {args.defense}: there is no w; type --defense gcm")
     attacks = [name for name in (*papers.GCM_COLUMNS, *MORE) if name in args.attacks]
-    return run.settled(args, targets=targets, attacks=attacks), images
+    return run.settled(args, targets=targets, attacks=attacks, kind=images.kind), images
+
+
+def stated(target, images, s):
+    """What all cells of a network depend on, as results.json keeps it."""
+    found = {"size": target.size, "eps": radii(images, target.size, s.eps, s.eps_l2, s.eps_l1),
+             "weights": target.described}
+    if target.geometry != paper_geometry(target.size):  # without it: that of all older tables
+        found["geometry"] = str(target.geometry)
+    return found
 
 
 def main(args):
@@ -248,9 +261,8 @@ def main(args):
         "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
         "images_sha256": listed.sha256(), "stop_early": s.stop_early, "amp": s.amp,
         "batch_size": s.batch_size, "seed": s.seed, "device": about["device"],
-        "torch": about["torch"], **{f"network {t.name}": {
-            "size": t.size, "eps": radii(images, t.size, s.eps, s.eps_l2, s.eps_l1),
-            "weights": t.described} for t in s.targets}})
+        "torch": about["torch"],
+        **{f"network {target.name}": stated(target, images, s) for target in s.targets}})
     head = report.protocol(report_gcm.facts(settings, s, STEPS))
     print(head, flush=True)
     for name, network in networks.items():

@@ -1,12 +1,14 @@
 """The challenge's classifier, trained in two stages (Pei et al., 2022, arXiv:2205.10617).
 
-    published (paper and code)           here
-    clean + MixUp + CutMix + FGSM loss   weighted_loss; --w_clean --w_mixup --w_cutmix --w_fgsm
-    34 augmentations, p of each          PUBLISHED in utils/augment.py; --augment
-    ConvNeXt-T, FC or ML-Decoder head    --model_name, --head; utils/nets.py
-    Adamax, two learning rates           --lr_head, --lr_backbone
-    stage 1 without random resizing      --stage 1, behind GCM
-    stage 2 with it, from stage 1        --stage 2, behind GCM and ResizePad
+    published (paper and code)             here
+    clean loss, by chance that of CutMix   terms; --w_clean, --cutmix_prob, --w_cutmix
+    MixUp                                  terms; --w_mixup
+    FGSM, untargeted and targeted          both_signs; --w_fgsm, --w_fgsm_target, --fgsm_eps
+    augmentations, p of each               PRESETS in utils/augment.py; --augment
+    ConvNeXt-T, FC or ML-Decoder head      --model_name, --head; utils/nets.py
+    Adamax, two learning rates             --lr_head, --lr_backbone
+    first stage, with FGSM                 --stage 1, behind GCM
+    second, from the first, without FGSM   --stage 2, behind GCM and ResizePad
 
     python train_gcm.py --stage 1                                    # digits, offline, seconds
     python train_gcm.py --stage 2
@@ -21,7 +23,6 @@ train_gcm.sh runs both stages and both scripts.
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,40 +30,47 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from attacks import fgsm
-from utils import data, draw, models, nets, passes, run
-from utils.augment import PUBLISHED, augment
-from utils.challenge import STAGES, settle
+from attacks import fgs_step
+from utils import challenge, data, models, nets, passes, run
+from utils.attack import core
+from utils.augment import PRESETS, augment
 from utils.cli import Parser, at_least, names, run_script
 from utils.defenses import adaptive, defend
-from utils.errors import UserError
 from utils.loop import Trainer, loop
+from utils.precision import Mixed
 from utils.run import make_generator
-from utils.team import in_parallel, join_team, joint_batch_norm
+from utils.team import in_parallel, join_team, joint_batch_norm, without_sync
+
+BLOCK = 50  # held-out images that are validated at a time
 
 
-def weighted_loss(model, x, y, attack, *, classes, w_clean, w_mixup, w_cutmix, w_fgsm):
-    """The loss of a minibatch x (n, C, H, W), y (n,), summed over images; and model(x).
+@core.attack
+def both_signs(model, x, y, *, eps, loss=core.cross_entropy):
+    """x + eps sign(g) and x - eps sign(g), in [0, 1]; g: the gradient of the loss at y, (N,)."""
+    _, _, g = core.gradient(model, x, y, loss, core.Tally(x), slice(None))
+    return fgs_step(x, g, eps), fgs_step(x, g, -eps)
 
-    attack(x, y) -> adversarial images. A term of weight 0 is not computed; without the clean one
-    the second result is None. MixUp and CutMix draw from the global generator.
+
+def terms(attacked, x, y, drawn, s, loss=core.cross_entropy):
+    """Yields (weight, images, labels) for every term of the loss of x (n, C, H, W), y (n,).
+
+    attacked, loss: what FGSM attacks; s: --w_clean and the other weights. The images of a term
+    are made when it is asked for; a term of weight 0 is left out. MixUp and CutMix draw from the
+    global generator; their labels are (n, K).
     """
-    def loss(x, y):
-        return F.cross_entropy(model(x).float(), y, reduction="sum")
-
-    total, logits = 0.0, None
-    if w_clean:
-        logits = model(x).float()
-        total = total + w_clean * F.cross_entropy(logits, y, reduction="sum")
-    if w_mixup:
-        mixed, soft_labels = v2.MixUp(alpha=1.0, num_classes=classes)(x, y)
-        total = total + w_mixup * loss(mixed, soft_labels)
-    if w_cutmix:
-        mixed, soft_labels = v2.CutMix(alpha=1.0, num_classes=classes)(x, y)
-        total = total + w_cutmix * loss(mixed, soft_labels)
-    if w_fgsm:
-        total = total + w_fgsm * loss(attack(x, y), y)
-    return total, None if logits is None else logits.detach()
+    labels, mixing = y, {"alpha": 1.0, "num_classes": len(s.classes)}
+    if drawn.cutmix:
+        x, labels = v2.CutMix(**mixing)(x, y)  # for all that follows, as published
+    if s.w_clean:
+        yield s.w_clean, x, labels
+    if s.w_mixup:
+        yield s.w_mixup, *v2.MixUp(**mixing)(x, y)
+    if s.w_cutmix:
+        yield s.w_cutmix, *v2.CutMix(**mixing)(x, y)
+    for weight, eps, at in ((s.w_fgsm, drawn.eps, y),
+                            (s.w_fgsm_target, drawn.eps_target, drawn.target)):
+        for x_adv in both_signs(attacked, x, at, eps=eps, loss=loss) if weight else ():
+            yield weight / 2, x_adv, y  # the published term is the mean over both signs
 
 
 class ChallengeTraining(Trainer):
@@ -91,7 +99,9 @@ class ChallengeTraining(Trainer):
         self.best = {"score": -1.0, "epoch": 0, "net": None}
         self.smallest = max(2, team.size)  # BatchNorm needs two images, every process needs one
         whole, last = divmod(len(images), s.batch_size)
-        kept = {"net": self.model, "optimizer": self.optimizer, "generator": self.generator}
+        self.mixed = Mixed(s.amp, device)
+        kept = {"net": self.model, "optimizer": self.optimizer, "generator": self.generator,
+                "mixed": self.mixed}
         super().__init__(device, team=team, steps=whole + (last >= self.smallest),
                          keep=kept | ({"mean": self.mean} if s.ema else {}))
 
@@ -102,28 +112,35 @@ class ChallengeTraining(Trainer):
     def step(self, x, y, joint):
         """One weight step on x, y, this process's part of a minibatch of `joint` images.
 
-        -> summed loss, how many clean images were classified correctly, how many images
+        The terms are differentiated one after another, so that one graph is in memory at a time.
+        -> summed loss, how many clean images were classified correctly, of how many, all images
         """
-        s = self.s
-        radii = torch.linspace(*s.fgsm_eps, 20)
-        eps = radii[torch.randint(20, (), generator=self.generator)].item()
-        attacked = adaptive(self.defended)  # unlike the published training, which attacks GCM
-        amp = torch.autocast(self.device.type, torch.bfloat16) if s.amp == "bf16" else nullcontext()
-        with amp:
-            loss, logits = weighted_loss(
-                self.parallel, x, y, partial(fgsm, attacked, eps=eps), classes=len(s.classes),
-                w_clean=s.w_clean, w_mixup=s.w_mixup, w_cutmix=s.w_cutmix, w_fgsm=s.w_fgsm)
+        s, team, sums = self.s, self.team, torch.zeros(4, device=self.device)
+        drawn = challenge.draw_once(joint, s, self.generator)
+        mine = drawn.target[team.rank::team.size][:len(x)].to(self.device)
+        attacked = adaptive(self.defended)  # not through GCM, whose gradient is noise
+        made = terms(attacked, x, y, replace(drawn, target=mine), s, self.mixed.attack_loss)
         self.optimizer.zero_grad()
-        (loss * (self.team.size / joint)).backward()  # gradients are averaged over processes
-        self.optimizer.step()
+        for left in reversed(range(challenge.number_of_terms(s))):
+            with without_sync(self.parallel) if left else nullcontext():
+                with self.mixed.autocast():
+                    weight, images, labels = next(made)
+                    logits = self.parallel(images).float()
+                loss = weight * F.cross_entropy(logits, labels, reduction="sum")
+                self.mixed.backward(loss * (team.size / joint))  # averaged over processes
+            sums[0] += loss.detach()
+            if images is x:
+                sums[1] += (logits.argmax(1) == y).sum()
+                sums[2] += len(x)
+        self.mixed.step(self.optimizer)
         if self.mean:
             self.mean.update_parameters(self.model)
-        right = 0 if logits is None else (logits.argmax(1) == y).sum()
-        return torch.stack([loss.detach(), loss.new_tensor(0.0) + right, loss.new_tensor(len(y))])
+        sums[3] += len(x)
+        return sums
 
     def one_pass(self, bar):
         """One epoch; each image is augmented anew. train_acc: on the images of the clean loss."""
-        s, start, sums = self.s, time.perf_counter(), torch.zeros(3, device=self.device)
+        s, start, sums = self.s, time.perf_counter(), torch.zeros(4, device=self.device)
         self.parallel.train()
         seed = int(torch.randint(2 ** 62, (), generator=self.generator)) + self.team.rank
         self.own_generator.manual_seed(seed)
@@ -139,8 +156,8 @@ class ChallengeTraining(Trainer):
                 y = self.images.labels[index].to(self.device)
                 sums += self.step(data.to_float(x), y, joint)
                 bar.update()
-        loss, right, count = self.team.total(sums.tolist())
-        return {"loss": loss / count, "train_acc": right / count if s.w_clean else "",
+        loss, right, clean, count = self.team.total(sums.tolist())
+        return {"loss": loss / count, "train_acc": right / clean if clean else "",
                 "lr_head": head["lr"],
                 "images_per_s": len(self.images) / (time.perf_counter() - start)}
 
@@ -158,22 +175,28 @@ class ChallengeTraining(Trainer):
 
     @torch.no_grad()
     def validate(self):
-        """Accuracy on the held-out images, plain and augmented; every time in the same way."""
-        state, generator = self.own_generator.get_state(), make_generator(self.s.seed)
-        self.own_generator.manual_seed(self.s.seed)
+        """Accuracy on the held-out images, plain and augmented; every time in the same way.
+
+        Every process decodes blocks of its own. What is random belongs to the block.
+        """
+        team, state, generator = self.team, self.own_generator.get_state(), torch.Generator()
         model = self.final()
         mode, defended, right = model.training, self.behind_defense(model).eval(), [0, 0, 0]
-        for index, x in data.batches(self.held, 100, workers=self.s.workers, skipped=[]):
+        blocks = torch.arange(len(self.held)).split(BLOCK)[team.rank::team.size]
+        held = self.held.select(torch.cat(blocks).tolist()) if blocks else ()
+        found = data.batches(held, BLOCK, workers=self.s.workers, skipped=[]) if blocks else ()
+        for index, x in found:
+            block = team.rank + int(index[0]) // BLOCK * team.size
+            generator.manual_seed(self.s.seed + block)
+            self.own_generator.manual_seed(self.s.seed + block)
             x = data.to_float(x.to(self.device))
-            augmented = augment(x, PUBLISHED, generator=generator)
-            mine = slice(self.team.rank, None, self.team.size)
-            y = self.held.labels[index].to(self.device)[mine]
-            for k, z in enumerate((x[mine], augmented[mine])):
-                right[k] += int((defended(z).argmax(1) == y).sum()) if len(z) else 0
+            y = held.labels[index].to(self.device)
+            for k, z in enumerate((x, augment(x, PRESETS["released"], generator=generator))):
+                right[k] += int((defended(z).argmax(1) == y).sum())
             right[2] += len(y)
         model.train(mode)
         self.own_generator.set_state(state)
-        plain, augmented, n = self.team.total(right)
+        plain, augmented, n = team.total(right)
         return plain / n, augmented / n
 
     def state(self):
@@ -202,17 +225,23 @@ def get_args():
         "state dict, or random; None: random, in stage 2 those in ../stage1 of the run folder")
     parser.shared("defense", "low", defense={
         "default": None, "help": "layers in front; None: gcm, in stage 2 gcm+resizepad"})
-    add("--augment", type=names, default=["published"], help="published, all, names of operations "
-        "in utils/augment.py (rain,rotation), or none: no random crops either")
+    add("--stage", type=int, choices=tuple(challenge.STAGES), default=1, help="of the training")
+    add("--augment", type=names, help="phase1, released, all, names of operations in "
+        "utils/augment.py (rain,rotation), or none: no random crops either; None: phase1, in "
+        "stage 2 released")
     add("--p", type=at_least(0, float, 1), default=0.1, help="probability of every operation of "
-        "--augment; published has its own")
+        "--augment; phase1 and released have their own")
     add("--w_clean", type=at_least(0, float), default=1.0, help="weight of the clean loss")
+    add("--cutmix_prob", type=at_least(0, float, 1), help="chance that CutMix stands in place of "
+        "the clean images of a minibatch; None: 0.3, in stage 2 0")
     add("--w_mixup", type=at_least(0, float), default=1.0, help="weight of the loss on MixUp")
-    add("--w_cutmix", type=at_least(0, float), default=1.0, help="weight of the loss on CutMix")
-    add("--w_fgsm", type=at_least(0, float), default=0.02, help="weight of the loss on FGSM")
-    add("--fgsm_eps", type=at_least(0, float, 1), nargs=2, default=[0.01, 0.08], help="range of "
-        "FGSM's eps, on the [0, 1] scale; one of 20 values is drawn for every minibatch")
-    add("--stage", type=int, choices=tuple(STAGES), default=1, help="stage of the training")
+    add("--w_cutmix", type=at_least(0, float), help="weight of a CutMix loss besides the clean "
+        "one; None: 0, in stage 2 1")
+    add("--w_fgsm", type=at_least(0, float), help="weight of the loss on FGSM, the mean over both "
+        "signs; None: 1, in stage 2 0")
+    add("--w_fgsm_target", type=at_least(0, float), help="the same for FGSM towards a random class")
+    add("--fgsm_eps", type=at_least(0, float, 1), nargs=2, default=[0.001, 0.08], help="range of "
+        "FGSM's eps, on the [0, 1] scale; one of 20 values is drawn for every minibatch and term")
     add("--epochs", type=at_least(1), help="passes over the images; None: that of the data set")
     add("--batch_size", type=at_least(2), help="images of a weight step over all processes; None: "
         "that of the data set")
@@ -225,51 +254,23 @@ def get_args():
     add("--gamma", type=at_least(0, float), default=0.5, help="factor of the learning rates")
     add("--ema", type=at_least(0, float, 0.99999), default=0.0, help="decay of the running mean of "
         "the weights that is validated and saved, such as 0.999; 0: the weights themselves")
-    add("--amp", choices=("auto", "off", "bf16"), default="auto", help="precision of training; "
-        "auto: bf16 on a GPU that has it, else float32; validation is float32")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision of "
+        "training; auto: bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/gcm_DATA_MODEL/stage1 or stage2")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, if it is installed")
-    parser.shared("seed", "device", "workers", "resume", "overwrite")
+    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
     return parser.parse_args()
-
-
-# --------------------------------------------------------------------- a run
-
-def tensorboard():
-    """TensorBoard's SummaryWriter; UserError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: it is not installed; type pip install tensorboard, or "
-                        "leave out the flag (log.csv has the same)") from None
-    return SummaryWriter
-
-
-def finish(training, folder):
-    """Saves the network of the best epoch, what made it, and the curve. -> path of the network"""
-    s, name = training.s, f"stage{training.s.stage}_{training.s.model_name}"
-    facts = {"name": name, "kind": training.images.kind, "data_dir": str(s.data_dir),
-             **run.result_flags(s, "num_images", "device", "tensorboard", "chances"),
-             "given_images": s.num_images, "best_epoch": training.best["epoch"],
-             "best_score": training.best["score"], "processes": training.team.size,
-             "num_images": len(training.images), "held_out": len(training.held),
-             "images_sha256": training.images.sha256(), "seconds": training.seconds,
-             **run.provenance(training.device)}
-    run.save_pth(folder / f"{name}.pth", training.best["net"])
-    run.save_json(folder / f"{name}.json", facts)
-    run.write_atomic(folder / "curve.png", draw.training(
-        training.rows, name, val_acc="held-out images", val_aug_acc="the same, augmented"))
-    return folder / f"{name}.pth"
 
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images, held = settle(args, team, device)
-    writer = tensorboard() if s.tensorboard else None  # fails before an old run is overwritten
+    s, images, held = challenge.settle(args, team, device)
+    writer = challenge.tensorboard() if s.tensorboard else None  # fails before an old run is lost
     folder = run.RunFolder(s.save, lock=team.first)
     flags = run.result_flags(s, "tensorboard", "chances", images=images.sha256()[:16],
                              processes=team.size, device=device.type)
-    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
+    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite,
+                                   grows=True)
     if images.kind in nets.RECIPES or not s.chances:  # else every epoch has crops of its own
         images = data.load(images, workers=s.workers)
     training = ChallengeTraining(s, images, held, team, device)
@@ -280,12 +281,12 @@ def main(args):
               f"out; stage {s.stage}: {s.model_name}, head {s.head}, from {s.pretrained}, behind "
               f"{s.defense}", flush=True)
     board = writer(str(folder / "tensorboard")) if writer and team.first else None
-    loop(training, s.epochs, folder, flags, board=board)
+    loop(training, s.epochs, folder, flags, board=board, deterministic=s.deterministic)
     if board:
         board.close()
     if team.first:
-        print(f"saved {finish(training, folder)}; to measure it: python eval_net.py --runs "
-              f"{folder.path}")
+        print(f"saved {challenge.finish(training, folder)}; to measure it: python eval_net.py "
+              f"--runs {folder.path}")
     team.leave()
 
 

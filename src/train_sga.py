@@ -165,7 +165,8 @@ class SgaTraining(Trainer):
         self.delta = self.v = torch.zeros((1, *self.pixels.shape[1:]))
         x, y = to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
         step = partial(input_gradient, delta=self.delta.to(x), y=y, loss=self.loss)
-        self.amp, self.layout = fastest(self.models, step, x, amp=s.amp, layout=s.layout)
+        self.amp, self.layout = fastest(self.models, step, x, amp=s.amp, layout=s.layout,
+                                        deterministic=s.deterministic)
 
     @cached_property
     def gradient(self):
@@ -223,7 +224,7 @@ def get_args():
         "help": "training images, evenly over the classes; None: preset, 10000 on ImageNet"})
     add("--model_name", type=names, help="surrogates: a or a,b; None: preset, vgg16 on ImageNet")
     parser.shared("weights", "defense")
-    add("--image_size", type=at_least(8), help="side in pixels; None: the surrogate's own")
+    add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd"), default="sga", help="spgd: no inner pre-search")
     add("--loss", choices=("ce", "logit"), default="ce", help="ce: mean min(CE, beta)")
@@ -242,7 +243,7 @@ def get_args():
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="memory order of the images; auto: the faster by timing")
-    parser.shared("seed", "device", "workers", "resume", "overwrite")
+    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
     return parser.parse_args()
 
 
@@ -273,15 +274,14 @@ def main(args):
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}")
     flags = run.result_flags(s, device=device.type, weights=s.weights_are,
                              data_dir=f"image list {images.sha256()[:16]}")
-    saved = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
+    saved = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite,
+                                   grows=True)
     models = [one.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
               for one in surrogates]
     print(f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
           f"{images.sha256()[:16]}; surrogate {', '.join(s.model_name)}", flush=True)
     images = load(images, workers=s.workers)
     training = SgaTraining(s, models, images, run.make_generator(s.seed), device)
-    if saved is None:
-        training.start()
     training.resume(saved, folder)
     if training.labels.shape[1] != len(images):
         raise UserError(f"--resume: the run has {training.labels.shape[1]} images, {len(images)} "
@@ -292,7 +292,7 @@ def main(args):
     print(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
           f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
           f"n={len(training.watched)} of these images", flush=True)
-    loop(training, s.epochs, folder, flags)
+    loop(training, s.epochs, folder, flags, deterministic=s.deterministic)
     save_perturbation(training, folder, name)
 
 

@@ -41,7 +41,8 @@ COMMANDS = {  # name of the run's folder: the command
     "eval_uap": ["eval_uap.py", "--uaps", "sga", "spgd", "augment", "target"],
     "eval_net": ["eval_net.py", "--runs", "natural", "free", "--num_images", "20", "--queries",
                  "20"]}
-VARIES = {"seconds", "commit", "device", "torch", "torchvision", "python", "path", "images_per_s"}
+VARIES = {"seconds", "commit", "device", "torch", "torchvision", "python", "path", "images_per_s",
+          "arithmetic"}
 
 
 def digest(value):

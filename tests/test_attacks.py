@@ -709,6 +709,63 @@ def test_worst_case_fools_every_image_that_one_of_its_attacks_fools_alone():
     assert torch.equal(x_adv[~alone], x[~alone])
 
 
+class OneForEach(nn.Module):
+    """Images that one kind of attack alone can fool: dark ones are rounded and give no gradient,
+    the cross-entropy of bright ones underflows to zero, the others are as in toy.
+    """
+
+    def __init__(self, classes):
+        super().__init__()
+        self.toy, self.classes, self.back = toy(), classes, 0
+
+    def forward(self, x):
+        if x.requires_grad:
+            x = x.clone()
+            x.register_hook(lambda g: setattr(self, "back", self.back + len(g)))
+        level = x.detach().flatten(1).mean(1)[:, None]
+        rounded = (x.detach() * 16).round() / 16 + 0 * x
+        z = self.toy(torch.where((level < 0.25)[:, :, None, None], rounded, x))
+        return (z * torch.where(level > 0.75, 1000, 1))[:, :self.classes]
+
+
+@pytest.mark.parametrize(("classes", "second"), [(4, "APGD-T"), (3, "APGD-DLR"), (2, None)])
+def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, second):
+    model, x, report, queries = OneForEach(classes), pictures(12), {}, 200
+    x[:4], x[4:8] = 0.25 * x[:4], 0.75 + 0.25 * x[4:8]
+    y = predicted(model, x)
+    members = {"APGD-CE": functools.partial(attacks.apgd, loss="ce")}
+    if second:
+        loss = "dlr_targeted" if second == "APGD-T" else "dlr"
+        members[second] = functools.partial(attacks.apgd, loss=loss)
+    members["Square 200"] = functools.partial(attacks.square, queries=queries)
+    seeds = torch.randint(2 ** 63 - 1, (12,), generator=seeded(3)).tolist()
+    own, wanted, left, counted = [seeded(seed) for seed in seeds], x.clone(), list(range(12)), []
+    for attack in members.values():
+        z = attack(model, x[left], y[left], eps=0.06, generator=[own[i] for i in left])
+        fooled = (predicted(model, z) != y[left]).tolist()
+        counted.append((len(left), sum(fooled)))
+        for i, image, hit in zip(left, z, fooled, strict=True):
+            wanted[i] = image if hit else x[i]
+        left = [i for i, hit in zip(left, fooled, strict=True) if not hit]
+    assert all(fooled for _, fooled in counted) and counted[-1][0] >= 3  # every member is needed
+    model.back = 0
+    x_adv = attacks.strongest(model, x, y, eps=0.06, queries=queries, generator=seeded(3),
+                              report=report)
+    assert torch.equal(x_adv, wanted)
+    assert attacks.strongest_title(classes, queries) == " + ".join(members)
+    assert [(report[name]["tried"], report[name]["fooled"]) for name in members] == counted
+    assert report["gradients"] == model.back
+    assert report["queries"] == report["Square 200"]["queries"] > 0
+    dark, bright = torch.arange(12) < 4, (torch.arange(12) >= 4) & (torch.arange(12) < 8)
+    assert torch.equal(report["zero_gradient"], dark if second else dark | bright)
+
+
+def test_titles_of_the_strongest_attack():
+    assert [attacks.strongest_title(k, 500) for k in (2, 3, 4, 1000)] == [
+        "APGD-CE + Square 500", "APGD-CE + APGD-DLR + Square 500",
+        "APGD-CE + APGD-T + Square 500", "APGD-CE + APGD-T + Square 500"]
+
+
 # -------------------------------------------------------------------------- square
 
 def test_square_never_gets_worse_with_more_queries_and_counts_them():

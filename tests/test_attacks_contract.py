@@ -73,6 +73,7 @@ CASES = {
     "mim": case(attacks.mim, alpha=0.02, steps=4),
     "cw_l2": Case(attacks.cw_l2, options={"steps": 40, "binary_steps": 3, "c": 10.0}),
     "worst_case": Case(worst_case, "linf", 0.15, {"eps": 0.15}, random=True),
+    "strongest": Case(attacks.strongest, "linf", 0.15, {"eps": 0.15, "queries": 20}, random=True),
     "square linf": case(attacks.square, queries=20),
     "square l2": case(attacks.square, "l2", queries=20),
     "pgd restarts": case(attacks.pgd, alpha=0.02, steps=3, restarts=3),
@@ -86,8 +87,9 @@ CASES |= {f"pgd {norm} {step} {projection}": case(
     alpha=ALPHA[{"sign": "linf", "normalized": "l2"}.get(step, "l1")])
     for norm in EPS for step in ("sign", "normalized", "dense", "sparse")
     for projection in ("exact", "rescale")}
-MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "square linf", "square l2",
-        "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce", "apgd l2 dlr_targeted"]
+MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "strongest", "square linf",
+        "square l2", "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce",
+        "apgd l2 dlr_targeted"]
 every_case = pytest.mark.parametrize("name", CASES)
 main_case = pytest.mark.parametrize("name", MAIN)  # one of each kind is enough to test refusals
 
@@ -293,7 +295,7 @@ def test_a_generator_gives_one_number_per_image_however_long_the_attack(world):
 def test_per_image_generators_follow_their_images(world):
     model, x, y = world
     turn = torch.tensor([5, 3, 4, 1, 0, 2])
-    for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case"):
+    for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case", "strongest"):
         own = generators(N)
         there = CASES[name](toy(torch.float64), x[turn].double(), y[turn],
                             generator=[own[i] for i in turn])
@@ -450,11 +452,12 @@ def test_bad_images_and_labels_are_refused_in_one_line(name, word, spoil, world)
 
 OPTIONS = [
     ("eps", [-0.1, float("inf"), float("nan"), "inf"], ["fgsm", "bim", "mim", "pgd linf sign exact",
-                                                        "apgd linf ce", "square linf"]),
+                                                        "apgd linf ce", "square linf",
+                                                        "strongest"]),
     ("alpha", [-0.1, float("inf"), "0.1"], ["fgv", "bim", "mim", "pgd linf sign exact"]),
     ("steps", [0, -1, 2.5], ["bim", "mim", "pgd linf sign exact", "apgd linf ce", "cw_l2"]),
     ("restarts", [0, -1], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
-    ("queries", [0, 1.5], ["square linf"]),
+    ("queries", [0, 1.5], ["square linf", "strongest"]),
     ("norm", ["l3", "Linf", None], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
     ("norm", ["l1"], ["square linf"]),
     ("loss", ["mse", None], ["fgsm", "fgv", "bim", "mim", "pgd linf sign exact", "apgd linf ce"]),
@@ -492,7 +495,7 @@ def test_a_model_that_gives_no_logits_per_image_is_refused(name, world):
 
 
 @pytest.mark.parametrize("name", ["pgd linf sign exact", "apgd linf ce", "square linf",
-                                  "worst_case"])
+                                  "worst_case", "strongest"])
 def test_a_list_of_generators_that_is_not_one_per_image_is_refused(name, world):
     refused("generators", CASES[name], *world, generator=generators(N - 1))
 

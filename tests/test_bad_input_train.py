@@ -34,8 +34,8 @@ WRONG = {  # name: (arguments, words of the line)
     "no V2 of torchvision's": (["--data_dir", "good", "--model_name", "squeezenet1_1",
                                 "--weights", "V2"], ["V2", "squeezenet1_1"]),
     "too many weights": (["--weights", "V1,random"], ["--weights", "2 given for 1"]),
-    "sizes differ": (["--data_dir", "good", "--model_name", "vgg16,inception_v3"],
-                     ["[224, 299]", "--image_size"]),
+    "sizes differ": (["--data_dir", "good", "--model_name", "vgg16,resnet18", "--weights",
+                      "random,ours.pth"], ["[96, 224]", "--image_size"]),
     "other size": (["--image_size", 32], ["--image_size 32", "28"]),
     "eps": (["--eps", 10], ["--eps", "10/255"]),
     "alpha": (["--alpha", 10], ["--alpha", "10/255", "calls alpha is eps"]),
@@ -79,6 +79,8 @@ def here(tmp_path, picture):
     save_pth(tmp_path / "nan.pth", {name: value * float("nan") for name, value in
                                     build_small("cnn", 1, 28).state_dict().items()})
     torch.save({"weight": Bomb()}, tmp_path / "bomb.pth")
+    save_pth(tmp_path / "ours.pth", {})
+    (tmp_path / "ours.json").write_text('{"image_size": 96}')  # as after a training at that size
     return tmp_path
 
 

@@ -1,39 +1,49 @@
 """train_gcm.py: losses, steps, stages, resuming, several processes, own images, bad input."""
 
+import copy
 import csv
 import gc
 import io
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SRC
 from torch import nn
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import train_gcm
 from attacks import fgsm
-from utils import loop
-from utils.challenge import settle
+from utils import challenge, data, finished, loop
+from utils.augment import PRESETS
+from utils.challenge import Drawn, draw_once, number_of_terms, settle
 from utils.data import hold_out, open_images, to_float, unseen
 from utils.defenses import GradientConcealment
 from utils.errors import UserError
 from utils.lists import read_list
+from utils.measure import share
 from utils.models import load_model, trainable
 from utils.nets import RECIPE_VERSION, build_small
+from utils.report_nets import Measured, columns_of
 from utils.run import load_json, make_generator
 from utils.team import Team
 
 SMALL = ("--num_images", 80, "--epochs", 2, "--batch_size", 38, "--device", "cpu", "--workers", 0)
-PLAIN = ("--augment", "none", "--w_mixup", 0, "--w_cutmix", 0, "--w_fgsm", 0)
+PLAIN = ("--augment", "none", "--cutmix_prob", 0, "--w_mixup", 0, "--w_cutmix", 0, "--w_fgsm", 0,
+         "--w_fgsm_target", 0)
 READ = ("kind", "data_dir", "model_name", "head", "classes", "hold_out", "given_images", "defense",
-        "low", "image_size", "stage", "augment", "w_fgsm", "seconds", "best_epoch")  # elsewhere
+        "low", "image_size", "stage", "augment", "w_fgsm", "w_fgsm_target", "seconds",
+        "best_epoch")  # elsewhere
 CPU = torch.device("cpu")
 
 
@@ -71,42 +81,45 @@ def curved(classes=4):
 
 # --------------------------------------------------------------- the losses
 
+WEIGHTS = ("w_clean", "w_mixup", "w_cutmix", "w_fgsm", "w_fgsm_target")
+
+
 def minibatch(n=5, classes=4):
     generator = make_generator(1)
     x = torch.rand((n, 3, 6, 6), generator=generator, dtype=torch.float64)
+    x[:, :, 0], x[:, :, 1] = 0, 1  # where a step leaves the box
     return x, torch.randint(classes, (n,), generator=generator)
 
 
-def loss_of(net, x, y, attack=None, seed=0, **weights):
+def drawn_for(y, cutmix=False, eps=0.03, eps_target=0.07):
+    return Drawn(cutmix, eps, eps_target, (y + torch.arange(len(y))) % 4)  # the first is the label
+
+
+def terms_of(net, x, y, seed=0, drawn=None, **weights):
     torch.manual_seed(seed)
-    weights = {f"w_{name}": weights.get(name, 0.0) for name in ("clean", "mixup", "cutmix", "fgsm")}
-    return train_gcm.weighted_loss(net, x, y, attack, classes=4, **weights)
+    s = SimpleNamespace(classes="abcd", **{w: weights.get(w, 0.0) for w in WEIGHTS})
+    return list(train_gcm.terms(net, x, y, drawn or drawn_for(y), s))
 
 
-def by_hand(net, x, y):
-    return -sum(net(x[i:i + 1]).float().log_softmax(1)[0, y[i]] for i in range(len(x)))
+def soft(y, partner, share):
+    return share * F.one_hot(y, 4) + (1 - share) * F.one_hot(partner, 4)
 
 
-def test_the_clean_and_the_adversarial_loss_by_hand():
-    net, (x, y) = curved(), minibatch()
-    total, logits = loss_of(net, x, y, clean=2.0)
-    assert torch.allclose(total, 2 * by_hand(net, x, y)) and torch.allclose(logits, net(x).float())
-    attacked = fgsm(net, x, y, eps=0.1)
-    total, logits = loss_of(net, x, y, attack=lambda x, y: fgsm(net, x, y, eps=0.1), fgsm=0.5)
-    assert logits is None and torch.allclose(total, 0.5 * by_hand(net, attacked, y))
-    assert total > 0.5 * by_hand(net, x, y) * 1.05
+def test_the_clean_term_is_of_the_images_themselves():
+    x, y = minibatch()
+    (weight, images, labels), = terms_of(curved(), x, y, w_clean=2.0)
+    assert weight == 2 and images is x and labels is y
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("kind", ["w_mixup", "w_cutmix", "in place"])
 def test_mixed_images_have_mixed_labels(kind):
-    seen, net, (x, y) = [], curved(), minibatch()
-
-    def watched(z):
-        seen.append(z)
-        return net(z)
-    total, _ = loss_of(watched, x, y, seed=5, **{kind: 1.0})
-    mixed, partner, at = seen[0], x.roll(1, 0), y.roll(1, 0)
-    if kind == "mixup":
+    x, y = minibatch()
+    x = torch.rand_like(x)  # no two pixels alike
+    in_place = {"drawn": drawn_for(y, cutmix=True), "w_clean": 3.0}
+    more = in_place if kind == "in place" else {kind: 3.0}
+    (weight, mixed, labels), = terms_of(curved(), x, y, seed=5, **more)
+    partner = x.roll(1, 0)
+    if kind == "w_mixup":
         share = ((mixed - partner) * (x - partner)).sum() / (x - partner).square().sum()
         assert torch.allclose(mixed, share * x + (1 - share) * partner)
     else:
@@ -114,21 +127,82 @@ def test_mixed_images_have_mixed_labels(kind):
         assert ((mixed == partner).all(1) | own).all()
         share = own[0].double().mean()
         assert torch.equal(own, own[:1].expand_as(own))  # the same rectangle in every image
-    assert 0.02 < share < 0.98
-    wanted = share * by_hand(net, mixed, y) + (1 - share) * by_hand(net, mixed, at)
-    assert torch.allclose(total.double(), wanted.double(), rtol=1e-5)
+    assert weight == 3 and 0.02 < share < 0.98
+    assert torch.allclose(labels.double(), soft(y, y.roll(1), share).double(), atol=1e-6)
 
 
-def test_terms_add_up_and_those_of_weight_zero_are_not_computed():
+def test_where_cutmix_stands_in_the_terms_that_follow_see_its_images_with_the_first_label():
     net, (x, y) = curved(), minibatch()
+    drawn, weights = drawn_for(y, cutmix=True), dict.fromkeys(WEIGHTS, 1.0)
+    (_, cut, labels), *rest = terms_of(net, x, y, drawn=drawn, **weights)
+    assert not torch.equal(cut, x) and labels.shape == (5, 4)
+    torch.manual_seed(0)
+    v2.CutMix(num_classes=4)(x, y)
+    for mix, (_, images, labels) in zip((v2.MixUp, v2.CutMix), rest[:2], strict=True):
+        wanted = mix(num_classes=4)(cut, y)
+        assert torch.equal(images, wanted[0]) and torch.equal(labels, wanted[1])
+    assert all(labels is y for _, _, labels in rest[2:])
+    assert all(((images - cut).abs() < 0.071).all() for _, images, _ in rest[2:])
 
-    def attack(x, y):
-        return fgsm(net, x, y, eps=0.05)
-    parts = {name: loss_of(net, x, y, attack=attack, **{name: 1.0})[0]
-             for name in ("clean", "mixup", "fgsm")}
-    total, _ = loss_of(net, x, y, attack=attack, clean=0.3, mixup=0.5, fgsm=2.0)
-    assert torch.allclose(total, 0.3 * parts["clean"] + 0.5 * parts["mixup"] + 2 * parts["fgsm"])
-    assert torch.isfinite(loss_of(net, x, y, attack=None, clean=1.0)[0])
+
+def naive_fgsm(net, x, y, eps):
+    """x + eps sign(g), x - eps sign(g), image by image."""
+    net, found = copy.deepcopy(net).eval(), []
+    for sign in (1, -1):
+        one = []
+        for i in range(len(x)):
+            image = x[i:i + 1].clone().requires_grad_()
+            g, = torch.autograd.grad(-net(image).log_softmax(1)[0, y[i]], image)
+            one.append(torch.clip(x[i:i + 1] + sign * eps * torch.sign(g), 0, 1))
+        found.append(torch.cat(one))
+    return found
+
+
+def test_both_signs_of_both_fgsm_terms_by_hand():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(),
+                        nn.Dropout(0.5), nn.Linear(64, 4)).double()
+    net[1].running_mean += 0.3
+    net[4].eval()  # a part of its own mode
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    x, y = minibatch()
+    drawn, before = drawn_for(y), {k: v.clone() for k, v in net.state_dict().items()}
+    found = terms_of(net, x, y, drawn=drawn, w_fgsm=2.0, w_fgsm_target=6.0)
+    wanted = naive_fgsm(net, x, y, 0.03) + naive_fgsm(net, x, drawn.target, 0.07)
+    assert [weight for weight, _, _ in found] == [1, 1, 3, 3]  # half of the weight for each sign
+    for (_, images, labels), by_hand in zip(found, wanted, strict=True):
+        assert labels is y and torch.allclose(images, by_hand, atol=1e-12)
+    assert net.training and net[1].training and not net[4].training
+    assert all((p.grad == 7).all() and p.requires_grad for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("missing", WEIGHTS)
+def test_a_term_of_weight_zero_is_not_made(missing):
+    net, (x, y) = curved(), minibatch()
+    weights = dict.fromkeys(WEIGHTS, 1.0) | {missing: 0.0}
+    found = terms_of(net, x, y, **weights)
+    both = missing in ("w_fgsm", "w_fgsm_target")
+    assert len(found) == (5 if both else 6) == number_of_terms(SimpleNamespace(**weights))
+    assert [images is x for _, images, _ in found] == [missing != "w_clean"] + [False] * (
+        len(found) - 1)
+
+
+def test_what_is_drawn_for_a_minibatch():
+    s = SimpleNamespace(classes="abcdef", fgsm_eps=(0.001, 0.08), cutmix_prob=0.3)
+    generator = make_generator(0)
+    drawn = [draw_once(7, s, generator) for _ in range(1000)]
+    allowed = torch.linspace(0.001, 0.08, 20)
+    for found in ([d.eps for d in drawn], [d.eps_target for d in drawn]):
+        assert all((allowed - eps).abs().min() < 1e-9 for eps in found) and len(set(found)) == 20
+    assert 10 < sum(d.eps == d.eps_target for d in drawn) < 110  # one in twenty: drawn apart
+    counts = torch.cat([d.target for d in drawn]).bincount()
+    assert len(counts) == 6 and (counts > 1000).all() and all(len(d.target) == 7 for d in drawn)
+    assert 230 < sum(d.cutmix for d in drawn) < 370
+    for chance in (0, 1):
+        s.cutmix_prob = chance
+        assert {draw_once(7, s, generator).cutmix for _ in range(50)} == {bool(chance)}
 
 
 # ------------------------------------------------------------------- a step
@@ -140,38 +214,143 @@ def built(monkeypatch, tmp_path, *flags):
     return train_gcm.ChallengeTraining(*settle(train_gcm.get_args(), Team(), CPU), Team(), CPU)
 
 
-def test_the_training_attack_passes_around_gcm(monkeypatch, tmp_path):
-    training = built(monkeypatch, tmp_path, "--w_fgsm", 1, "--head", "own", "--model_name",
-                     "vgg_small")
-    assert isinstance(training.defended[0], GradientConcealment)
-    found, real = {}, train_gcm.weighted_loss
+def digits_of(training, n):
+    return to_float(training.images.pixels[:n]), training.images.labels[:n]
 
-    def spied(net, x, y, attack, **options):
-        found["x_adv"], found["eps"] = attack(x, y), attack.keywords["eps"]
-        found["undefended"] = fgsm(training.model, x, y, eps=found["eps"])
-        found["through gcm"] = fgsm(training.defended, x, y, eps=found["eps"])
-        return real(net, x, y, attack, **options)
-    monkeypatch.setattr(train_gcm, "weighted_loss", spied)
-    before = [p.clone() for p in training.model.parameters()]
-    training.step(to_float(training.images.pixels[:30]), training.images.labels[:30], 30)
+
+@pytest.mark.parametrize(("stage", "wanted"), [
+    (1, ("gcm", ["phase1"], 1, 1, 0, 0.3, 1, 1)),
+    (2, ("gcm+resizepad", ["released"], 1, 1, 1, 0, 0, 0))])
+def test_defaults_are_the_published_ones(monkeypatch, tmp_path, stage, wanted):
+    s = built(monkeypatch, tmp_path, "--stage", stage, "--pretrained", "random").s
+    assert (s.defense, s.augment, s.w_clean, s.w_mixup, s.w_cutmix, s.cutmix_prob, s.w_fgsm,
+            s.w_fgsm_target) == wanted
+    assert s.chances == PRESETS[s.augment[0]] and s.fgsm_eps == [0.001, 0.08]
+
+
+def test_a_flag_wins_over_the_default_of_the_stage(monkeypatch, tmp_path):
+    s = built(monkeypatch, tmp_path, "--w_fgsm_target", 0.25, "--cutmix_prob", 0, "--w_cutmix", 2,
+              "--augment", "rain").s
+    assert (s.w_fgsm, s.w_fgsm_target, s.cutmix_prob, s.w_cutmix, s.chances) == (
+        1, 0.25, 0, 2, {"rain": 0.1})
+
+
+def test_the_training_attack_passes_around_gcm(monkeypatch, tmp_path):
+    training = built(monkeypatch, tmp_path, "--head", "own", "--model_name", "vgg_small")
+    assert isinstance(training.defended[0], GradientConcealment)
+    found, real = {}, train_gcm.terms
+
+    def spied(attacked, x, y, drawn, *more):
+        found["x_adv"] = fgsm(attacked, x, y, eps=drawn.eps)
+        found["undefended"] = fgsm(training.model, x, y, eps=drawn.eps)
+        found["through gcm"] = fgsm(training.defended, x, y, eps=drawn.eps)
+        return real(attacked, x, y, drawn, *more)
+    monkeypatch.setattr(train_gcm, "terms", spied)
+    training.step(*digits_of(training, 30), 30)
     same = (found["x_adv"] - found["undefended"]).abs() < 1e-6
     assert same.double().mean() > 0.999
-    assert ((found["through gcm"] - found["undefended"]).abs() > 1e-3).double().mean() > 0.1
-    assert 0.01 <= found["eps"] <= 0.08
-    assert any(not torch.equal(a, b) for a, b in
-               zip(before, training.model.parameters(), strict=True))
+    assert ((found["through gcm"] - found["undefended"]).abs() > 1e-4).double().mean() > 0.1
 
 
-def test_eps_of_the_training_attack_is_one_of_twenty(monkeypatch, tmp_path):
-    training = built(monkeypatch, tmp_path, "--w_fgsm", 1, "--fgsm_eps", 0.02, 0.2)
-    drawn = []
-    monkeypatch.setattr(train_gcm, "weighted_loss", lambda net, x, y, attack, **options: (
-        drawn.append(attack.keywords["eps"]) or net(x).sum(), None))
-    x = torch.rand(4, 1, 28, 28)
-    for _ in range(60):
-        training.step(x, torch.zeros(4, dtype=torch.int64), 4)
-    allowed = torch.linspace(0.02, 0.2, 20)
-    assert all((allowed - eps).abs().min() < 1e-7 for eps in drawn) and len(set(drawn)) > 8
+EVERY = ("--w_clean", 0.5, "--w_mixup", 0.7, "--w_cutmix", 1.5, "--w_fgsm", 2, "--w_fgsm_target", 3)
+
+
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_a_step_adds_up_the_gradients_of_all_terms(monkeypatch, tmp_path, cutmix):
+    """The oracle: the sum of all losses, differentiated at once; BatchNorm and dropout included."""
+    training = built(monkeypatch, tmp_path, *EVERY)
+    (x, y), oracle = digits_of(training, 24), copy.deepcopy(training.defended)
+    drawn = Drawn(cutmix, 0.03, 0.07, torch.arange(24) % 10)
+    monkeypatch.setattr(challenge, "draw_once", lambda n, s, generator: drawn)
+    torch.manual_seed(1)
+    loss, right, clean, n = training.step(x, y, 24).tolist()
+
+    torch.manual_seed(1)
+    cut, labels = v2.CutMix(num_classes=10)(x, y) if cutmix else (x, y)
+    logits = oracle.train()(cut)
+    total = 0.5 * F.cross_entropy(logits, labels)
+    for weight, mix in ((0.7, v2.MixUp), (1.5, v2.CutMix)):
+        images, labels = mix(num_classes=10)(cut, y)
+        total = total + weight * F.cross_entropy(oracle(images), labels)
+    for weight, at, eps in ((2, y, 0.03), (3, drawn.target, 0.07)):
+        twice = [F.cross_entropy(oracle(x_adv), y)
+                 for x_adv in naive_fgsm(oracle[1], cut, at, eps)]  # [1]: without GCM
+        total = total + weight * (twice[0] + twice[1]) / 2
+    total.backward()
+    assert loss / 24 == pytest.approx(total.item(), rel=1e-5) and n == 24
+    assert (clean, right) == ((0, 0) if cutmix else (24, (logits.argmax(1) == y).sum().item()))
+    for (name, p), q in zip(training.defended.named_parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-4 * q.grad.abs().max()), name
+    for p, q in zip(training.defended.buffers(), oracle.buffers(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+def peak_of_saved_tensors(training, n=16):
+    """Most bytes that a step keeps for its backward passes at any one time."""
+    alive, peak = 0, 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal alive, peak
+            self.tensor = tensor
+            alive += tensor.nbytes
+            peak = max(peak, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= self.tensor.nbytes
+    x, y = digits_of(training, n)
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        training.step(x, y, n)
+    assert alive == 0
+    return peak
+
+
+def test_a_step_needs_the_memory_of_one_loss(monkeypatch, tmp_path):
+    one = peak_of_saved_tensors(built(monkeypatch, tmp_path, *PLAIN))
+    every = built(monkeypatch, tmp_path, "--w_mixup", 1, "--w_cutmix", 1, "--w_fgsm", 1)
+    assert one > 1e6 and peak_of_saved_tensors(every) < 1.02 * one
+
+
+def test_gradients_are_averaged_over_processes_once_in_a_step(monkeypatch, tmp_path):
+    training, open_now, seen = built(monkeypatch, tmp_path, *EVERY), [], []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = training.defended
+
+        def forward(self, x):
+            seen.append(len(open_now))
+            return self.module(x)
+
+        @contextmanager
+        def no_sync(self):
+            open_now.append(1)
+            yield
+            open_now.pop()
+    training.parallel = Watched()
+    training.step(*digits_of(training, 8), 8)
+    assert seen == [1] * 6 + [0]
+
+
+def test_every_process_draws_what_one_process_draws(monkeypatch, tmp_path):
+    training, found = built(monkeypatch, tmp_path), []
+    real = train_gcm.terms
+    monkeypatch.setattr(train_gcm, "terms", lambda attacked, x, y, drawn, *more: (
+        found.append(drawn) or real(attacked, x, y, drawn, *more)))
+    x, y = digits_of(training, 11)
+    for team in (Team(), Team(0, 2), Team(1, 2)):
+        training.team = team
+        training.generator.manual_seed(4)
+        own = slice(team.rank, None, team.size)
+        training.step(x[own], y[own], 11)
+    one, first, second = found
+    assert (one.eps, one.eps_target) == (first.eps, first.eps_target) == (
+        second.eps, second.eps_target)
+    assert one.cutmix == first.cutmix == second.cutmix
+    assert torch.equal(one.target[::2], first.target) and torch.equal(one.target[1::2],
+                                                                      second.target)
 
 
 @pytest.mark.slow
@@ -197,9 +376,9 @@ def test_learning_rates_are_cut_in_steps(run_here, tmp_path):
 
 
 def test_augmentations_are_drawn_anew_in_every_epoch(monkeypatch, tmp_path):
-    training = built(monkeypatch, tmp_path, "--augment", "gaussian_noise", "--p", 1)
+    training = built(monkeypatch, tmp_path, "--augment", "impulse_noise", "--p", 1)
     seen = []
-    monkeypatch.setattr(training, "step", lambda x, y, joint: seen.append(x) or torch.ones(3))
+    monkeypatch.setattr(training, "step", lambda x, y, joint: seen.append(x) or torch.ones(4))
     for _ in range(2):
         training.one_pass(tqdm(disable=True))
     half = len(seen) // 2
@@ -253,7 +432,7 @@ def test_stage_two_without_stage_one_says_what_to_type(run_here, refused):
 
 
 def test_a_killed_run_that_resumes_ends_with_the_same_bytes(run_here, tmp_path, monkeypatch):
-    flags = (*SMALL, "--ema", 0.9, "--defense", "gcm+resizepad", "--w_fgsm", 1)
+    flags = (*SMALL, "--ema", 0.9, "--defense", "gcm+resizepad", "--w_cutmix", 1)
     assert run_here("train_gcm.py", *flags, "--save", "whole").returncode == 0
     real = loop.save_csv
 
@@ -301,10 +480,10 @@ def test_the_network_of_the_best_epoch_is_saved(run_here, tmp_path, monkeypatch)
     assert not all(torch.equal(saved[k], kept[3][k]) for k in saved)
 
 
-ONE_STEP = (*SMALL, "--augment", "none", "--w_mixup", 0, "--w_cutmix", 0, "--w_fgsm", 1, "--head",
-            "own", "--lr_head", 0.001, "--lr_backbone", 0.001, "--weight_decay", 1, "--epochs", 1,
-            "--batch_size", 76)
-ALL = (*SMALL, "--defense", "gcm+resizepad", "--ema", 0.9, "--w_fgsm", 1)
+ONE_STEP = (*SMALL, "--augment", "none", "--cutmix_prob", 0, "--w_mixup", 0, "--head", "own",
+            "--lr_head", 0.001, "--lr_backbone", 0.001, "--weight_decay", 1, "--epochs", 1,
+            "--batch_size", 76)  # what is left: the clean loss and both FGSM terms
+ALL = (*SMALL, "--defense", "gcm+resizepad", "--ema", 0.9, "--w_cutmix", 1)
 TWICE = """
 import os, sys
 import train_gcm
@@ -389,6 +568,15 @@ def test_training_starts_from_a_small_network_of_ours(run_here, monkeypatch, tmp
     saved = weights_of(tmp_path / "run/stage1_vgg_small.pth")
     assert all(torch.equal(saved[f"0.{k}"], v) for k, v in first.items() if f"0.{k}" in saved)
     assert "0.0.weight" in saved and saved["1.2.weight"].shape[0] == 128
+
+
+def test_the_table_has_the_weights_of_both_fgsm_terms(stage1):
+    facts = load_json(stage1[0] / "runs/stage1/stage1_cnn_bn.json")
+    old = {k: v for k, v in facts.items() if k != "w_fgsm_target"} | {"w_fgsm": 0.02}
+    one, other = (columns_of(Measured("stage1", finished.checked(found, "NAME.json"), stage1[0],
+                                      share(1, 2), {}, {}, {})) for found in (facts, old))
+    assert (one["w_fgsm"], one["w_fgsm_target"]) == ("1", "1")
+    assert other["w_fgsm"] == "0.02" and "w_fgsm_target" not in other  # of an older version
 
 
 # ---------------------------------------------------------------- own images
@@ -496,6 +684,79 @@ def test_held_out_images_are_spread_over_the_classes():
     assert torch.equal(labels[held].bincount(), torch.full((10,), 2))
     assert torch.equal(held, hold_out(labels, 0.1))
     assert hold_out(torch.arange(400), 0.05).sum() == 20  # one class in twenty
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.15, 0.25, 0.3, 0.4, 0.45, 0.5])
+@pytest.mark.parametrize("size", [20, 40, 100, 7, 13])
+def test_of_every_class_the_share_that_was_asked_for_is_held_out(share, size):
+    """The exact number where it is whole, else one of the two around it."""
+    found = hold_out(torch.arange(10).repeat(size), share)
+    counts = torch.arange(10).repeat(size)[found].bincount(minlength=10)
+    exact = round(share * size, 6)
+    assert set(counts.tolist()) <= {math.floor(exact), math.ceil(exact)}
+    assert abs(int(counts.sum()) - 10 * exact) <= 0.5
+    mixed = torch.arange(3).repeat_interleave(torch.tensor([size, 3 * size, 2]))  # unequal classes
+    few, most, least = mixed[hold_out(mixed, share)].bincount(minlength=3).tolist()
+    assert abs(few - exact) < 1 and abs(most - 3 * exact) < 1 and abs(least - 2 * share) < 1
+
+
+def test_one_in_twenty_is_held_out_as_it_was_in_published_runs():
+    held = hold_out(torch.zeros(200), 0.05).nonzero()[:, 0]
+    assert held.tolist() == list(range(10, 200, 20))
+
+
+def test_a_run_that_held_out_other_images_is_refused(tmp_path, picture):
+    """By their number: older versions held out a half for --hold_out 0.4."""
+    for i in range(20):
+        picture(tmp_path / f"data/{'ab'[i % 2]}/{i}.png", seed=i)
+    facts = {"data_dir": str(tmp_path / "data"), "hold_out": 0.4, "given_images": None, "stage": 1}
+    assert len(finished.unseen_by({**facts, "held_out": 8}, facts["data_dir"], "data")[0]) == 8
+    with pytest.raises(UserError, match="holds out 8 images today, 10 in the training"):
+        finished.unseen_by({**facts, "held_out": 10}, facts["data_dir"], "data")
+
+
+@dataclass(frozen=True)
+class OneOf(Team):
+    """A process whose counts stay its own."""
+    def total(self, values):
+        return values
+
+
+def test_every_process_decodes_held_out_images_of_its_own(monkeypatch, tmp_path, picture):
+    """Any number of processes sees the same images, augmented and resized in the same way."""
+    names = photographs(tmp_path, picture)
+    (tmp_path / "phase1/label.txt").write_text("".join(f"{n} {k}\n" for n, k in names))
+    training = built(monkeypatch, tmp_path, "--data_dir", "phase1", *OWN, "--defense",
+                     "gcm+resizepad")
+    monkeypatch.setattr(train_gcm, "BLOCK", 2, raising=False)
+    decoded, seen, real = [], [], data.decode
+    monkeypatch.setattr(data, "decode", lambda path, *more: (
+        decoded.append(path.name) or real(path, *more)))
+    training.model.register_forward_pre_hook(lambda model, x: seen.append(x[0].clone()))
+
+    def validated(*team):
+        training.team = OneOf(*team)
+        decoded.clear(), seen.clear()
+        accuracies = training.validate()
+        return list(decoded), list(seen), accuracies
+    names, images, accuracies = validated()
+    parts = [validated(rank, 2) for rank in range(2)]
+    assert len(names) == 4 and [part[0] for part in parts] == [names[:2], names[2:]]
+    assert torch.equal(torch.cat(images), torch.cat(parts[0][1] + parts[1][1]))
+    assert accuracies == tuple((a + b) / 2 for a, b in zip(parts[0][2], parts[1][2], strict=True))
+
+
+def test_a_process_without_held_out_images_waits_for_the_others(monkeypatch, tmp_path):
+    training = built(monkeypatch, tmp_path)
+    counts = []
+
+    class Last(Team):
+        def total(self, values):
+            counts.append(list(values))
+            return [1, 1, 1]
+    training.team = Last(2, 3)
+    training.validate()
+    assert counts == [[0, 0, 0]]
 
 
 def test_training_held_out_and_test_images_do_not_overlap(monkeypatch, tmp_path):

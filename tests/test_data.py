@@ -12,7 +12,16 @@ from PIL import Image
 from torchvision import transforms as T
 
 from utils import data
-from utils.data import batches, decode, load, open_images, spread, to_float
+from utils.data import (
+    Geometry,
+    batches,
+    decode,
+    load,
+    open_images,
+    paper_geometry,
+    spread,
+    to_float,
+)
 from utils.errors import UserError
 
 # the first, the second, one in the middle and the last of ImageNet's classes
@@ -131,7 +140,7 @@ def test_train_is_read_for_training_and_val_or_test_for_testing(tmp_path, pictur
     assert names == {"train": ("n01440764/train.png",), "test": ("n01440764/val.png",)}
     shutil.rmtree(tmp_path / "val")
     assert open_images(tmp_path, split="test").names == ("n01440764/test.png",)
-    assert open_images(tmp_path / "train", split="test").names == ("n01440764/train.png",)
+    assert open_images(tmp_path / "train", split="test").names == ("n01440764/test.png",)
 
 
 # ------------------------------------------------------------------- named data sets
@@ -184,8 +193,27 @@ def test_geometry_is_exactly_that_of_torchvisions_evaluation(tmp_path, picture, 
     path = picture(tmp_path / "x.jpg", width, height)
     protocol = T.Compose([T.Resize(shorter), T.CenterCrop(size), T.ToTensor()])
     wanted = protocol(Image.open(path).convert("RGB"))
-    x = decode(path, size)
+    x = decode(path, paper_geometry(size))
     assert x.dtype == torch.uint8 and torch.equal(to_float(x), wanted)
+
+
+def test_images_are_read_in_the_geometry_that_they_were_prepared_for(tmp_path, picture):
+    path = picture(tmp_path / "val" / "n01440764" / "a.jpg", 300, 431)
+    images = open_images(tmp_path / "val", split="test")
+    assert images.geometry == images.prepared(224, None).geometry == Geometry(224, 256)
+    assert images.prepared(32, None).geometry == Geometry(32, 32)
+    other = images.prepared(Geometry(96, 100, "bicubic"), None)
+    protocol = T.Compose([T.Resize(100, T.InterpolationMode.BICUBIC), T.CenterCrop(96)])
+    wanted = np.asarray(protocol(Image.open(path).convert("RGB")))
+    assert other.size == 96
+    assert np.array_equal(other[0].permute(1, 2, 0), wanted)
+    assert torch.equal(load(other, workers=0).pixels[0], other[0])
+
+
+def test_a_geometry_is_said_in_words():
+    assert str(paper_geometry()) == "shorter side to 256 (bilinear), centre crop 224"
+    assert str(Geometry(224, 224, "bicubic")) == "shorter side to 224 (bicubic), centre crop 224"
+    assert str(paper_geometry(28)) == "28 pixels"
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
@@ -193,7 +221,7 @@ def test_pictures_of_every_colour_mode_become_rgb(tmp_path, picture, mode):
     path = picture(tmp_path / "x.png")
     name = tmp_path / ("y.jpg" if mode == "CMYK" else "y.png")
     Image.open(path).convert(mode).save(name)
-    assert decode(name, 32).shape == (3, 32, 32)
+    assert decode(name, paper_geometry(32)).shape == (3, 32, 32)
 
 
 def test_to_float_is_exactly_k_255():
@@ -229,7 +257,7 @@ def test_a_corrupt_image_is_warned_of_skipped_and_counted_and_the_rest_stays_ali
     assert len(loaded) == len(loaded.pixels) == len(loaded.labels) == 67
     for name, label, x in zip(loaded.names, loaded.labels, loaded.pixels, strict=True):
         assert label == int(name.split("/")[0])
-        assert torch.equal(x, decode(photographs / name, 24))
+        assert torch.equal(x, decode(photographs / name, paper_geometry(24)))
 
 
 def test_worker_processes_read_the_same_pixels_as_none_and_leave_the_global_rng(photographs):

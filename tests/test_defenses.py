@@ -10,9 +10,15 @@ from torch import nn
 
 from attack_toys import pictures, predicted, toy
 from attacks import apgd, bim, cw_l2, fgsm, mim, pgd, square
-from gcm import GradientConcealment, ResizePad
 from utils.attack.core import bpda, draws_of, eot
-from utils.defenses import DEFENSES, adaptive, defend, describe
+from utils.defenses import (
+    DEFENSES,
+    GradientConcealment,
+    ResizePad,
+    adaptive,
+    defend,
+    describe,
+)
 from utils.errors import UserError
 
 LEVELS = torch.arange(256, dtype=torch.float32) / 255

@@ -73,10 +73,11 @@ def test_every_figure_equals_a_loop_over_single_images(table, deltas):
         ("free", "cnn"), ("free", "mlp"), ("grid", "cnn"), ("grid", "mlp")]
     for row in rows:
         n = naive(row["target"], deltas[row["uap"]], 40)
-        got = {k: row[k]["k"] for k in ("fooling_ratio", "clean_acc", "adv_acc",
+        got = {k: row[k]["k"] for k in ("fooling_ratio", "clean_acc", "adv_acc", "robust_acc",
                                         "attack_robustness", "clean_acc_top5", "adv_acc_top5")}
-        assert list(got.values()) == list(n.values())[:3] + [n["both"], n["clean5"], n["adv5"]]
-        assert row["n"] == row["fooling_ratio"]["n"] == 40
+        assert list(got.values()) == [
+            n[k] for k in ("fooled", "clean", "adv", "both", "both", "clean5", "adv5")]
+        assert row["n"] == row["fooling_ratio"]["n"] == row["robust_acc"]["n"] == 40
         assert row["attack_robustness"]["n"] == n["clean"]
 
 
@@ -129,9 +130,42 @@ def test_the_counts_of_four_images_by_hand():
     figures = counts.figures(True, "abcdefghij")
     assert {k: (v["k"], v["n"]) for k, v in figures.items()} == {
         "fooling_ratio": (2, 4), "targeted_success": (2, 3), "clean_acc": (3, 4),
-        "adv_acc": (2, 4), "attack_robustness": (2, 3), "clean_acc_top5": (3, 4),
-        "adv_acc_top5": (3, 4), "dominant_class": (2, 2), "fooling_ratio_rounded": (1, 4)}
+        "adv_acc": (2, 4), "robust_acc": (2, 4), "attack_robustness": (2, 3),
+        "clean_acc_top5": (3, 4), "adv_acc_top5": (3, 4), "dominant_class": (2, 2),
+        "fooling_ratio_rounded": (1, 4)}
     assert figures["dominant_class"]["name"] == "d"
+
+
+def test_an_image_that_the_perturbation_repairs_counts_in_adv_acc_and_not_in_robust_acc():
+    counts = measure.UapCounts(10)
+    # before 0 1 2 3, after 0 7 5 5, labels 0 1 5 5: one stays right, one is lost, two are repaired
+    counts.add(logits(0, 1, 2, 3), logits(0, 7, 5, 5), None, torch.tensor([0, 1, 5, 5]))
+    figures = counts.figures(True, "abcdefghij")
+    assert {name: (figures[name]["k"], figures[name]["n"]) for name in (
+        "clean_acc", "adv_acc", "robust_acc", "attack_robustness")} == {
+            "clean_acc": (2, 4), "adv_acc": (3, 4), "robust_acc": (1, 4),
+            "attack_robustness": (1, 2)}
+    row = {"uap": "u", "target": "t", "n": 4, **figures}
+    head, _, line = report_uaps.detail_table([row]).splitlines()
+    shown = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert (shown["adv_acc"][:4], shown["robust_acc"][:4]) == ("75.0", "25.0")
+    assert report_uaps.flat(row)["robust_acc"] == 0.25
+
+
+def test_where_nothing_is_fooled_no_class_is_the_most_frequent_wrong_one():
+    rows = []
+    for name, after in (("zero", [0, 1]), ("one", [0, 2])):
+        counts = measure.UapCounts(10)
+        counts.add(logits(0, 1), logits(*after), None, torch.tensor([0, 1]))
+        rows.append({"uap": name, "target": "t", "n": 2, **counts.figures(
+            True, ["tench", *"bcdefghij"])})
+    assert rows[0]["dominant_class"] is None
+    lines = report_uaps.detail_table(rows).splitlines()
+    assert lines[2].endswith("| - |") and lines[3].endswith("| c, 100.0 |")
+    flat = [report_uaps.flat(row) for row in rows]
+    assert list(flat[0]) == list(flat[1])  # the same columns, in the same order
+    assert {flat[0][key] for key in flat[0] if key.startswith("dominant_class")} == {None}
+    assert (flat[1]["dominant_class"], flat[1]["dominant_class_name"]) == (1.0, "c")
 
 
 def test_wilson_intervals_follow_the_formula():
@@ -152,8 +186,12 @@ def test_a_zero_perturbation_fools_nobody_and_old_pictures_are_removed(run_here,
                     "--model_name", "cnn", "--show", 0, *FEW)
     assert (tmp_path / "table/results.md").read_text() in done.stdout
     row = rows_of(tmp_path / "table")[0]
-    assert row["fooling_ratio"]["k"] == 0
-    assert row["clean_acc"] == row["adv_acc"]
+    assert row["fooling_ratio"]["k"] == 0 and row["dominant_class"] is None
+    assert row["clean_acc"] == row["adv_acc"] == row["robust_acc"]
+    assert done.stdout.count(" | - |\n") == 1 and "| 0, 0.0 |" not in done.stdout
+    assert "Protocol: data: digits; n: 40; list sha256: " in done.stdout
+    saved, = csv.DictReader((tmp_path / "table/results.csv").open())
+    assert saved["dominant_class"] == saved["dominant_class_name"] == ""
     assert sorted(path.name for path in (tmp_path / "table").iterdir()) == [
         ".lock", "images.txt", "results.csv", "results.json", "results.md"]
 
@@ -174,7 +212,7 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(
     fitted = {32: {name: torch.full((3, 32, 32), value / 255)  # on the 8-bit grid
                    for name, value in (("a", 25), ("b", -25), ("c", 10))}}
     eval_uap.measure(Namespace(batch_size=4, workers=0, defense="none"), images,
-                     {32: {"one": Counted(), "two": Counted()}}, fitted,
+                     {images.geometry: {"one": Counted(), "two": Counted()}}, fitted,
                      dict.fromkeys(fitted[32]), torch.device("cpu"))
     assert len(decoded) == 6
     assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)

@@ -19,6 +19,7 @@ from utils import augment, finished, report_nets
 from utils.data import load, open_images, to_float
 from utils.defenses import defend
 from utils.errors import UserError
+from utils.measure import share
 from utils.models import load_model, trainable
 from utils.run import make_generator, save_json, save_pth
 
@@ -135,14 +136,21 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
             alive[who] = model(z).argmax(1) == y[before][who]
     last = before.clone()
     last[before] = alive
-    assert found["free8 | APGD + Square 10"]["after"] == last.long().tolist()
+    strongest = "APGD-CE + APGD-T + Square 10"
+    assert found[f"free8 | {strongest}"]["after"] == last.long().tolist()
     table = {(row["metric"], row["under"]): row for row in rows(tmp_path / "out" / "results.csv")}
     every = torch.stack([*left.values(), last]).all(0)
-    for name, right in {**left, "APGD + Square 10": last, "worst case": every}.items():
-        row = table["adv_acc", name]
+    for name, right in {**left, strongest: last, "worst case": every}.items():
+        row = table["robust_acc", name]
         assert float(row["value"]) == int(right.sum()) / 40 and row["n"] == "40"
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
     assert float(table["clean_acc", "none"]["value"]) == int(before.sum()) / 40
+    assert f"| CW-50 | {strongest} | worst case |" in done.stdout
+    assert "under attack: robust_acc, right before and still right after" in done.stdout
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines()
+                if line.startswith("free8 | "))
+    assert said["free8 | clean"].startswith("clean_acc ")
+    assert said["free8 | FGSM"].startswith("robust_acc ")
 
 
 @pytest.mark.slow
@@ -185,8 +193,32 @@ def test_the_strongest_attack_works_with_two_and_three_classes():
 
         def model(z, head=head, classes=classes):
             return head(z)[:, :classes]
-        attack = eval_net.linf_attacks(0.1, 5, classes)["strongest"]
-        assert attack.run(model, x, y, generator=make_generator(0), report={}).shape == x.shape
+        attack, report = eval_net.linf_attacks(0.1, 5, classes)["strongest"], {}
+        x_adv = attack.run(model, x, y, generator=make_generator(0), report=report)
+        assert x_adv.shape == x.shape and attack.title == " + ".join(
+            name for name in report if isinstance(report[name], dict))
+
+
+def test_networks_whose_strongest_attacks_differ_have_a_column_each():
+    cell = {"n": 4, "draws": 1, "before": [1, 1, 1, 0], "after": [1, 0, 0, 0], "seconds": 1.0}
+    clean = share(3, 4)
+    head, _, *lines = report_nets.main_table([
+        report_nets.Measured(name, {}, None, clean, {
+            attack.title: cell for attack in eval_net.linf_attacks(0.1, 5, classes).values()
+            if "Square" in attack.title}, {}, {})
+        for name, classes in (("two", 2), ("ten", 10))]).splitlines()
+    assert head == "| network | clean_acc | APGD-CE + Square 5 | APGD-CE + APGD-T + Square 5 |"
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["25.0 (4.6-69.9)", "- |"], ["-", "25.0 (4.6-69.9) |"]]
+
+
+def test_corruptions_repair_images_and_are_adv_acc_attacks_are_robust_acc():
+    cell = {"n": 4, "draws": 1, "before": [1, 1, 0, 0], "after": [1, 0, 0, 0], "seconds": 1.0}
+    net = report_nets.Measured("a", {}, None, share(2, 4), {"FGSM": cell},
+                               {"clean": share(2, 4), "fog": share(3, 4)}, {})
+    assert [(row["metric"], row["under"], row["k"]) for row in report_nets.csv_rows([net])] == [
+        ("clean_acc", "none", 2), ("robust_acc", "FGSM", 1), ("attack_robustness", "FGSM", 1),
+        ("adv_acc", "clean", 2), ("adv_acc", "fog", 3)]
 
 
 # ------------------------------------------------------------------ behind a defence
@@ -261,11 +293,23 @@ def test_adversarially_trained_runs_stand_in_one_table(run_here, leave, tmp_path
         ["| fast", "24", "48", "1.0"]]
     worst = {row["network"]: 100 * float(row["value"]) for row in rows(
         tmp_path / "out" / "results.csv") if (row["metric"], row["under"]) == (
-            "adv_acc", "worst case")}
-    assert f"Natural training: accuracy {worst['natural']:.1f} % in the worst case" in done.stdout
+            "robust_acc", "worst case")}
+    assert (f"Natural training: robust_acc {worst['natural']:.1f} % in the worst case"
+            ) in done.stdout
     assert (f"free8 compared with pgd-7: {worst['free8'] - worst['pgd']:+.1f} points in the worst "
             "case, in 1/10.0 of its training time") in done.stdout
     assert (tmp_path / "out" / "results.md").read_text() in done.stdout
+
+
+def test_names_of_runs_tell_box_from_ball_and_seeds_apart(leave, tmp_path):
+    made = {"ball": {}, "box": {"clip_delta": "box"}, "both": {"clip_delta": "box", "alpha": 0.025},
+            "first": {"replays": 4, "seed": 1}, "second": {"replays": 4, "seed": 2},
+            "pgd": {"method": "pgd", "clip_delta": "box"}}
+    for name, changed in made.items():
+        leave(name, FREE, **changed)
+    assert [name for name, *_ in finished.read_runs(tmp_path / name for name in made)] == [
+        "free8", "free8 (box)", "free8 (alpha 0.25 eps, box)", "free4, seed 1", "free4, seed 2",
+        "pgd"]
 
 
 def test_the_training_times_of_other_devices_are_not_compared(run_here, leave):
@@ -390,42 +434,76 @@ def test_a_network_of_train_gcm_is_tested_on_images_that_were_held_out(
     assert "| squeezenet1_1 |" in by_name.stdout and "GCM" not in by_name.stdout
 
 
-def test_images_that_a_network_was_trained_on_are_not_tested_in_silence(
-        run_here, leave, tmp_path, picture):
+def test_a_network_is_never_tested_on_its_training_images(
+        run_here, leave, refused, tmp_path, picture):
     for k, wnid in enumerate(("n01440764", "n02504458")):
         picture(tmp_path / "images" / wnid / "a.png", 32, 32, seed=k)
     state = trainable("squeezenet1_1", kind="imagenet")[1].state_dict()
     leave("run", FREE, state=state, name="free8_squeezenet1_1", model_name="squeezenet1_1",
           kind="imagenet", data_dir="images", image_size=224)
-    done = run_here("eval_net.py", "--runs", "run", "--attacks", "none", "--device", "cpu",
-                    "--workers", 0)
-    assert done.returncode == 0, done.stderr
-    assert "(there is no test split: the network was trained on them)" in done.stdout
+    flags = ("--device", "cpu", "--workers", 0)
+    by_name = ("--model_name", "squeezenet1_1", "--weights", "run/free8_squeezenet1_1.pth",
+               "--data_dir", "images/", *flags)
+    said = "trained on all of these images"
+    refused(run_here("eval_net.py", "--runs", "run", "--attacks", "none", *flags), said)
+    refused(run_here("eval_net.py", *by_name, "--attacks", "none"), said)
+    refused(run_here("gcm.py", *by_name), said)
+    refused(run_here("eval_uap.py", *by_name), said)
 
 
-def test_a_network_is_told_apart_from_the_flat_folder_that_it_was_not_trained_on(
-        leave, run_here, tmp_path, picture):
-    for part in ("train", "val"):
+def test_a_network_is_told_apart_from_the_folder_that_it_was_not_trained_on(tmp_path, picture):
+    for part in ("train", "val", "flat", "alone/train"):
         for k in range(3):
-            picture(tmp_path / "cif" / part / f"c{k}" / "a.png", 32, 32, seed=k)
-    facts = FREE | {"kind": "folder", "classes": ["c0", "c1", "c2"]}
-    train, val = (str(tmp_path / "cif" / part) for part in ("train", "val"))
-    said = "there is no test split: the network was trained on them"
-    for trained, tested, note in (
-            (train, val, ""), (train, train, said), (train, f"{val}/../train", said),
-            (str(tmp_path / "cif"), val, ""), (str(tmp_path / "cif"), train, said),
-            ("digits", val, ""), (str(tmp_path / "gone"), val, "")):
-        found = finished.test_images(facts | {"data_dir": trained}, tested, "data", None)
-        assert found[1] == note, (trained, tested)
+            for i in range(2):
+                picture(tmp_path / "cif" / part / f"c{k}" / f"{i}.png", 32, 32, seed=k + i)
+    train, val, flat, alone = (str(tmp_path / "cif" / part)
+                               for part in ("train", "val", "flat", "alone"))
+    both = str(tmp_path / "cif")
+    for trained, tested, n in (
+            (train, val, 6), (train, train, 6), (train, f"{val}/../train", 6), (both, val, 6),
+            (both, both, 6), (val, both, 0), (val, val, 0), (val, train, 0), (flat, flat, 0),
+            (flat, f"{val}/../flat", 0), (flat, both, 6), (train, flat, 6), (alone, alone, 0),
+            (alone, f"{alone}/train", 0), (f"{alone}/train", alone, 0), (alone, both, 6),
+            ("digits", val, 6), (str(tmp_path / "gone"), val, 6)):
+        facts = {"data_dir": trained}
+        try:
+            images, note = finished.unseen_by(facts, tested, "data")
+        except UserError:
+            assert n == 0, (trained, tested)
+        else:
+            assert (len(images), note) == (n, ""), (trained, tested)
+        held = facts | {"hold_out": 0.34, "given_images": None}  # of every third image the second
+        images, note = finished.unseen_by(held, tested, "data")
+        here = n == 0 or trained == str(tmp_path / "gone")
+        assert (len(images), note) == ((2, "held out of the training images") if here else (n, "")
+                                       ), (trained, tested)
+        assert images.names == ("c0/1.png", "c2/0.png") or not here
+        some = facts | {"given_images": 3}  # the first of each class
+        images, note = finished.unseen_by(some, tested, "data")
+        assert len(images) == (n or 3), (trained, tested)
+        assert n or note == "without those that a network was trained on"
+
+
+def test_networks_that_are_no_runs_are_tested_on_what_is_left_for_the_runs(tmp_path, picture):
+    for k in range(3):
+        for i in range(2):
+            picture(tmp_path / "flat" / f"c{k}" / f"{i}.png", 32, 32, seed=k + i)
+    where = (str(tmp_path / "flat"), "data")
+    facts = {"data_dir": where[0], "hold_out": 0.34, "given_images": None}
+    images, note = finished.images_for([("v1", {}, *where), ("ours", facts, *where)])
+    assert (len(images), note) == (2, "held out of the training images")
+    assert len(finished.images_for([("v1", {}, *where)])[0]) == 6
+    other = facts | {"hold_out": 0.5}
+    with pytest.raises(UserError, match="ours is tested on 2 .* other on 3 other"):
+        finished.images_for([("other", other, *where), ("ours", facts, *where)])
 
 
 def test_the_notes_of_all_networks_are_said_once(monkeypatch):
     images = open_images("digits", split="test")
-    monkeypatch.setattr(eval_net.finished, "test_images", lambda facts, *_: (images, facts["said"]))
-    s = Namespace(data_dir=None, data_root=None, num_images=None)
-    named = [(name, "mlp", "", {"data_dir": name, "said": said}, None) for name, said in (
+    monkeypatch.setattr(finished, "unseen_by", lambda facts, *_: (images, facts["said"]))
+    networks = [(name, {"data_dir": name, "said": said}, name, "data") for name, said in (
         ("a", "seen"), ("b", ""), ("c", "held out"), ("d", "seen"))]
-    assert eval_net.test_images_of(named, s) == (images, "seen; held out")
+    assert finished.images_for(networks) == (images, "seen; held out")
 
 
 def test_the_data_is_looked_for_where_the_training_found_it():
@@ -444,7 +522,7 @@ def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here,
                     "--weights", "random", "--attacks", "fgsm", "--device", "cpu", "--workers", 0,
                     "--save", "out")
     assert done.returncode == 0, done.stderr
-    assert "Linf eps: 8/255" in done.stdout and "224 pixels, random" in done.stdout
+    assert "Linf eps: 8/255" in done.stdout and "centre crop 224, random" in done.stdout
     assert "n: 2 test images" in done.stdout
     assert cells(tmp_path / "out")["squeezenet1_1 | FGSM"]["n"] == 2
 
@@ -676,7 +754,7 @@ NONSENSE_STAGE = [
     ("classes", []), ("classes", "0123456789"), ("classes", [0, 1]),
     ("head", "fcc"), ("defense", "gmc"), ("low", "small"), ("low", 0), ("hold_out", 0),
     ("hold_out", "half"), ("given_images", -4), ("stage", "two"), ("augment", "published"),
-    ("augment", [3]), ("w_fgsm", None)]
+    ("augment", [3]), ("w_fgsm", None), ("w_fgsm_target", -1)]
 
 
 @pytest.mark.parametrize(("facts", "key", "value"), [

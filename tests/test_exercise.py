@@ -18,8 +18,8 @@ from conftest import SRC
 from torch import nn
 
 import fgsm_mnist
-from attack_toys import pictures, toy
-from attacks import fgs_step, fgsm, fgv, fgv_step
+from attack_toys import pictures, predicted, toy
+from attacks import fgs_step, fgsm, fgv, fgv_step, strongest
 from utils import models
 from utils.data import load, open_images
 from utils.measure import share
@@ -141,30 +141,46 @@ def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
     assert [found["fgs"]["k"], found["fgv"]["k"]] == left
 
 
+def test_the_strongest_attack_of_the_exercise_is_that_of_all_scripts():
+    """Plain DLR in place of its APGD-T fools an image less."""
+    class Twelve(SimpleNamespace):
+        def __len__(self):
+            return 12
+    model, pixels = toy(), (255 * pictures(12)).round().to(torch.uint8)
+    x = pixels / 255
+    images = Twelve(pixels=pixels, labels=predicted(model, x))
+    found = fgsm_mnist.stronger(model, images, SimpleNamespace(alpha_fgs=0.06, queries=30), CPU)
+    x_adv = strongest(model, x, images.labels, eps=0.06, queries=30)
+    left = int((predicted(model, x_adv) == images.labels).sum())
+    assert 0 < left < 12 and (found["strongest"]["k"], found["strongest"]["n"]) == (left, 12)
+
+
 def test_suspicious_figures_are_reported():
     fine = {"clean": 0.98, "fgs": 0.9, "fgv": 0.8, "pgd40": 0.7, "strongest": 0.6}
-    assert not suspicions(fine)
+    named = dict(zip(fine, ("clean", "FGS", "FGV", "PGD-40", "APGD-CE + Square 5"), strict=True))
+    assert not suspicions(fine, named)
     for weak in ("pgd40", "strongest"):
-        (what, figures), = suspicions(fine | {weak: 0.05})
+        (what, figures), = suspicions(fine | {weak: 0.05}, named)
         assert what == "catastrophic overfitting"
-        assert "under FGS 90.0 %" in figures and " 5.0 %" in figures
-    assert not suspicions(fine | {"fgs": 0.4, "pgd40": 0.0})
-    assert suspicions(fine | {"fgs": 0.99}) == [
+        assert "under FGS 90.0 %" in figures and f"under {named[weak]} 5.0 %" in figures
+    assert not suspicions(fine | {"fgs": 0.4, "pgd40": 0.0}, named)
+    assert suspicions(fine | {"fgs": 0.99}, named) == [
         ("label leaking", "accuracy under FGS 99.0 %, on clean images 98.0 %")]
-    assert len(suspicions(fine | {"fgs": 0.99, "fgv": 0.99, "pgd40": 0.0})) == 3
+    assert len(suspicions(fine | {"fgs": 0.99, "fgv": 0.99, "pgd40": 0.0}, named)) == 3
 
 
 def test_the_table_names_the_protocol_and_what_is_suspicious():
     facts = {"variation": "fgs", "kind": "mnist", "epochs": 3, "alpha_fgs": 0.3, "alpha_fgv": 0.6,
              "label": "true", "num_images": 60000, "test_images": 1000, "attacked": 1000,
-             "device": "cpu"}
+             "device": "cpu", "strongest": "APGD-CE + APGD-T + Square 1000"}
     counts = {"clean": 980, "fgs": 853, "fgv": 500, "pgd40": 95, "strongest": 17}
     text = table([(facts, [{"seed": 0, "seconds": 7.4, **{
         name: share(k, 1000) for name, k in counts.items()}}])])
     assert "training images: 60000" in text and "n=1000 test images" in text
     assert "| fgs | 98.0 (96.9-98.7) | 85.3 (83.0-87.4) |" in text and text.count("| 7 |") == 1
     assert ("catastrophic overfitting: fgs, seed 0: accuracy under FGS 85.3 %, under PGD-40 9.5 %, "
-            "under APGD + Square 1.7 %\n") in text
+            "under APGD-CE + APGD-T + Square 1000 1.7 %\n") in text
+    assert "| PGD-40 | APGD-CE + APGD-T + Square 1000 | s |" in text
 
 
 def test_batchnorm_comes_after_every_layer_but_the_last():
@@ -220,7 +236,10 @@ def test_the_whole_command_on_digits(finished):
     values = [100 * one["clean"]["value"] for one in saved["seeds"]]
     wanted = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     assert f"| fgs | {wanted} |" in (finished / "printed.txt").read_text()
-    assert len(rows(folder / "results.csv")) == 2 * 5
+    under = [(row["metric"], row["under"]) for row in rows(folder / "results.csv")]
+    assert under == 2 * [("clean_acc", "none"), *(("attack_robustness", name) for name in (
+        "FGS", "FGV", "PGD-40", "APGD-CE + APGD-T + Square 5"))]
+    assert "| PGD-40 | APGD-CE + APGD-T + Square 5 | s |" in (finished / "printed.txt").read_text()
     facts = json.loads((folder / "seed1" / "fgs.json").read_text())
     model = models.load_model(facts["model_name"], weights=str(folder / "seed1" / "fgs.pth"),
                               kind="digits")
@@ -288,6 +307,12 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     saved = (weak / "results.json").read_text()
     (weak / "results.json").write_text(saved.replace('"alpha_fgs": 0.3', '"alpha_fgs": 0.1'))
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has alpha_fgs 0.1")
+    saved = json.loads(saved)
+    assert saved["facts"].pop("strongest") == "APGD-CE + APGD-T + Square 5"
+    (weak / "results.json").write_text(json.dumps(saved))  # of a run before it was noted
+    assert "| APGD-CE + APGD-DLR + Square |" in run_here("fgsm_mnist.py", "--summary", weak).stdout
+    refused(run_here("fgsm_mnist.py", "--summary", clean, weak),
+            "has strongest APGD-CE + APGD-DLR + Square, ")
 
 
 # ------------------------------------------------------------------- bad input

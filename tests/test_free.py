@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 import free_at
 from attack_toys import pictures, toy
-from utils import models
+from utils import finished, models, nets, recipes
 from utils.data import load, open_images
 from utils.errors import UserError
 from utils.passes import crop_flip, random_crops
@@ -35,9 +35,10 @@ def options(**changed):
     return SimpleNamespace(**{
         "method": "free", "replays": 3, "eps": 0.1, "alpha": 0.1, "steps": 2, "epochs": 6,
         "batch_size": 16, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "schedule": "step",
-        "augment": "auto", "guard": "off", "amp": "off", "seed": 0, "model_name": "mlp",
-        "pretrained": "random", "image_size": 28, "workers": 0, "data_dir": "digits",
-        "data_root": "data"} | changed)
+        "clip_delta": "ball", "decay": "all", "weight_steps": None, "shift": 4, "augment": "auto",
+        "guard": "off", "amp": "off", "seed": 0,
+        "model_name": "mlp", "pretrained": "random", "image_size": 28, "workers": 0,
+        "data_dir": "digits", "data_root": "data"} | changed)
 
 
 def digits(n=40):
@@ -95,11 +96,12 @@ def test_free_is_algorithm_1_written_naively():
             optimizer.step()
         free_at.free_minibatch(step, images, labels, delta[:len(images)], eps=eps, alpha=alpha, m=m)
         for _ in range(m):
-            d = naive_delta[:len(images)].clone().requires_grad_()
-            loss = F.cross_entropy(theirs((images + d).clamp(0, 1)), labels)
-            g_delta, = torch.autograd.grad(loss, d, retain_graph=True)
-            g_weights = torch.autograd.grad(loss, list(theirs.parameters()))
-            naive_delta[:len(images)] = (d.detach() + alpha * g_delta.sign()).clamp(-eps, eps)
+            d = naive_delta[:len(images)].clone()
+            z = (images + d).clamp(0, 1).requires_grad_()
+            g, *g_weights = torch.autograd.grad(F.cross_entropy(theirs(z), labels),
+                                                [z, *theirs.parameters()])
+            g = g * ((images + d >= 0) & (images + d <= 1))  # tf.clip_by_value
+            naive_delta[:len(images)] = (d + alpha * g.sign()).clamp(-eps, eps)
             with torch.no_grad():
                 for p, v, g in zip(theirs.parameters(), velocity, g_weights, strict=True):
                     v.mul_(mu).add_(g)
@@ -130,21 +132,77 @@ def test_delta_is_kept_from_minibatch_to_minibatch_within_the_radius():
     assert not torch.equal(training.delta[:8], before[:8])
 
 
+def replayed(box, m=4, eps=0.3, alpha=0.3):
+    """Free training on two minibatches of images k/255 with a black and a white edge.
+
+    -> for every replay x + delta before its step, x + delta after it, and which pixels of delta
+    stayed although the gradient of the network's input asks for another value that is allowed
+    """
+    model, delta, found = toy().requires_grad_(True), torch.zeros(6, 3, 8, 8), []
+    for seed in range(2):
+        g, y, seen = torch.Generator().manual_seed(seed), torch.tensor([0, 1, 2, 3, 4, 0]), []
+        x = torch.randint(0, 256, (6, 3, 8, 8), generator=g) / 255
+        x[..., :3], x[..., 6:] = 0, 1
+
+        def step(z, y, seen=seen):
+            slope = torch.zeros_like(z)
+            z.register_hook(slope.copy_)
+            seen.append((delta.clone(), slope))
+            F.cross_entropy(model(z), y).backward()
+        free_at.free_minibatch(step, x, y, delta, eps=eps, alpha=alpha, m=m, box=box)
+        assert delta.abs().max() <= eps
+        ends = [*(d for d, _ in seen[1:]), delta.clone()]
+        for (start, slope), end in zip(seen, ends, strict=True):
+            wanted = (start + alpha * slope.sign()).clamp(-eps, eps)
+            wanted = (x + wanted).clamp(0, 1) - x if box else wanted
+            found.append((x + start, x + end, (end - wanted).abs() > 1e-6))
+    return found
+
+
+def test_under_box_x_plus_delta_stays_in_the_image_and_no_pixel_of_delta_is_dead():
+    for before, after, dead in replayed(box=True):
+        for z in (before, after):
+            assert z.min() == 0 and z.max() == 1
+        assert not dead.any()
+
+
+def test_under_ball_delta_never_moves_where_x_plus_delta_is_outside_the_image():
+    for k, (before, after, dead) in enumerate(replayed(box=False)):
+        outside = (before < 0) | (before > 1)
+        assert torch.equal(after[outside], before[outside])
+        assert not dead[~outside].any()  # black and white pixels move while delta is zero
+        assert k == 0 or (outside.float().mean() > 0.4 and dead.float().mean() > 0.05)
+
+
+def test_clip_delta_changes_the_network_and_is_recorded(run_here, tmp_path, finished):
+    assert run_here("free_at.py", *SMALL, "--clip_delta", "box", "--save", "box").returncode == 0
+    ball, box = (network_of(folder) for folder in (finished("free"), tmp_path / "box"))
+    assert json.loads(ball.with_suffix(".json").read_text())["clip_delta"] == "ball"
+    assert json.loads(box.with_suffix(".json").read_text())["clip_delta"] == "box"
+    assert box.read_bytes() != ball.read_bytes()
+    delta = torch.load(box.parent / "checkpoint.pth", weights_only=True)["delta"]
+    assert 0 < delta.abs().max() <= 0.1 + 1e-7
+
+
 @pytest.mark.parametrize(("method", "m", "epochs", "passes"), [
     ("natural", 8, 24, 24), ("free", 8, 24, 3), ("free", 5, 24, 5), ("pgd", 8, 2, 2),
     ("free", 1, 7, 7)])
 def test_the_budget_is_counted_in_weight_steps(method, m, epochs, passes):
     args = options(method=method, replays=m, epochs=epochs)
-    assert free_at.passes(args) == passes
     training = free_at.FreeTraining(args, digits(40), Team(), CPU)  # 16 + 16 + 8
+    assert training.passes == passes
     assert training.total == passes * 3 * (m if method == "free" else 1)
 
 
 def test_the_schedules():
-    assert [free_at.rate(k, 80, "step") for k in (0, 39, 40, 59, 60, 79)] == [
+    assert [recipes.rate(k, 80, "step", 7) for k in (0, 39, 40, 59, 60, 79)] == [
         1, 1, 0.1, 0.1, 0.01, 0.01]
-    cycle = [free_at.rate(k, 100, "onecycle") for k in (0, 20, 40, 70, 100)]
+    assert [recipes.rate(k, 70, "thirds", 7) for k in (0, 29, 30, 49, 50, 69)] == [  # 3, 5 passes
+        1, 1, 0.1, 0.1, 0.01, 0.01]
+    cycle = [recipes.rate(k, 100, "onecycle", 7) for k in (0, 20, 40, 70, 100)]
     assert cycle == pytest.approx([0, 0.5, 1, 0.5, 0])
+    triangle = [recipes.rate(k, 100, "triangle", 7) for k in (0, 25, 50, 75, 100)]
+    assert triangle == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 def test_fast_takes_one_step_from_a_random_point():

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SRC
 
-from utils import measure, report_gcm
+from utils import data, measure, models, report_gcm
+from utils.data import paper_geometry
+from utils.run import save_pth
 
 FEW = ("--model_name", "mlp", "--num_images", 30, "--device", "cpu")
 COLUMNS = ("fgsm", "pgd_linf")
@@ -89,7 +92,7 @@ def test_the_figures_of_the_files_are_those_of_the_cells_counted_by_hand(made):
         before = next(iter(used))["before"]
         after = [min(each) for each in zip(*(cell["after"] for cell in used), strict=True)]
         both = sum(b and a for b, a in zip(before, after, strict=True))
-        assert float(row["adv_acc"]) == pytest.approx(sum(after) / 30)
+        assert float(row["robust_acc"]) == pytest.approx(both / 30)
         assert float(row["attack_robustness"]) == pytest.approx(both / sum(before))
         assert float(row["clean_acc"]) == pytest.approx(sum(before) / 30)
         checked += 1
@@ -107,17 +110,169 @@ def test_a_naive_attackers_loss_is_kept_for_pgd_in_linf_alone(made):
 def test_the_other_metric_is_shown_on_request_and_nothing_is_attacked_again(
         made, run_here, monkeypatch):
     monkeypatch.setattr(measure, "run_cell", None)
-    done = run_here("gcm.py", *FEW, "--results", made[0], "--metric", "adv_acc")
+    done = run_here("gcm.py", *FEW, "--results", made[0], "--metric", "robust_acc")
     assert done.returncode == 0, done.stderr
-    assert "adv_acc, % (95 % Wilson interval)" in done.stdout
+    assert "robust_acc, % (95 % Wilson interval)" in done.stdout
     assert done.stdout.count("| mlp | ") == 3
 
 
-def test_the_papers_rows_are_shown_for_its_networks():
-    lines = report_gcm.paper_lines("resnet50", ["fgsm", "pgd_linf", "square"])
-    assert lines[0][1:6] == ["paper: vanilla", "77.89", "31.77", "0.00", "-"]
-    assert lines[1][1:6] == ["paper: GCM", "78.57", "95.18", "97.38", "-"]
-    assert not report_gcm.paper_lines("vgg16", ["fgsm"])
+def test_the_strongest_attack_is_a_column_that_names_its_members(run_here, tmp_path):
+    done = run_here("gcm.py", *FEW, "--num_images", 10, "--attacks", "apgd", "strongest",
+                    "--queries", 20, "--defense", "none")
+    assert done.returncode == 0, done.stderr
+    assert " | APGD Linf 51/255 | APGD-CE + APGD-T + Square 20 Linf 51/255 | " in done.stdout
+    cells = saved(tmp_path / "runs" / "gcm")["cells"]
+    weak, strong = (cells[f"mlp none naive {name}"] for name in ("apgd", "strongest 20"))
+    assert all(s <= w for s, w in zip(strong["after"], weak["after"], strict=True))
+
+
+# ------------------------------------------------------------- the paper's rows, geometry
+
+EPS = {"fgsm": ("linf", 8 / 255), "pgd_l2": ("l2", 8.0), "square": ("linf", 8 / 255)}
+
+
+def paper_rows(network="resnet50", size=224, kind="imagenet", eps=EPS, **settings):
+    """The paper's rows beside cells of these attacks, and why figures are left out."""
+    target = SimpleNamespace(name=network, geometry=paper_geometry(size))
+    s = SimpleNamespace(**{"kind": kind, "amp": "off", "stop_early": False, "w": 1e20,
+                           "epsilon": 1e-8, **settings})
+    cells = {name: {"norm": norm, "eps": value} for name, (norm, value) in eps.items()}
+    lines, reasons = report_gcm.paper_rows(target, cells, s)
+    return [line[2:6] for line in lines], "; ".join(reasons)
+
+
+def test_the_papers_rows_are_shown_beside_cells_of_the_same_attack_and_size():
+    assert paper_rows() == ([["77.89", "31.77", "0.01", "-"], ["78.57", "95.18", "94.41", "-"]], "")
+    assert paper_rows("vgg16") == ([], "")
+
+
+@pytest.mark.parametrize(("changed", "vanilla", "gcm", "reason"), [
+    ({"size": 380}, "----", "----", "centre crop 380 instead of"),
+    ({"kind": "folder"}, "----", "----", "other classes"),
+    ({"eps": EPS | {"pgd_l2": ("l2", 4.0)}}, "++--", "++--", "L2 eps 4 instead of 8"),
+    ({"eps": EPS | {"fgsm": ("linf", 4 / 255)}}, "+-+-", "+-+-", "Linf eps 4/255 instead of 8/255"),
+    ({"stop_early": True}, "++--", "++--", "fooled images leave PGD"),
+    ({"amp": "bf16"}, "+---", "+---", "bf16"),
+    ({"w": 1e6}, "+++-", "+---", "w=1e+06"), ({"epsilon": 1e-3}, "+++-", "+---", "epsilon=0.001")],
+    ids=str)
+def test_the_papers_figures_are_left_out_beside_another_measurement(changed, vanilla, gcm, reason):
+    lines, why = paper_rows(**changed)
+    assert ["".join("-" if cell == "-" else "+" for cell in line) for line in lines] \
+        == [vanilla, gcm]
+    assert reason in why
+
+
+@pytest.fixture
+def photographs(tmp_path, picture, monkeypatch):
+    """Flags for two photographs, on which every torchvision network is a tiny one.
+
+    It says class 0 of every image, which is right about both photographs.
+    """
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(3, 1000)
+            torch.nn.init.zeros_(self.out.bias)
+            torch.nn.init.zeros_(self.out.weight)
+            self.out.weight.data[0] = 1.0
+
+        def forward(self, x):
+            return self.out(x.mean((2, 3)) + 2.2)
+
+    for i in range(2):
+        picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", 431, 500, seed=i)
+    monkeypatch.setattr(models.zoo, "get_model", lambda name, **options: Tiny())
+    return ("--data_dir", tmp_path / "val", "--weights", "random", "--device", "cpu", "--workers",
+            0, "--model_name")
+
+
+ONE = ("--attacks", "fgsm", "pgd_l2", "--save", "t")
+
+
+def test_efficientnet_b4_takes_224_pixels_beside_the_papers_rows(run_here, photographs, tmp_path):
+    done = run_here("gcm.py", *photographs, "efficientnet_b4", *ONE)
+    assert done.returncode == 0, done.stderr
+    network = saved(tmp_path / "t")["settings"]["network efficientnet_b4"]
+    assert network == {"size": 224, "eps": {"linf": 8 / 255, "l2": 8.0, "l1": 1600.0},
+                       "weights": "random"}
+    assert "geometry: shorter side to 256 (bilinear), centre crop 224;" in done.stdout
+    assert "| efficientnet_b4 | paper: vanilla | 71.52 | 1.23 | 0.28 | - | - |" in done.stdout
+    assert "paper: '-'" not in done.stdout
+
+
+def test_at_the_size_of_its_weights_it_stands_beside_no_figure_of_the_paper(
+        run_here, photographs, tmp_path):
+    done = run_here("gcm.py", *photographs, "efficientnet_b4", "resnet50", *ONE, "--geometry",
+                    "weights")
+    assert done.returncode == 0, done.stderr
+    there = saved(tmp_path / "t")["settings"]
+    network = there["network efficientnet_b4"]
+    assert network["geometry"] == "shorter side to 384 (bicubic), centre crop 380"
+    assert network["size"] == 380 and network["eps"] == pytest.approx(
+        {"linf": 8 / 255, "l2": 8 * 380 / 224, "l1": 1600 * (380 / 224) ** 2})
+    assert "geometry" not in there["network resnet50"]  # the same under both
+    assert "| PGD L2=13.57 / PGD L2=8 |" in done.stdout
+    assert "| efficientnet_b4 | paper: GCM | - | - | - | - | - |" in done.stdout
+    assert "| resnet50 | paper: GCM | 78.57 | 95.18 | 94.41 | - | - |" in done.stdout
+    assert ("paper: '-' where it measured something else: efficientnet_b4: shorter side to 384 "
+            "(bicubic), centre crop 380 instead of shorter side to 256 (bilinear), centre crop "
+            "224\n") in done.stdout
+
+
+def test_image_size_is_for_all_networks(run_here, photographs, tmp_path):
+    done = run_here("gcm.py", *photographs, "efficientnet_b4", "resnet50", *ONE, "--image_size", 96)
+    assert done.returncode == 0, done.stderr
+    there = saved(tmp_path / "t")["settings"]
+    for name in ("efficientnet_b4", "resnet50"):
+        assert there[f"network {name}"]["size"] == 96
+        assert there[f"network {name}"]["eps"]["l2"] == pytest.approx(8 * 96 / 224)
+    assert "geometry: shorter side to 110 (bilinear), centre crop 96;" in done.stdout
+
+
+def test_images_are_decoded_once_for_every_geometry(run_here, photographs, monkeypatch):
+    decoded, real = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda path, g: decoded.append(g) or real(path, g))
+    flags = ("resnet50", "wide_resnet50_2", "swin_s", *ONE, "--geometry", "weights")
+    assert run_here("gcm.py", *photographs, *flags).returncode == 0
+    assert decoded == 2 * [data.Geometry(224, 256)] + 2 * [data.Geometry(224, 246, "bicubic")]
+
+
+@pytest.mark.parametrize("script", ["gcm.py", "eval_net.py"])
+def test_cells_of_one_geometry_are_never_taken_for_those_of_another(
+        run_here, refused, photographs, tmp_path, script):
+    flags = (*photographs, "swin_s", "--attacks", "fgsm", "--save", "t")
+    assert run_here(script, *flags).returncode == 0
+    before = (tmp_path / "t" / "results.json").read_bytes()
+    refused(run_here(script, *flags, "--geometry", "weights"), "network swin_s",
+            "shorter side to 246 (bicubic)", "choose another folder")
+    assert (tmp_path / "t" / "results.json").read_bytes() == before
+
+
+def test_a_table_made_before_geometry_was_a_flag_is_continued_or_refused(
+        run_here, refused, photographs, tmp_path):
+    flags = (*photographs, "resnet50", *ONE)
+    assert run_here("gcm.py", *flags).returncode == 0
+    state = saved(tmp_path / "t")
+    state["settings"]["network efficientnet_b4"] = {  # as gcm.py wrote it then
+        **state["settings"]["network resnet50"], "size": 380}
+    (tmp_path / "t" / "results.json").write_text(json.dumps(state))
+    refused(run_here("gcm.py", *photographs, "efficientnet_b4", *ONE), "'size': 380",
+            "choose another folder")
+    refused(run_here("gcm.py", *photographs, "efficientnet_b4", *ONE, "--image_size", 380),
+            "'l2': 8.0", "choose another folder")
+    assert run_here("gcm.py", *flags).returncode == 0
+    assert saved(tmp_path / "t") == state
+
+
+def test_a_perturbation_of_224_pixels_is_measured_on_every_network(run_here, photographs, tmp_path):
+    save_pth(tmp_path / "u.pth", torch.full((3, 224, 224), 10 / 255))
+    flags = (*photographs, "efficientnet_b4", "inception_v3", "--uaps", "u.pth", "--save", "e")
+    for more, words in (((), "shorter side to 256 (bilinear), centre crop 224"),
+                        (("--geometry", "weights", "--resize"), "efficientnet_b4 shorter side to")):
+        done = run_here("eval_uap.py", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout and words in saved(tmp_path / "e")["protocol"]["geometry"]
+    assert saved(tmp_path / "e")["protocol"]["sizes"] == [299, 380]
 
 
 def test_variables_of_the_shell_script_become_flags(tmp_path):
@@ -250,6 +405,9 @@ def test_the_sweep_shows_from_which_w_on_a_naive_attacker_fails(run_here, tmp_pa
     (("--w", 0), ("wanted w above 0",)), (("--epsilon", 2), ("epsilon in (0, 1)",)),
     (("--attacks", "fgsm", "deepfool"), ("deepfool",)),
     (("--model_name", "resnet50"), ("resnet50", "wanted one of cnn")),
+    (("--image_size", 32), ("--image_size 32", "28 pixels")),
+    (("--geometry", "own"), ("--geometry", "paper", "weights")),
+    (("--metric", "adv_acc"), ("adv_acc", "robust_acc")),
     (("--weights", "nowhere.pth"), ("nowhere.pth",)),
     (("--eps", "8"), ("--eps", "outside (0, 1]"))], ids=str)
 def test_bad_input_is_one_line(run_here, refused, flags, words, tmp_path):
@@ -261,7 +419,7 @@ def test_folders_that_are_not_classes_of_the_networks_are_refused(
         run_here, refused, picture, tmp_path):
     picture(tmp_path / "val" / "mine" / "a.jpg")
     refused(run_here("gcm.py", "--data_dir", "val", "--model_name", "squeezenet1_1"),
-            "not classes of the networks", "n01440764")
+            "not those of the network", "n01440764")
 
 
 def test_a_network_that_is_right_about_nothing_is_refused(run_here, refused, picture, tmp_path):

@@ -79,7 +79,8 @@ def test_attack_robustness_by_hand():
     assert found["before"] == [1, 1, 1, 1, 0, 1, 0] and found["after"] == [1, 0, 1, 0, 0, 0, 0]
     assert tried == [[0, 1], [2, 3], [1]]  # only the right ones are attacked
     shares = figures(found)
-    assert [(s["k"], s["n"]) for s in shares.values()] == [(5, 7), (2, 7), (2, 5)]
+    assert {name: (s["k"], s["n"]) for name, s in shares.items()} == {
+        "clean_acc": (5, 7), "robust_acc": (2, 7), "attack_robustness": (2, 5)}
     assert shares["attack_robustness"]["value"] == 2 / 5
     assert all(type(s["k"]) is int for s in shares.values())
     assert (found["zero_gradient"], found["gradients"], found["queries"]) == (1, 15, 5)
@@ -87,14 +88,21 @@ def test_attack_robustness_by_hand():
 
 
 def test_figures_of_a_random_network_are_means_over_its_draws():
-    """b = 4/4, 2/4, 0/4, a = 1/4, 2/4, 0: (1 * 1/4 + 1/2 * 1/2) / (1 + 1/2) = 1/3."""
+    """b = 4/4, 2/4, 0/4, a = 1/4, 2/4, 0: sum of a b 1 * 1/4 + 1/2 * 1/2, sum of b 1 + 1/2."""
     shares = figures({"n": 3, "draws": 4, "before": [4, 2, 0], "after": [1, 2, 0]})
     assert shares["clean_acc"]["value"] == pytest.approx(1.5 / 3)
-    assert shares["adv_acc"]["value"] == pytest.approx(0.75 / 3)
+    assert shares["robust_acc"]["value"] == pytest.approx(0.5 / 3)
     assert shares["attack_robustness"]["value"] == pytest.approx(1 / 3)
     assert shares["attack_robustness"]["n"] == 1.5
     low, high = shares["attack_robustness"]["low"], shares["attack_robustness"]["high"]
     assert 0 <= low < 1 / 3 < high <= 1
+
+
+def test_draws_that_an_attack_repairs_do_not_count_as_robust():
+    """Right in one of four draws before, in all four after: robust_acc is at most clean_acc."""
+    shares = figures({"n": 2, "draws": 4, "before": [1, 4], "after": [4, 4]})
+    assert [shares[name]["value"] for name in ("clean_acc", "robust_acc", "attack_robustness")] == [
+        0.625, 0.625, 1.0]
 
 
 def test_every_draw_is_counted():
@@ -121,12 +129,14 @@ def test_the_worst_case_is_taken_image_by_image_and_not_from_the_averages():
 
 # ----------------------------------------------------------------- the attacks
 
-def test_radii_are_those_of_robustart_on_photographs_of_any_size_and_smaller_on_digits(
+def test_radii_are_those_of_robustart_at_224_pixels_and_as_much_per_pixel_at_other_sizes(
         tmp_path, picture):
     picture(tmp_path / "val" / "n01440764" / "a.jpg")
     photos = open_images(str(tmp_path / "val"), split="test")
-    for size in (224, 380):
-        assert radii(photos, size) == {"linf": 8 / 255, "l2": 8.0, "l1": 1600.0}
+    assert radii(photos, 224) == {"linf": 8 / 255, "l2": 8.0, "l1": 1600.0}
+    for size in (380, 32):  # as much per pixel
+        assert radii(photos, size) == pytest.approx(
+            {"linf": 8 / 255, "l2": 8 * size / 224, "l1": 1600 * (size / 224) ** 2})
     assert radii(photos, 224, linf=4 / 255)["l2"] == pytest.approx(4)
     assert radii(photos, 224, l2=0.5, l1=3.0) == {"linf": 8 / 255, "l2": 0.5, "l1": 3.0}
     small = radii(open_images("digits", split="test"), 28)

@@ -1,16 +1,17 @@
 """Networks: [0, 1] pixels in, logits out, frozen; weights from files that are never executed."""
 
-import copy
 import os
 import pickle
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
+from torchvision import transforms as T
 
-from utils import models, precision
-from utils.data import SMALL
+from utils import models
+from utils.data import SMALL, Geometry, open_images, paper_geometry, to_float
 from utils.errors import UserError
 from utils.models import Normalize, load_model
 from utils.nets import build_small
@@ -92,6 +93,106 @@ def test_inception_is_for_299_pixels_and_the_others_for_224():
     sizes = [models.input_size(name, "imagenet", 224, "V1")
              for name in ("inception_v3", "vgg16", "googlenet")]
     assert sizes == [299, 224, 224]
+
+
+# ------------------------------------------------------------------- how images are read
+
+PUBLISHED = {  # (network, weights): what torchvision's pages say of their evaluation
+    ("resnet50", "V1"): (256, 224, "bilinear"), ("resnet50", "V2"): (232, 224, "bilinear"),
+    ("wide_resnet50_2", "V1"): (256, 224, "bilinear"),
+    ("densenet121", "V1"): (256, 224, "bilinear"), ("vit_b_16", "V1"): (256, 224, "bilinear"),
+    ("efficientnet_b4", "V1"): (384, 380, "bicubic"), ("swin_s", "V1"): (246, 224, "bicubic"),
+    ("convnext_tiny", "V1"): (236, 224, "bilinear"),
+    ("inception_v3", "random"): (342, 299, "bilinear")}
+
+
+@pytest.fixture
+def photograph(tmp_path, picture):
+    """One photograph of ImageNet's first class: its path, and the images of its folder."""
+    path = picture(tmp_path / "val" / "n01440764" / "a.jpg", 431, 500)
+    return path, open_images(tmp_path / "val", split="test")
+
+
+def target_of(images, name, weights="V1", **flags):
+    target, = models.targets_of([[name]], [[weights]], None, images, **flags)
+    return target
+
+
+@pytest.mark.parametrize(("name", "weights"), PUBLISHED, ids=str)
+def test_under_geometry_weights_pixels_are_those_of_the_published_transforms(
+        photograph, name, weights):
+    path, images = photograph
+    target = target_of(images, name, weights, geometry="weights")
+    pixels = images.prepared(target.geometry, None)[0]
+    resize, crop, interpolation = PUBLISHED[name, weights]
+    image = Image.open(path).convert("RGB")
+    by_hand = T.Compose([T.Resize(resize, T.InterpolationMode(interpolation)), T.CenterCrop(crop)])
+    assert target.size == crop
+    assert torch.equal(pixels, T.functional.pil_to_tensor(by_hand(image)))
+    key = "IMAGENET1K_" + weights.replace("random", "V1")
+    whole = torchvision.models.get_model_weights(name)[key].transforms()
+    ours = Normalize(whole.mean, whole.std)(to_float(pixels))
+    assert torch.equal(ours, whole(image))
+
+
+@pytest.mark.parametrize(("name", "weights"), PUBLISHED, ids=str)
+def test_under_the_papers_geometry_every_network_gets_the_same_pixels(photograph, name, weights):
+    path, images = photograph
+    wanted = T.Compose([T.Resize(256), T.CenterCrop(224), T.PILToTensor()])(
+        Image.open(path).convert("RGB"))
+    target = target_of(images, name, weights)
+    assert torch.equal(images.prepared(target.geometry, None)[0], wanted)
+    assert target_of(images, name, weights, image_size=380).geometry == Geometry(380, 434)
+
+
+@pytest.mark.parametrize("geometry", ["paper", "weights"])
+def test_a_network_trained_here_is_measured_at_its_own_size(tmp_path, photograph, geometry):
+    save_pth(tmp_path / "mine.pth", {})
+    (tmp_path / "mine.json").write_text('{"image_size": 96}')
+    mine = str(tmp_path / "mine.pth")
+    assert target_of(photograph[1], "resnet50", mine, geometry=geometry).geometry \
+        == paper_geometry(96)
+    (tmp_path / "mine.json").write_text('{"image_size": "large"}')
+    assert target_of(photograph[1], "resnet50", mine, geometry=geometry).size == 224
+
+
+@pytest.mark.parametrize("geometry", ["paper", "weights"])
+def test_small_images_are_never_scaled(geometry):
+    images = open_images("digits", split="test")
+    assert target_of(images, "cnn", geometry=geometry).geometry == Geometry(28, 28)
+
+
+def test_a_size_that_the_weights_are_not_for_is_refused_under_geometry_weights(photograph):
+    with pytest.raises(UserError) as error:
+        target_of(photograph[1], "efficientnet_b4", image_size=224, geometry="weights")
+    one_line(error, "--geometry weights --image_size 224", "efficientnet_b4", "380 pixels")
+    assert target_of(photograph[1], "efficientnet_b4", image_size=380, geometry="weights").size \
+        == 380
+
+
+def test_a_network_of_a_fixed_size_refuses_others_in_one_line(photograph, monkeypatch):
+    def tiny(name, **options):
+        return torchvision.models.VisionTransformer(image_size=224, patch_size=112, num_layers=1,
+                                                    num_heads=1, hidden_dim=8, mlp_dim=8)
+
+    monkeypatch.setattr(models.zoo, "get_model", tiny)
+    images = photograph[1]
+    more = {"data_dir": None, "data_root": None, "device": "cpu"}
+    target_of(images, "vit_b_16", "random").load(images, **more)
+    with pytest.raises(UserError) as error:
+        target_of(images, "vit_b_16", "random", image_size=256).load(images, **more)
+    one_line(error, "--image_size 256", "vit_b_16", "type --image_size 224")
+
+
+def test_geometries_are_said_once_or_with_the_networks_that_they_belong_to(photograph):
+    def said(**flags):
+        return models.describe_geometry(models.targets_of(
+            [["resnet50", "swin_s", "vit_b_16"]], [["V1"]], None, photograph[1], **flags))
+
+    assert said() == "shorter side to 256 (bilinear), centre crop 224"
+    assert said(geometry="weights") == (
+        "resnet50, vit_b_16 shorter side to 256 (bilinear), centre crop 224 / "
+        "swin_s shorter side to 246 (bicubic), centre crop 224")
 
 
 # ------------------------------------------------------------------ weights of a file
@@ -234,46 +335,3 @@ def test_missing_and_unknown_weights_give_one_clear_line(tmp_path, monkeypatch,
         with pytest.raises(UserError) as error:
             load_model(name, weights=str(weights), kind=kind, data_dir="digits")
         one_line(error, "--weights", weights, name)
-
-
-# ------------------------------------------------------------------------- precision
-
-@pytest.mark.parametrize("layout", precision.LAYOUTS)
-@pytest.mark.parametrize("name", SMALL)
-def test_bfloat16_logits_are_near_those_of_float32_and_the_model_is_untouched(name, layout):
-    model = load_model(name, weights="random", kind="cifar10")
-    before = copy.deepcopy(model.state_dict())
-    x = precision.to_layout(pixels(8, 3, 32, 32), layout)
-    wanted = model(x)
-    half, whole = (precision.Fast(model, amp, layout)(x) for amp in ("bf16", "off"))
-    assert half.dtype == whole.dtype == torch.float32
-    torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
-    assert 0 < (half - wanted).abs().max() < 0.05 * wanted.abs().max()
-    for key, value in model.state_dict().items():
-        assert value.dtype == before[key].dtype and torch.equal(value, before[key])
-        assert value.is_contiguous()
-
-
-def test_given_precision_and_layout_are_kept_and_otherwise_the_fastest_is_taken():
-    model = load_model("mlp", weights="random", kind="digits")
-    x = pixels(2, 1, 28, 28)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "_time", lambda work, device: pytest.fail("timed for nothing"))
-        for pair in (("off", "contiguous"), ("bf16", "channels_last")):
-            assert precision.fastest([model], None, x, amp=pair[0], layout=pair[1]) == pair
-    cost = {("off", "contiguous"): 1.0, ("off", "channels_last"): 0.9,
-            ("bf16", "contiguous"): 2.0, ("bf16", "channels_last"): 0.5}
-    for amp, layout, wanted in (("auto", "auto", ("bf16", "channels_last")),
-                                ("off", "auto", ("off", "contiguous")),  # 0.9 is too near to 1.0
-                                ("auto", "contiguous", ("off", "contiguous")),
-                                ("bf16", "auto", ("bf16", "channels_last"))):
-        assert _chosen(model, x, cost, amp, layout) == wanted
-
-
-def _chosen(model, x, cost, amp, layout):
-    """What fastest() returns when the candidates cost what the table says."""
-    asked = iter([(a, b) for a in (["off", "bf16"] if amp == "auto" else [amp])
-                  for b in (list(precision.LAYOUTS) if layout == "auto" else [layout])])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "_time", lambda work, device: cost[next(asked)])
-        return precision.fastest([model], None, x, amp=amp, layout=layout)

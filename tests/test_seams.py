@@ -14,7 +14,7 @@ from conftest import ROOT, SRC
 
 COMMANDS = [path for path in sorted(SRC.glob("*.py")) if "get_args()" in path.read_text()]
 BENCHMARKS = [path for path in sorted(ROOT.glob("benchmarks/*.py"))
-              if "get_args()" in path.read_text()]
+              if "def get_args()" in path.read_text()]
 SHELL = [*sorted(SRC.glob("*.sh")), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run",
          *ROOT.glob("docs/results/**/*.sh")]
 MODULES = sorted(SRC.glob("utils/**/*.py"))

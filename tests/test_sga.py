@@ -255,7 +255,8 @@ def options(**changed):
     return argparse.Namespace(**{
         "method": "sga", "batch_size": 5, "minibatch": 3, "iter": 4, "eps": EPS, "alpha": ALPHA,
         "momentum": 0.0, "augment": False, "loss": "ce", "beta": 9.0, "target": None,
-        "defense": "none", "bpda": False, "image_size": SIDE, "amp": "off", "layout": "contiguous"}
+        "defense": "none", "bpda": False, "image_size": SIDE, "amp": "off", "layout": "contiguous",
+        "deterministic": False}
         | changed)
 
 

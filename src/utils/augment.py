@@ -1,15 +1,19 @@
 """Augmentations and corruptions of a whole batch, with separate parameters for each image.
 
     x = augment(x, {"rain": 0.5, "rotation": 0.1}, generator=generator)   # x (n, C, H, W)
-    x = augment(x, PUBLISHED, generator=generator)                        # the authors' pipeline
+    x = augment(x, PRESETS["released"], generator=generator)              # the authors' pipeline
     x = OPS["fog"](x, generator=generator)
 
-They are the augmentations of the challenge's classifier (arXiv:2205.10617) and the corruptions of
-ImageNet-C (arXiv:1903.12261), at random strength. uint8 in, uint8 out; floats in [0, 1] stay
-floats in [0, 1]; the result is on the device of x. All parameters come from `generator`, on the
-CPU, and fields of noise from a second generator on the device that is seeded by it, so that the
-same seed gives the same result. Unlike in the published pipeline, parameters are drawn at every
-call, not once when the augmentation is built.
+34 operations: the 32 augmentations of the challenge's classifier (arXiv:2205.10617) at their
+published strengths, and two more, random_cut and colour_jitter. 17 of the 32 are corruptions of
+ImageNet-C (arXiv:1903.12261), each time at one of the five severities, all equally likely. Sizes
+in pixels are meant for 224 and scale with the shorter side, down to the least that still changes
+an image.
+
+uint8 in, uint8 out; floats in [0, 1] stay floats in [0, 1]; the result is on the device of x. All
+parameters come from `generator`, on the CPU, and fields of noise from a second generator on the
+device that is seeded by it, so that the same seed gives the same result. Unlike in the published
+pipeline, every parameter is drawn at every call, for each image.
 """
 
 import io
@@ -25,7 +29,7 @@ from utils.data import to_float
 from utils.errors import UserError
 
 OPS = {}  # {name: function(x, *, p=1.0, generator) -> x}, filled by @op
-PUBLISHED = {  # the authors' last pipeline (data_transform.py), in this order, with these p
+PHASE1 = {  # the authors' revision b42da2e: {operation: probability}, in the order of application
     "pepper_salt": 0.1, "colour_points": 0.1, "gaussian_noise": 0.1, "mosaic_block": 0.1,
     "rgb_shuffle": 0.05, "rotation": 0.05, "horizontal_flip": 0.1, "vertical_flip": 0.01,
     "gaussian_blur": 0.001, "blur": 0.001, "rain": 0.05, "extend": 0.01, "block_shuffle": 0.05,
@@ -33,6 +37,9 @@ PUBLISHED = {  # the authors' last pipeline (data_transform.py), in this order, 
     "impulse_noise": 0.1, "speckle_noise": 0.1, "glass_blur": 0.1, "defocus_blur": 0.1,
     "motion_blur": 0.1, "zoom_blur": 0.1, "snow": 0.1, "spatter": 0.1, "contrast": 0.05,
     "brightness": 0.05, "saturation": 0.05, "jpeg": 0.01, "pixelate": 0.1, "elastic": 0.1}
+RELEASED = [*PHASE1]  # dab6e50: frost before snow, and one probability for all 32
+RELEASED.insert(RELEASED.index("snow"), "frost")
+PRESETS = {"released": dict.fromkeys(RELEASED, 0.05), "phase1": PHASE1}
 FAMILIES = {  # of operations, over which accuracies are averaged
     "noise": ("pepper_salt", "colour_points", "gaussian_noise", "shot_noise", "impulse_noise",
               "speckle_noise"),
@@ -49,15 +56,23 @@ class Draw:
     """Random numbers for n images on a device."""
 
     def __init__(self, x, generator):
-        self.n, self.cpu, self.channels = len(x), generator, x.shape[1]
+        self.n, self.cpu = len(x), generator
         self.x = x.new_empty(0, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
         seed = int(torch.randint(2 ** 62, (), generator=generator))
         self.fields = torch.Generator(x.device).manual_seed(seed)
 
-    def uniform(self, low, high):
-        """(n, 1, 1, 1), a number for each image."""
-        u = torch.rand(self.n, generator=self.cpu)
-        return (low + (high - low) * u).view(-1, 1, 1, 1).to(self.x)
+    def uniform(self, low, high, *shape):
+        """(n, *shape), a number for each image; shape: 1, 1, 1 if not given."""
+        u = torch.rand((self.n, *(shape or (1, 1, 1))), generator=self.cpu)
+        return (low + (high - low) * u).to(self.x)
+
+    def one_of(self, values):
+        """(n, 1, 1, 1): one of the values for each image; of rows of values, each column so."""
+        values = torch.as_tensor(values, dtype=torch.float64)
+        which = torch.randint(len(values), (self.n,), generator=self.cpu)
+        found = values[which].view(self.n, -1).to(self.x)
+        columns = [column.view(-1, 1, 1, 1) for column in found.unbind(1)]
+        return columns if values.dim() > 1 else columns[0]
 
     def integers(self, low, high):
         """(n,) int64 in low .. high."""
@@ -67,10 +82,6 @@ class Draw:
         """(n, *shape): uniform numbers in [0, 1), or normal ones."""
         make = torch.randn if normal else torch.rand
         return make((self.n, *shape), generator=self.fields, device=self.x.device)
-
-    def colour(self):
-        """(n, C, 1, 1) in [0, 1]."""
-        return torch.rand((self.n, self.channels, 1, 1), generator=self.cpu).to(self.x)
 
 
 def op(function=None, *, as_it_is=False):
@@ -149,6 +160,11 @@ def filtered(x, kernels):
     n, c, h, w = x.shape
     k, m = kernels.shape[1:]
     padded = F.pad(x, (m // 2, m // 2, k // 2, k // 2), mode="reflect")
+    if k * m > 25 ** 2:  # faster from here on
+        size = padded.shape[2:]
+        spectrum = torch.fft.rfft2(kernels.flip(1, 2), s=size)[:, None]
+        out = torch.fft.irfft2(torch.fft.rfft2(padded) * spectrum, s=size)
+        return out[:, :, k - 1:k - 1 + h, m - 1:m - 1 + w]
     weight = kernels[:, None, None].expand(n, c, 1, k, m).reshape(n * c, 1, k, m)
     out = F.conv2d(padded.reshape(1, n * c, *padded.shape[2:]), weight, groups=n * c)
     return out.view(n, c, h, w)
@@ -163,31 +179,58 @@ def gaussian(x, sigma):
     return filtered(filtered(x, k[:, :, None]), k[:, None, :])
 
 
-def side(x, share):
-    """A share of the shorter side in pixels, so that kernels look alike at any image size."""
-    return max(1.0, share * min(x.shape[2:]))
+def smooth(noise, sigma):
+    """Gaussian blur of noise, around its borders; sigma (n, 1, 1, 1) may exceed the side."""
+    h, w = noise.shape[2:]
+    f = [make(size, device=noise.device) for make, size in ((torch.fft.fftfreq, h),
+                                                            (torch.fft.rfftfreq, w))]
+    keep = (-2 * (math.pi * sigma) ** 2 * (f[0][:, None] ** 2 + f[1] ** 2)).exp()
+    return torch.fft.irfft2(torch.fft.rfft2(noise) * keep, s=(h, w))
 
 
-def line_kernels(length, angle, size):
-    """(n, size, size): lines of `length` pixels through the centre, at `angle` (n, 1, 1, 1)."""
-    t = torch.arange(size, device=angle.device) - size // 2
-    a = angle.view(-1, 1, 1)
-    along = t[None, None] * a.cos() + t[None, :, None] * a.sin()
-    across = t[None, :, None] * a.cos() - t[None, None] * a.sin()
-    k = (along.abs() <= length.view(-1, 1, 1) / 2).float() * (1 - across.abs()).clamp_min(0)
+def scaled(x, size, least=1.0):
+    """A size in pixels of a 224-pixel image, in pixels of x; `least` or more."""
+    return (torch.as_tensor(size) * (min(x.shape[2:]) / 224)).clamp_min(least)
+
+
+def axes(angle, reach):
+    """(n, S, S), S = 2 reach + 1: coordinates along and across a direction (n, 1, 1, 1)."""
+    t, a = torch.arange(-reach, reach + 1, device=angle.device), angle.view(-1, 1, 1)
+    return (t[None, None] * a.cos() + t[None, :, None] * a.sin(),
+            t[None, :, None] * a.cos() - t[None, None] * a.sin())
+
+
+def line_kernels(length, width, angle):
+    """(n, S, S): lines of length x width pixels through the centre, at angle (n, 1, 1, 1)."""
+    along, across = axes(angle, math.ceil(length / 2))
+    k = (along.abs() <= length / 2) * (1 - across.abs() / (width / 2 + 0.5)).clamp_min(0)
     return k / k.sum((1, 2), keepdim=True)
 
 
-def clouds(draw, x, channels=1, roughness=0.6):
-    """(n, channels, H, W) in [0, 1]: a sum of noise on finer and finer grids, weaker each time."""
+def dragged(x, radius, sigma, angle):
+    """Drawn out to one side of every pixel, by half a normal curve of up to 2 radius pixels."""
+    along, across = axes(angle, math.ceil(2 * radius.max().item()))
+    radius, sigma = radius.view(-1, 1, 1), sigma.view(-1, 1, 1)
+    k = (-(along / sigma) ** 2 / 2).exp() * (1 - across.abs()).clamp_min(0)
+    k = k * ((along > -0.5) & (along < 2 * radius + 0.5))
+    return filtered(x, (k / k.sum((1, 2), keepdim=True)).to(x))
+
+
+def clouds(draw, x, roughness):
+    """(n, 1, H, W) in [0, 1]: noise on finer and finer grids, each time `roughness` as strong."""
     total, weight, cells = 0, 1.0, 3
     while cells < 2 * max(x.shape[2:]):
-        coarse = draw.field(channels, cells, cells)
+        coarse = draw.field(1, cells, cells)
         total = total + weight * F.interpolate(coarse, x.shape[2:], mode="bilinear",
                                                align_corners=False)
         weight, cells = weight * roughness, 2 * cells
-    low, high = total.amin((1, 2, 3), keepdim=True), total.amax((1, 2, 3), keepdim=True)
-    return (total - low) / (high - low)
+    return stretched(total)
+
+
+def stretched(x):
+    """Each image's values moved and scaled to reach from 0 to 1."""
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    return (x - low) / (high - low).clamp_min(1e-8)
 
 
 def luma(x):
@@ -202,53 +245,56 @@ def luma(x):
 
 @op
 def pepper_salt(x, draw):
-    """Black and white pixels, 1 to 10 %."""
-    u, share = draw.field(1, *x.shape[2:]), draw.uniform(0.01, 0.1)
-    return torch.where(u < share, (u < share / 2).to(x), x)
+    """1 % of the pixels, half of them white, half black."""
+    u = draw.field(1, *x.shape[2:])
+    return torch.where(u < 0.01, (u < 0.005).to(x), x)
 
 
 @op
 def colour_points(x, draw):
-    """Pixels of random colours, 1 to 10 %."""
-    hit = draw.field(1, *x.shape[2:]) < draw.uniform(0.01, 0.1)
-    return torch.where(hit, draw.field(*x.shape[1:]).to(x), x)
+    """1 % of the pixels: a quarter each green, red, blue, and random (in grey images all random).
+    """
+    u, colour = draw.field(1, *x.shape[2:]), draw.field(*x.shape[1:]).to(x)
+    if x.shape[1] == 3:
+        for k, pure in enumerate(((0, 1, 0), (1, 0, 0), (0, 0, 1))):
+            mine = (u >= 0.0025 * k) & (u < 0.0025 * (k + 1))
+            colour = torch.where(mine, colour.new_tensor(pure).view(1, 3, 1, 1), colour)
+    return torch.where(u < 0.01, colour, x)
 
 
 @op
 def gaussian_noise(x, draw):
-    """Normal noise with standard deviation 0.02 to 0.2."""
-    return x + draw.uniform(0.02, 0.2) * draw.field(*x.shape[1:], normal=True)
+    """Normal noise; the standard deviation is one of 30 from 0 to 0.15."""
+    return x + draw.one_of(torch.linspace(0, 0.15, 30)) * draw.field(*x.shape[1:], normal=True)
 
 
 @op
 def shot_noise(x, draw):
-    """Poisson noise of 10 to 200 photons at white."""
-    photons = draw.uniform(math.log(10), math.log(200)).exp()
+    """Poisson noise of 60 to 3 photons at white."""
+    photons = draw.one_of((60, 25, 12, 5, 3))
     return torch.poisson(x * photons, generator=draw.fields) / photons
 
 
 @op
 def impulse_noise(x, draw):
-    """Sets 1 to 15 % of the values to 0 or 1, in each channel separately."""
-    u, share = draw.field(*x.shape[1:]), draw.uniform(0.01, 0.15)
+    """Sets 3 to 27 % of the values to 0 or 1, in each channel separately."""
+    u, share = draw.field(*x.shape[1:]), draw.one_of((0.03, 0.06, 0.09, 0.17, 0.27))
     return torch.where(u < share, (u < share / 2).to(x), x)
 
 
 @op
 def speckle_noise(x, draw):
-    """Noise in proportion to the value, with standard deviation 0.1 to 0.5."""
-    return x * (1 + draw.uniform(0.1, 0.5) * draw.field(*x.shape[1:], normal=True))
+    """Noise in proportion to the value, with standard deviation 0.15 to 0.6."""
+    share = draw.one_of((0.15, 0.2, 0.35, 0.45, 0.6))
+    return x * (1 + share * draw.field(*x.shape[1:], normal=True))
 
 
 # ---------------------------------------------------------------------- colour
 
 @op(as_it_is=True)
 def rgb_shuffle(x, draw):
-    """Permutes the channels; never the identity."""
-    if x.shape[1] != 3:
-        return x
-    orders = torch.tensor([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]], device=x.device)
-    order = orders[draw.integers(0, 4)]
+    """The channels in any order, their own among them."""
+    order = draw.uniform(0, 1, x.shape[1]).argsort(1)
     return x.gather(1, order[:, :, None, None].expand_as(x))
 
 
@@ -272,36 +318,30 @@ def turned(x, angle):
     return (matrix @ x.flatten(2)).view(x.shape)
 
 
-@op(as_it_is=True)
+@op
 def brightness(x, draw):
-    """Lighter by 0.1 to 0.5."""
-    by = draw.uniform(0.1, 0.5)
-    if x.dtype == torch.uint8:
-        return x.to(torch.int16).add_((255 * by).round().to(torch.int16)).clamp_(0, 255).to(x.dtype)
-    return x + by
+    """HSV's value raised by 0.1 to 0.5."""
+    by, value = draw.one_of((0.1, 0.2, 0.3, 0.4, 0.5)), x.amax(1, keepdim=True)
+    return torch.where(value > 0, x * ((value + by).clamp_max(1) / value), by)
 
 
-@op(as_it_is=True)
+@op
 def contrast(x, draw):
-    """Reduced to 10 to 50 %."""
-    return blend(x, lambda z: z.mean((2, 3), keepdim=True), 1 - draw.uniform(0.1, 0.5))
+    """Reduced to 40 to 5 %, around each channel's mean."""
+    share = draw.one_of((0.4, 0.3, 0.2, 0.1, 0.05))
+    return x.lerp_(x.mean((2, 3), keepdim=True), 1 - share)
 
 
-@op(as_it_is=True)
+@op
 def saturation(x, draw):
-    """From none to three times as much."""
-    return blend(x, luma, 1 - draw.uniform(0.0, 3.0))
-
-
-def blend(x, other, share):
-    """(1 - share) x + share other(x), for shares (n, 1, 1, 1) that may lie outside [0, 1]."""
-    if x.dtype != torch.uint8:
-        return x.lerp(other(x), share)
-    size, out = 2 if x.device.type == "cpu" else len(x), torch.empty_like(x)  # fits into a cache
-    for part, to, by in zip(x.split(size), out.split(size), share.split(size), strict=True):
-        z = part.float().add_(0.5)  # so that cutting off the fraction rounds
-        to.copy_(z.lerp_(other(z), by).clamp_(0, 255.5))
-    return out
+    """HSV's saturation times 0.1 to 20, and up to 0.2 more; the hue of grey is red."""
+    if x.shape[1] != 3:
+        return x
+    times, plus = draw.one_of(((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
+    value, span = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    share = (times * span / value.clamp_min(1e-8) + plus).clamp(0, 1)
+    away = torch.where(span > 0, (value - x) / span, x.new_tensor([0, 1, 1]).view(1, 3, 1, 1))
+    return value * (1 - share * away)
 
 
 # -------------------------------------------------------------------- geometry
@@ -320,12 +360,14 @@ def vertical_flip(x, draw):
 
 @op(as_it_is=True)
 def rotation(x, draw):
-    """Rotated by up to 45 degrees; the corners are black."""
-    a, ratio = draw.uniform(-math.pi / 4, math.pi / 4), x.shape[2] / x.shape[3]
-    theta = torch.cat([a.cos(), -a.sin() * ratio, 0 * a, a.sin() / ratio, a.cos(), 0 * a], 1)
-    if x.dtype != torch.uint8:
-        return resample(x, theta.view(-1, 2, 3))
-    return resample(x.float(), theta.view(-1, 2, 3)).round_().to(torch.uint8)
+    """Rotated by up to 5 degrees, to the nearest pixel; the corners are black."""
+    (row, column), (h, w) = grid(x), x.shape[2:]
+    a = draw.uniform(-math.radians(5), math.radians(5), 1, 1)
+    y, z = row - (h - 1) / 2, column - (w - 1) / 2
+    row = (a.cos() * y + a.sin() * z + (h - 1) / 2).round().long()
+    column = (a.cos() * z - a.sin() * y + (w - 1) / 2).round().long()
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    return take(x, row, column) * inside[:, None]
 
 
 @op(as_it_is=True)
@@ -333,25 +375,26 @@ def random_cut(x, draw):
     """A crop of 50 to 95 % of each side, resized to the full size."""
     return torch.stack([
         TF.resized_crop(one, *corner, *sides, list(x.shape[2:]))
-        for one, corner, sides in zip(x, *places(x, draw, 0.5), strict=True)])
+        for one, corner, sides in zip(x, *places(x, draw, draw.uniform(0.5, 0.95)), strict=True)])
 
 
-@op(as_it_is=True)
+@op
 def random_padding(x, draw):
-    """Resized to 60 to 95 % and placed anywhere on grey or on a colour."""
-    back = torch.where(draw.uniform(0, 1) < 0.5, torch.full_like(draw.colour(), 0.5), draw.colour())
-    out = level(back, x).expand_as(x).contiguous()
-    for canvas, one, (top, left), (high, wide) in zip(out, x, *places(x, draw, 0.6), strict=True):
-        canvas[:, top:top + high, left:left + wide] = TF.resize(one, [high, wide])
+    """Resized to 65 to 95 % and placed anywhere on one of 10 greys or on a colour for every pixel.
+    """
+    scale, grey = (draw.one_of(torch.linspace(*ends, 10)) for ends in ((0.65, 0.95), (0, 1)))
+    out = torch.where(draw.uniform(0, 1) < 0.5, grey, draw.field(*x.shape[1:]).to(x))
+    for canvas, one, (top, left), (high, wide) in zip(out, x, *places(x, draw, scale), strict=True):
+        canvas[:, top:top + high, left:left + wide] = TF.resize(
+            one, [high, wide], TF.InterpolationMode.BICUBIC)
     return out
 
 
-def places(x, draw, least):
-    """n random rectangles of `least` to 95 % of the sides: their corners (top, left), their sides.
-    """
+def places(x, draw, scale):
+    """n random rectangles of `scale` times the sides: their corners (top, left), their sides."""
     size = torch.tensor(x.shape[2:])
-    sides = ((draw.uniform(least, 0.95).cpu().view(-1, 1) * size).round()).long().clamp_min(1)
-    corner = torch.stack([draw.uniform(0, 1).cpu().flatten() for _ in range(2)], 1)
+    sides = (scale.cpu().view(-1, 1) * size).long().clamp_min(1)
+    corner = draw.uniform(0, 1, 2).cpu()
     return (corner * (size - sides + 1)).long().minimum(size - sides).tolist(), sides.tolist()
 
 
@@ -362,13 +405,20 @@ def level(values, x):
 
 @op
 def elastic(x, draw):
-    """A smooth distortion, by up to 6 % of the side."""
-    cells = 6
-    shift = 2 * draw.field(2, cells, cells) - 1
-    shift = F.interpolate(shift, x.shape[2:], mode="bicubic", align_corners=False)
-    identity = torch.eye(2, 3, device=x.device, dtype=x.dtype).expand(len(x), 2, 3)
-    at = F.affine_grid(identity, x.shape, align_corners=False)
-    at = at + (draw.uniform(0.04, 0.12) * shift).permute(0, 2, 3, 1).to(x)
+    """Three points moved by up to 49 pixels, then every pixel by a smooth field."""
+    alpha, sigma, most = draw.one_of((
+        (488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88),
+        (29.28, 2.44, 4.88)))
+    (row, column), (h, w) = grid(x), x.shape[2:]
+    small = min(h, w) / 224
+    field = alpha * small ** 2 * smooth(2 * draw.field(2, h, w) - 1, sigma * small)
+    there = min(h, w) // 3 * x.new_tensor([[1, 1], [1, -1], [-1, -1]])
+    moved = there + small * most[:, 0] * draw.uniform(-1, 1, 3, 2)
+    one = torch.ones_like(moved[:, :, :1])
+    back = torch.linalg.solve(torch.cat([moved, one], 2), there.expand_as(moved))  # (n, 3, 2)
+    y, z = field[:, 0] + row - (h - 1) / 2, field[:, 1] + column - (w - 1) / 2
+    at = torch.stack([z, y, torch.ones_like(y)], 3).flatten(1, 2).to(x) @ back
+    at = (2 * at / at.new_tensor([w, h])).view(len(x), h, w, 2)
     return F.grid_sample(x, at, padding_mode="reflection", align_corners=False)
 
 
@@ -376,186 +426,216 @@ def elastic(x, draw):
 
 @op(as_it_is=True)
 def mosaic_block(x, draw):
-    """A rectangle of 10 to 40 % of each side, filled with a colour, black, white or grey."""
-    row, column = grid(x)
-    inside = torch.ones((len(x), *x.shape[2:]), dtype=torch.bool, device=x.device)
-    for t, size in ((row, x.shape[2]), (column, x.shape[3])):
-        length = draw.uniform(0.1, 0.4).view(-1, 1, 1) * size
-        start = draw.uniform(0, 1).view(-1, 1, 1) * (size - length)
-        inside &= (t >= start) & (t < start + length)
-    kind, fill = draw.integers(0, 3).view(-1, 1, 1, 1), draw.colour()
-    for k, grey in ((1, 0.0), (2, 1.0), (3, 0.5)):
-        fill = torch.where(kind == k, torch.full_like(fill, grey), fill)
-    return torch.where(inside[:, None], level(fill, x), x)
+    """A square of 13 to 26 pixels, its corner two sides from the border or more: in 70 % a random
+    colour for every pixel, else black, white or grey.
+    """
+    n, channels, h, w = x.shape
+    side = scaled(x, draw.integers(13, 26)).round().long()
+    most = int(side.max())
+    corner = draw.uniform(0, 1, 2, 1) * (torch.tensor([[h], [w]], device=x.device)
+                                         - 4 * side[:, None, None]).clamp_min(0)
+    t = torch.arange(most, device=x.device)
+    row, column = (corner.long() + 2 * side[:, None, None] + t).unbind(1)  # (n, most)
+    inside = (t[:, None] < side[:, None, None]) & (t < side[:, None, None])
+    at = (torch.arange(n, device=x.device)[:, None, None], slice(None),
+          row.clamp_max(h - 1)[:, :, None], column.clamp_max(w - 1)[:, None])
+    kind, fill = draw.uniform(0, 1), draw.field(most, most, channels)
+    for k, grey in enumerate((0.0, 1.0, 127 / 255)):
+        fill = torch.where(kind >= 0.7 + 0.1 * k, torch.full_like(fill, grey), fill)
+    out = x.clone()
+    out[at] = torch.where(inside[..., None], level(fill, x), x[at])
+    return out
 
 
 @op(as_it_is=True)
 def block_shuffle(x, draw):
-    """The two halves swapped, left and right or top and bottom."""
+    """Cut at 40 to 60 % of the height or the width, and the two parts swapped."""
     (row, column), (h, w) = grid(x), x.shape[2:]
+    cut = draw.one_of(torch.linspace(0.4, 0.6, 10)).view(-1, 1, 1)
     across = draw.integers(0, 1).view(-1, 1, 1).bool()
-    return take(x, torch.where(across, row, (row + h // 2) % h).expand(-1, h, w),
-                torch.where(across, (column + w // 2) % w, column).expand(-1, h, w))
+    return take(x, torch.where(across, row, (row + (cut * h).long()) % h).expand(-1, h, w),
+                torch.where(across, (column + (cut * w).long()) % w, column).expand(-1, h, w))
 
 
 @op(as_it_is=True)
 def local_shuffle(x, draw):
-    """The patches of a 2 x 2 to 4 x 4 grid, shuffled."""
-    (row, column), (h, w) = grid(x), x.shape[2:]
-    cells = draw.integers(2, 4).view(-1, 1, 1)
-    high, wide = h // cells, w // cells
-    r, c = row // high, column // wide
-    keys = draw.field(16).masked_fill(torch.arange(16, device=x.device) >= (cells ** 2)[:, :, 0], 2)
-    order = keys.argsort(1)  # patches of the grid come first, in random order
-    number = (r * cells + c).clamp_max(15)
+    """Square patches of 80 to 100 pixels, permuted; the last row and column of them overlap."""
+    grids, (h, w) = grid(x), x.shape[2:]
+    side = scaled(x, draw.integers(80, 100)).round().long().view(-1, 1, 1)
+    count = [(size - 1) // side + 1 for size in (h, w)]  # (n, 1, 1)
+    keys = draw.field(int((count[0] * count[1]).max()))
+    keys = keys.masked_fill(torch.arange(keys.shape[1], device=x.device)
+                            >= (count[0] * count[1])[:, 0], 2)
+    order = keys.argsort(1)  # patches of the image come first, in random order
+    mine = [torch.where(t >= size - side, many - 1, t // side)
+            for t, size, many in zip(grids, (h, w), count, strict=True)]
+    number = mine[0] * count[1] + mine[1]  # of the patch that lies on top at each pixel
     source = order.gather(1, number.flatten(1)).view(number.shape)
-    whole = (r < cells) & (c < cells)  # the rest at the right and at the bottom stays
-    return take(x, torch.where(whole, source // cells * high + row % high, row),
-                torch.where(whole, source % cells * wide + column % wide, column))
+    return take(x, *(
+        (part * side).minimum(size - side) + t - (k * side).minimum(size - side)
+        for part, size, t, k in zip((source // count[1], source % count[1]), (h, w), grids, mine,
+                                    strict=True)))
 
 
 @op(as_it_is=True)
 def extend(x, draw):
-    """Spreads 0.5 to 3 % of the pixels over the 3 x 3 to 7 x 7 pixels around them."""
-    n, _, h, w = x.shape
-    number = torch.arange(1, h * w + 1, device=x.device).view(1, 1, h, w).double()
-    seed = torch.where(draw.field(1, h, w) < draw.uniform(0.005, 0.03), number, 0 * number)
-    size, spread = draw.integers(1, 3).view(-1, 1, 1, 1), 0 * seed
-    for radius in (1, 2, 3):
-        spread = torch.where(size == radius, F.max_pool2d(seed, 2 * radius + 1, 1, radius), spread)
-    source = torch.where(spread > 0, spread, number).long()[:, 0] - 1
-    return take(x, source // w, source % w)
-
-
-@op(as_it_is=True)
-def pixelate(x, draw):
-    """Blocks of 2 pixels up to a tenth of the side."""
+    """Every pixel taken from up to 2 to 8 pixels further down and right, drawn for each pixel."""
     (row, column), (h, w) = grid(x), x.shape[2:]
-    block = draw.integers(2, max(2, round(side(x, 0.1)))).view(-1, 1, 1)
-    return take(x, (row // block * block + block // 2).expand(-1, h, w),
-                (column // block * block + block // 2).expand(-1, h, w))
+    most = scaled(x, draw.integers(2, 8)).round().view(-1, 1, 1)
+    away = [(draw.field(h, w) * (most + 1)).long() for _ in range(2)]
+    return take(x, row + away[0], column + away[1])
+
+
+@op
+def pixelate(x, draw):
+    """As if resized to 60 to 25 % of the side: every pixel the mean of its block."""
+    share, means = draw.one_of((0.6, 0.5, 0.4, 0.3, 0.25)).view(-1, 1), []
+    for size in x.shape[2:]:
+        middle = 2 * torch.arange(size, device=x.device) + 1
+        block = middle * (share * size).long().clamp_min(1) // (2 * size)  # (n, size)
+        same = (block[:, :, None] == block[:, None]).to(x)
+        means.append(same / same.sum(2, keepdim=True))
+    return means[0][:, None] @ x @ means[1][:, None]
 
 
 # ------------------------------------------------------------------------ blur
 
 @op
 def gaussian_blur(x, draw):
-    """Standard deviation 0.3 to 1.5 % of the side, for small images 0.5 to 1.5 pixels."""
-    return gaussian(x, draw.uniform(max(0.5, side(x, 0.003)), max(1.5, side(x, 0.015))))
+    """Standard deviation 1 or 2 pixels; in small images at least half that."""
+    radius = draw.one_of((1, 2))
+    return gaussian(x, scaled(x, radius, radius / 2))
 
 
 @op
 def blur(x, draw):
-    """The mean over 3 x 3 to 7 x 7 pixels."""
-    radius, t = draw.integers(1, 3).view(-1, 1), torch.arange(-3, 4, device=x.device)
-    k = (t.abs() <= radius).to(x) / (2 * radius + 1)
-    return filtered(filtered(x, k[:, :, None]), k[:, None, :])
+    """PIL's BLUR, at every size of image: the mean of the 16 pixels two away, not at the border."""
+    kernel = torch.ones_like(x[:, 0, :1, :1]).expand(-1, 5, 5).clone()
+    kernel[:, 1:4, 1:4] = 0
+    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    x[inner] = filtered(x, kernel / 16)[inner]
+    return x
 
 
 @op
 def motion_blur(x, draw):
-    """The mean along a line of 2 to 8 % of the side, in any direction."""
-    longest = min(max(3.0, side(x, 0.08)), 2 * min(x.shape[2:]) - 3)
-    length = draw.uniform(max(2.0, side(x, 0.02)), longest)
-    size = 2 * math.ceil(longest / 2) + 1
-    return filtered(x, line_kernels(length, draw.uniform(0, math.pi), size).to(x))
+    """Drawn out in a direction within 45 degrees of the horizontal, by 20 to 40 pixels at most."""
+    radius, sigma = draw.one_of(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)))
+    return dragged(x, scaled(x, radius), scaled(x, sigma, 0.5),
+                   draw.uniform(-math.pi / 4, math.pi / 4))
 
 
 @op
 def defocus_blur(x, draw):
-    """The mean over a disc of 1 to 3 % of the side."""
-    largest = max(2.0, side(x, 0.03))
-    t = torch.arange(-math.ceil(largest), math.ceil(largest) + 1, device=x.device)
-    far = (t[:, None] ** 2 + t ** 2).sqrt()
-    radius = draw.uniform(max(1.0, side(x, 0.01)), largest).view(-1, 1, 1)
-    k = (radius + 0.5 - far).clamp(0, 1)
+    """The mean over a disc with a radius of 3 to 10 pixels."""
+    radius = scaled(x, draw.one_of((3, 4, 6, 8, 10)), 0.6).view(-1, 1, 1)
+    reach = math.ceil(radius.max().item())
+    t = torch.arange(-reach, reach + 1, device=x.device)
+    k = (radius + 0.5 - (t[:, None] ** 2 + t ** 2).sqrt()).clamp(0, 1)
     return filtered(x, (k / k.sum((1, 2), keepdim=True)).to(x))
 
 
 @op
 def zoom_blur(x, draw):
-    """The mean of eight zooms, the largest 1.05 to 1.3 times."""
-    most, total = draw.uniform(0.05, 0.3), x
-    for k in range(1, 8):
-        scale = 1 / (1 + most * k / 7)
-        total = total + resample(x, scaling(scale, scale, 0 * scale, 0 * scale), "border")
-    return total / 8
+    """The mean of zooms, the largest 1.1 to 1.3 times."""
+    most, total = draw.one_of((0.1, 0.15, 0.2, 0.25, 0.3)), 2 * x
+    for k in range(1, 11):
+        scale = 1 / (1 + most * k / 10)
+        total += resample(x, scaling(scale, scale, 0 * scale, 0 * scale), "border")
+    return total / 12
 
 
 @op
 def glass_blur(x, draw):
-    """Each pixel taken from up to 1 to 3 pixels away, then softened."""
+    """Blurred, each pixel taken from up to 1 to 4 pixels away, up to three times, blurred again."""
+    sigma, most, rounds = draw.one_of(((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2),
+                                       (1.5, 4, 2)))
     (row, column), (h, w) = grid(x), x.shape[2:]
-    most = draw.integers(1, 3).view(-1, 1, 1)
-    away = [((2 * draw.field(h, w) - 1) * (most + 0.5)).round().long() for _ in range(2)]
-    return gaussian(take(x, row + away[0], column + away[1]), draw.uniform(0.4, 0.8))
+    sigma, most = scaled(x, sigma, 0.4), scaled(x, most).round()
+    x = gaussian(x, sigma)
+    for k in range(int(rounds.max())):
+        reach = (most * (k < rounds)).view(-1, 1, 1)
+        away = [((2 * draw.field(h, w) - 1) * reach).floor().long() for _ in range(2)]
+        x = take(x, row + away[0], column + away[1])
+    return gaussian(x, sigma)
 
 
 # --------------------------------------------------------------------- weather
 
 @op
 def rain(x, draw):
-    """Bright streaks, slanted by up to 30 degrees."""
-    drops = (draw.field(1, *x.shape[2:]) < draw.uniform(0.004, 0.015)).to(x)
-    longest = min(max(5.0, side(x, 0.1)), 2 * min(x.shape[2:]) - 3)
-    size = 2 * math.ceil(longest / 2) + 1
-    length = draw.uniform(0.5 * longest, longest)
-    angle = math.pi / 2 + draw.uniform(-math.pi / 6, math.pi / 6)
-    streaks = filtered(drops, line_kernels(length, angle, size).to(x)) * length
-    return 0.9 * x + draw.uniform(0.3, 0.6) * streaks.clamp_max(1)
+    """White streaks of 10 x 3 pixels, slanted by up to 30 degrees, from 2 to 6 % of the pixels."""
+    share = draw.one_of(range(500, 1501, 200)) / 25600
+    angle = draw.one_of(torch.linspace(-30, 30, 10)).deg2rad() + math.pi / 2
+    white = draw.one_of(torch.linspace(0.7, 1, 10))
+    drops = (draw.field(1, *x.shape[2:]) < share).to(x)
+    lines = line_kernels(scaled(x, 10, 3.0), scaled(x, 3), angle)
+    streaks = stretched(filtered(drops, lines.to(x)))
+    return x + streaks * (white - x)
 
 
 @op
 def snow(x, draw):
-    """Soft flakes over a whiter, paler image."""
-    flakes = (draw.field(1, *x.shape[2:]) < draw.uniform(0.005, 0.02)).to(x)
-    sigma = draw.uniform(side(x, 0.003), side(x, 0.008))
-    flakes = (gaussian(flakes, sigma) * 6 * sigma ** 2).clamp_max(1)
-    white = draw.uniform(0.1, 0.4)
-    return (1 - white) * x + white * (0.5 * luma(x) + 0.5) + flakes
+    """Flakes drawn out downwards, over a whiter, paler image."""
+    mean, std, zoom, least, radius, sigma, keep = draw.one_of((
+        (0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+        (0.55, 0.3, 4, 0.9, 12, 8, 0.7), (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)))
+    flakes = mean + std * draw.field(1, *x.shape[2:], normal=True).to(x)
+    zoom = 1 / scaled(x, zoom, 2.0)
+    flakes = resample(flakes, scaling(zoom, zoom, 0 * zoom, 0 * zoom))
+    flakes = torch.where(flakes < least, 0, flakes).clamp_(0, 1)
+    flakes = dragged(flakes, scaled(x, radius), scaled(x, sigma, 0.5),
+                     draw.uniform(-3 * math.pi / 4, -math.pi / 4))
+    white = torch.maximum(x, 1.5 * luma(x) + 0.5)
+    return keep * x + (1 - keep) * white + flakes + flakes.flip(2, 3)
 
 
 @op
 def fog(x, draw):
     """Clouds over an image with less contrast."""
-    thick = draw.uniform(0.3, 0.7)
-    return (1 - thick) * x + thick * (0.4 + 0.6 * clouds(draw, x))
+    thick, decay = draw.one_of(((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)))
+    most = x.amax((1, 2, 3), keepdim=True)
+    return (x + thick * clouds(draw, x, decay ** -2)) * most / (most + thick)
 
 
 @op
 def frost(x, draw):
-    """Pale blue ice crystals along the ridges of clouds, thickest at the border."""
-    ridges = (1 - (2 * clouds(draw, x, roughness=0.8) - 1).abs()) ** 4
-    row, column = grid(x)
-    edge = torch.maximum((2 * row / x.shape[2] - 1).abs(), (2 * column / x.shape[3] - 1).abs())
-    cover = (ridges * (0.4 + edge) * draw.uniform(0.6, 1.0)).clamp(0, 0.9)
-    ice = x.new_tensor([0.85, 0.93, 1.0][:x.shape[1]]).view(1, -1, 1, 1)
-    return (1 - cover) * x + cover * ice
+    """A weaker image and pale blue ice, generated from the ridges of clouds."""
+    keep, ice = draw.one_of(((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)))
+    ridges = (1 - (2 * clouds(draw, x, 0.8) - 1).abs()) ** 4
+    pale = draw.uniform(0.3, 0.6) + 0.5 * ridges
+    tint = x.new_tensor([0.88, 1.0, 1.08][:x.shape[1]]).view(1, -1, 1, 1)
+    return keep * x + ice * (pale * tint).clamp(0, 1)
 
 
 @op
 def spatter(x, draw):
-    """Drops of water or mud that cover 5 to 20 %."""
-    cells = [max(2, size // 5) for size in x.shape[2:]]
-    depth = F.interpolate(draw.field(1, *cells), x.shape[2:], mode="bicubic", align_corners=False)
-    edge = depth.flatten(1).sort(1).values  # so that exactly that share is covered
-    rank = ((1 - draw.uniform(0.05, 0.2).view(-1, 1)) * (edge.shape[1] - 1)).long()
-    cover = ((depth - edge.gather(1, rank).view(-1, 1, 1, 1)) * 20).clamp(0, 1)
-    mud = draw.integers(0, 1).view(-1, 1, 1, 1).bool()
-    colours = [x.new_tensor(c[:x.shape[1]]).view(1, -1, 1, 1)
-               for c in ((0.25, 0.16, 0.08), (0.7, 0.85, 0.9))]
-    return x + 0.8 * cover * (torch.where(mud, *colours) - x)
+    """Drops of water over 3, 14 or 24 % of the pixels, or mud."""
+    sigma, cut, strength, mud = draw.one_of((  # cut: in standard deviations of the smooth noise
+        (4, 1.89, 0.6, 0), (3, 1.06, 0.6, 0), (2, 0.71, 0.5, 0), (1, 0.0, 0, 1), (1, -0.18, 0, 1)))
+    sigma = scaled(x, sigma, 0.7)
+    depth = smooth(draw.field(1, *x.shape[2:], normal=True), sigma)
+    depth = (depth - depth.mean((1, 2, 3), keepdim=True)) / depth.std((1, 2, 3), keepdim=True) - cut
+    wet = depth.clamp_min(0)
+    wet = strength * wet / wet.amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+    dirt = gaussian((depth > 0).to(x), 1.5 * sigma)
+    dirt = torch.where(dirt < 0.8, 0, dirt) * mud
+    water, brown = (x.new_tensor(c[:x.shape[1]]).view(1, -1, 1, 1) / 255
+                    for c in ((175, 238, 238), (63, 42, 20)))
+    return x * (1 - dirt) + dirt * brown + (1 - mud) * wet * water
 
 
 # --------------------------------------------------------------------- storage
 
 @op(as_it_is=True)
 def jpeg(x, draw):
-    """Quality 8 to 40. The codec runs on the CPU, one image at a time."""
+    """Quality 25 to 7. The codec runs on the CPU, one image at a time."""
     pixels = (x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)).cpu()
     pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # the codec's order
     found = np.empty_like(pixels)
-    for k, quality in enumerate(draw.integers(8, 40).tolist()):
+    qualities = draw.one_of((25, 18, 15, 10, 7)).flatten().long().tolist()
+    for k, quality in enumerate(qualities):
         buffer = io.BytesIO()
         Image.fromarray(pixels[k].squeeze()).save(buffer, "JPEG", quality=quality)
         found[k] = np.asarray(Image.open(buffer, formats=("JPEG",))).reshape(found[k].shape)

@@ -1,16 +1,28 @@
-"""Settings of train_gcm.py: what data set and stage preset, and what is refused."""
+"""Of train_gcm.py: settings, what is random in a weight step, and what a run leaves.
 
+Stage 1 is the authors' last script with FGSM (b42da2e, April 2022), stage 2 the one that they
+released (dab6e50, May 2022).
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from utils.augment import OPS, PUBLISHED
+from utils import draw, run
+from utils.augment import OPS, PRESETS
 from utils.data import NAMED, hold_out, open_images
 from utils.errors import UserError
 from utils.models import check_name, head_of, input_size, weights_path
-from utils.run import settled
+from utils.precision import training_amp
 
-STAGES = {1: ("gcm", 1.0), 2: ("gcm+resizepad", 0.1)}  # defence, factor of the learning rates
+STAGES = {
+    1: {"defense": "gcm", "augment": ["phase1"], "cutmix_prob": 0.3, "w_cutmix": 0.0,
+        "w_fgsm": 1.0, "w_fgsm_target": 1.0},
+    2: {"defense": "gcm+resizepad", "augment": ["released"], "cutmix_prob": 0.0, "w_cutmix": 1.0,
+        "w_fgsm": 0.0, "w_fgsm_target": 0.0}}
+RATES = {1: 1.0, 2: 0.1}  # factor of the learning rates, by stage
+TERMS = {"w_clean": 1, "w_mixup": 1, "w_cutmix": 1, "w_fgsm": 2, "w_fgsm_target": 2}
 DEFAULTS = {  # of these flags, by kind of data
     "digits": {"model_name": "cnn_bn", "epochs": 20, "batch_size": 64, "lr_head": 5e-3,
                "lr_backbone": 5e-3, "step_epochs": 15},
@@ -29,19 +41,17 @@ def settle(args, team, device):
     UserError: flags that cannot work.
     """
     images = open_images(args.data_dir, split="train", data_root=args.data_root)
-    defense, factor = STAGES[args.stage]
-    preset = {"defense": defense, **DEFAULTS[images.kind]}
-    preset |= {flag: factor * preset[flag] for flag in ("lr_head", "lr_backbone")}
-    s = settled(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
+    preset = STAGES[args.stage] | DEFAULTS[images.kind]
+    preset |= {flag: RATES[args.stage] * preset[flag] for flag in ("lr_head", "lr_backbone")}
+    s = run.settled(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
     check_name(s.model_name, images.kind)
     name = s.data_dir if s.data_dir in NAMED else images.kind
     path = s.save or Path("runs") / f"gcm_{name}_{s.model_name}" / f"stage{s.stage}"
     pretrained, head = _start(s, path)
     size = s.image_size or input_size(s.model_name, images.kind, images.size, pretrained)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    s = settled(s, save=path, pretrained=pretrained, head=head, image_size=size,
+    s = run.settled(s, save=path, pretrained=pretrained, head=head, image_size=size,
                 classes=list(images.classes), chances=_chances(s),
-                amp=s.amp if s.amp != "auto" else "bf16" if bf16 else "off")
+                amp=training_amp(s.amp, device))
     images = images.prepared(size, s.num_images)
     held = hold_out(images.labels, s.hold_out)
     _check(s, len(images), int(held.sum()), team)
@@ -61,12 +71,13 @@ def _start(s, path):
 
 def _chances(s):
     """{operation: probability} of --augment and --p."""
-    if s.augment == ["published"]:
-        return PUBLISHED
-    chosen = {"all": list(OPS), "none": []}.get(",".join(s.augment), s.augment)
+    preset = ",".join(s.augment)
+    if preset in PRESETS:
+        return PRESETS[preset]
+    chosen = {"all": list(OPS), "none": []}.get(preset, s.augment)
     for name in chosen:
         if name not in OPS:
-            raise UserError(f"--augment {name}: wanted published, all, none, or some of "
+            raise UserError(f"--augment {name}: wanted {', '.join(PRESETS)}, all, none, or some of "
                             + ", ".join(OPS))
     return dict.fromkeys(chosen, s.p)
 
@@ -75,8 +86,8 @@ def _check(s, count, held, team):
     """UserError if these settings cannot work on `count` images, `held` of them held out."""
     if s.fgsm_eps[0] > s.fgsm_eps[1]:
         raise UserError("--fgsm_eps {} {}: type the smaller one first".format(*s.fgsm_eps))
-    if not any((s.w_clean, s.w_mixup, s.w_cutmix, s.w_fgsm)):
-        raise UserError("--w_clean 0 --w_mixup 0 --w_cutmix 0 --w_fgsm 0: nothing to train on")
+    if not number_of_terms(s):
+        raise UserError(" ".join(f"--{flag} 0" for flag in TERMS) + ": nothing to train on")
     if not held:
         raise UserError(f"--hold_out {s.hold_out}: none of {count} images; type more")
     if s.batch_size > count - held:
@@ -88,3 +99,54 @@ def _check(s, count, held, team):
     if len(s.classes) < 2:
         raise UserError(f"--data_dir {s.data_dir}: one class, '{s.classes[0]}'; wanted a folder "
                         "for each class, or an image list")
+
+
+# ------------------------------------------------------------ a weight step, the end of a run
+
+def number_of_terms(s):
+    """How many terms the loss of a minibatch has: one for each sign of FGSM."""
+    return sum(n for flag, n in TERMS.items() if getattr(s, flag))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What chance decides for a minibatch, whatever the number of processes."""
+    cutmix: bool          # whether CutMix stands in place of the clean images
+    eps: float            # of FGSM
+    eps_target: float     # of targeted FGSM
+    target: torch.Tensor  # (N,) the classes that it is targeted at; one may be the true class
+
+
+def draw_once(n, s, generator):
+    """Drawn for a minibatch of n images."""
+    cutmix = torch.rand((), generator=generator).item() < s.cutmix_prob
+    radii = torch.linspace(*s.fgsm_eps, 20)
+    eps = radii[torch.randint(20, (2,), generator=generator)].tolist()
+    return Drawn(cutmix, *eps, torch.randint(len(s.classes), (n,), generator=generator))
+
+
+def tensorboard():
+    """TensorBoard's SummaryWriter; UserError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: it is not installed; type pip install tensorboard, or "
+                        "leave out the flag (log.csv has the same)") from None
+    return SummaryWriter
+
+
+def finish(training, folder):
+    """Saves the network of the best epoch, what made it, and the curve. -> path of the network"""
+    s, name = training.s, f"stage{training.s.stage}_{training.s.model_name}"
+    facts = {"name": name, "kind": training.images.kind, "data_dir": str(s.data_dir),
+             **run.result_flags(s, "num_images", "device", "tensorboard", "chances"),
+             "given_images": s.num_images, "best_epoch": training.best["epoch"],
+             "best_score": training.best["score"], "processes": training.team.size,
+             "num_images": len(training.images), "held_out": len(training.held),
+             "images_sha256": training.images.sha256(), "seconds": training.seconds,
+             **run.provenance(training.device, s.deterministic)}
+    run.save_pth(folder / f"{name}.pth", training.best["net"])
+    run.save_json(folder / f"{name}.json", facts)
+    run.write_atomic(folder / "curve.png", draw.training(
+        training.rows, name, val_acc="held-out images", val_aug_acc="the same, augmented"))
+    return folder / f"{name}.pth"

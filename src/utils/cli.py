@@ -12,13 +12,11 @@
 
 import argparse
 import sys
-from fractions import Fraction
-
-import torch
 
 from utils.data import NAMED, default_workers
 from utils.defenses import DEFENSES
 from utils.errors import UserError
+from utils.precision import out_of_memory
 
 
 def run_script(get_args, main):
@@ -27,10 +25,14 @@ def run_script(get_args, main):
         main(get_args())
     except UserError as error:
         sys.exit(_complain(error))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         sys.exit(_complain("out of memory on the device; type a smaller --batch_size, --minibatch"))
     except OSError as error:  # disk full, permission denied: what is on disk is whole
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
+    except UnicodeEncodeError as error:
+        sys.exit(_complain(f"{ascii(error.object[-200:])}: not UTF-8; rename the file or folder"))
     except KeyboardInterrupt:
         print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)
@@ -54,15 +56,16 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{flag}", **{**SHARED[flag], **changed.get(flag, {})})
 
     def error(self, message):
-        self.exit(2, f"error: {message} (all flags: --help)\n")
+        self.exit(_complain(f"{message} (all flags: --help)"))
 
 
 # ----------------------------------------------------------------- types of flags
 
 def radius(text):
     """argparse type: '10/255' or '0.3', as the paper prints it; pixels live in [0, 1]."""
+    top, slash, bottom = text.partition("/")
     try:
-        value = float(Fraction(text))
+        value = float(top) / (float(bottom) if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
             f"'{text}' is not a number: type a fraction such as 10/255, or 0.04") from None
@@ -73,13 +76,15 @@ def radius(text):
     return value
 
 
-def at_least(low, kind=int, high=float("inf")):
-    """argparse type: a number from `low` to `high`."""
+def at_least(low, kind=int, high=None):
+    """argparse type: a number from `low` to `high`; None: as far as sizes and float32 go."""
+    high = {int: 10 ** 9, float: 1e30}[kind] if high is None else high
+
     def number(text):
         value = kind(text)
         if not low <= value <= high:  # NaN is neither
-            most = "" if high == float("inf") else f", at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low}{most}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: at least {low}, at most {high}")
         return value
     number.__name__ = kind.__name__  # argparse prints it when kind(text) fails
     return number
@@ -102,6 +107,9 @@ SHARED = {
     "weights": {"type": names, "nargs": "+", "default": [["V1"]],
                 "help": "V1, V2, random, a .pth state dict or a folder with NAME.pth; one for all "
                         "networks, or one for each"},
+    "geometry": {"choices": ("paper", "weights"), "default": "paper",
+                 "help": "of photographs: paper, shorter side to 256, centre crop 224, for all "
+                         "networks; weights, as each network's weights were published"},
     "defense": {"choices": DEFENSES, "default": "none", "help": "layers in front of every network"},
     "low": {"type": at_least(1), "help": "smallest side that resizepad draws, in pixels; None: 218 "
                                          "of 224"},
@@ -110,6 +118,8 @@ SHARED = {
     "seed": {"type": at_least(0, high=2 ** 62), "default": 0, "help": "fixes everything random"},
     "device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto",
                "help": "where to compute"},
+    "deterministic": {"action": "store_true", "help": "weight steps on a GPU: float32 without TF32 "
+                      "and the same kernels in every run, which is slower; a CPU always does so"},
     "workers": {"type": at_least(0), "default": default_workers(),
                 "help": "processes that decode images"},
     "resume": {"action": "store_true", "help": "continue the run in --save"},

@@ -1,20 +1,22 @@
 """Images by path or by name: uint8 on disk and in memory, labels that are true ImageNet indices.
 
     images = open_images("/data/imagenet/val", split="test")     # names and labels
-    images = images.prepared(224, 1000)                          # size, how many
+    images = images.prepared(224, 1000)                          # pixels, how many
     for index, x in batches(images, 100, workers=4, skipped=[]): ...  # x (n, C, H, W) uint8
     images = load(images, workers=4)                             # all in memory
 
-Geometry of photographs: shorter side to 256/224 of `size` (bilinear, PIL, antialiased), then the
-central size x size crop, the protocol of the papers' tables. Up to 64 pixels: shorter side to
-`size`, because networks see such images whole.
+Geometry of photographs: shorter side to 256 pixels (bilinear, PIL, antialiased), then the central
+224 x 224 crop, as in the papers' tables and in proportion at other sizes. Up to 64 pixels: shorter
+side to the size of the crop, because networks see such images whole.
 """
 
 import difflib
 import hashlib
 import os
 import sys
+import warnings
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +35,7 @@ NAMED = ("digits", "mnist", "cifar10", "imagenette")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
            "truck")
 DIGITS = tuple("0123456789")
+THINNEST = 100  # longer side of a photograph, over the shorter one
 SPLITS = {"train": ("train",), "test": ("val", "test")}
 
 
@@ -59,6 +62,24 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a photograph becomes pixels: shorter side to `resize`, then the central crop."""
+    size: int                       # H = W of the crop
+    resize: int
+    interpolation: str = "bilinear"  # or "bicubic"
+
+    def __str__(self):
+        if self == paper_geometry(self.size) and self.size == self.resize:
+            return f"{self.size} pixels"
+        return f"shorter side to {self.resize} ({self.interpolation}), centre crop {self.size}"
+
+
+def paper_geometry(size=224):
+    """That of the papers' tables: shorter side to 256/224 of `size`."""
+    return Geometry(size, round(size * 256 / 224) if size > 64 else size)
+
+
 @dataclass(frozen=True, eq=False)
 class Images(torch.utils.data.Dataset):
     """A list of labelled images; item i is (C, H, W) uint8, or None if it cannot be decoded."""
@@ -66,7 +87,7 @@ class Images(torch.utils.data.Dataset):
     names: tuple                    # relative file names, or "train/17"
     labels: torch.Tensor            # (N,) int64
     classes: tuple                  # class names, by index
-    size: int                       # H = W
+    geometry: Geometry              # in which files are read
     root: Path = None               # of the files, or
     pixels: torch.Tensor = None     # (N, C, H, W) uint8, all in memory
     skipped: tuple = ()             # names that could not be decoded
@@ -77,7 +98,11 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if self.pixels is not None:
             return self.pixels[i]
-        return decode(self.root / self.names[i], self.size)
+        return decode(self.root / self.names[i], self.geometry)
+
+    @property
+    def size(self):
+        return self.geometry.size
 
     @property
     def channels(self):
@@ -88,6 +113,11 @@ class Images(torch.utils.data.Dataset):
         """Whether the labels are classes of the networks that `kind` goes with."""
         return self.kind != "folder"
 
+    @property
+    def known_classes(self):
+        """Names of the classes that the networks of this kind of data know."""
+        return self.classes if self.labelled else imagenet_classes()
+
     def listing(self):
         """The image list as saved with a run, one relative name a line."""
         return "".join(f"{name}\n" for name in self.names)
@@ -95,18 +125,30 @@ class Images(torch.utils.data.Dataset):
     def sha256(self):
         return hashlib.sha256(self.listing().encode()).hexdigest()
 
-    def prepared(self, size, num):
-        """At most `num` of them, spread evenly over the classes, to be read at `size` pixels."""
-        if self.pixels is not None and size != self.size:
-            raise UserError(f"--image_size {size}: {self.kind} images are {self.size} pixels")
+    def prepared(self, geometry, num):
+        """At most `num` of them, spread evenly over the classes, to be read in this Geometry.
+
+        A number of pixels means the papers' geometry at that size.
+        """
+        if isinstance(geometry, int):
+            geometry = paper_geometry(geometry)
+        if self.pixels is not None and geometry.size != self.size:
+            raise UserError(f"--image_size {geometry.size}: {self.kind} images are {self.size} "
+                            "pixels")
         images = self if num is None or num >= len(self) else self.select(
             spread(self.labels.tolist(), num))
-        return replace(images, size=size)
+        return replace(images, geometry=geometry)
 
     def pixels_on(self, device):
         """The pixels, on a CUDA device if they take at most half of its free memory."""
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         return self.pixels.to(device) if self.pixels.nbytes < free / 2 else self.pixels
+
+    def without(self, names):
+        """Those with other names."""
+        names = set(names)
+        return self.select([i for i, name in enumerate(self.names) if name not in names]) \
+            if names else self
 
     def select(self, index):
         return replace(self, names=tuple(self.names[i] for i in index), labels=self.labels[index],
@@ -121,7 +163,8 @@ def open_images(data_dir, *, split, data_root="data"):
     data_dir: 'digits', 'mnist', 'cifar10', 'imagenette', or a folder: of class folders, of
     train/ and val/ with class folders, or one that holds torchvision's MNIST or CIFAR-10, or an
     image list (utils/lists.py) or the folder of one.
-    split: 'train' or 'test'. UserError: no such data, no images in it, a failed download.
+    split: 'train' or 'test'; without test images the training images are those of both, see
+    `unseen`. UserError: no such data, no images in it, a failed download.
     """
     if data_dir in NAMED:
         return _open_named(data_dir, split, data_root)
@@ -175,7 +218,7 @@ def _digits(split):
 
 def _arrays(kind, x, y, classes, split):
     return Images(kind, tuple(f"{split}/{i}" for i in range(len(x))), y.long(), tuple(classes),
-                  x.shape[-1], pixels=x)
+                  paper_geometry(x.shape[-1]), pixels=x)
 
 
 def _open_path(data_dir, split):
@@ -184,8 +227,8 @@ def _open_path(data_dir, split):
     listed = find_list(root, split) if root.exists() and not sorted_already else None
     if listed:
         root, names, labels, classes = read_list(listed)
-        return Images("folder", names, torch.tensor(labels), classes, PRESETS["folder"].size,
-                      root=root)
+        return Images("folder", names, torch.tensor(labels), classes,
+                      paper_geometry(PRESETS["folder"].size), root=root)
     if not root.is_dir():
         near = difflib.get_close_matches(str(data_dir), NAMED, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -195,7 +238,7 @@ def _open_path(data_dir, split):
         return _open_named("mnist", split, root)
     if (root / "cifar-10-batches-py").is_dir():
         return _open_named("cifar10", split, root)
-    root = next((root / sub for sub in SPLITS[split] if (root / sub).is_dir()), root)
+    root = _folder_of(root, split)
     folders = sorted(entry.name for entry in os.scandir(root)
                      if entry.is_dir() and not entry.name.startswith("."))
     kind, classes, index = _classes(root, folders)
@@ -209,7 +252,19 @@ def _open_path(data_dir, split):
         raise UserError(f"{root}: no images there; wanted class folders that hold them, such as "
                         "n01440764/*.JPEG (a flat folder must be sorted into class folders first)")
     return Images(kind, tuple(names), torch.tensor(labels), tuple(classes),
-                  PRESETS[kind].size, root=root)
+                  paper_geometry(PRESETS[kind].size), root=root)
+
+
+def _folder_of(root, split):
+    """Where the split's class folders are. Of .../train the test images are beside it."""
+    found = next((root / sub for sub in SPLITS[split] if (root / sub).is_dir()), None)
+    if split == "test" and found is None:
+        if root.absolute().name == "train":
+            found = next((folder for sub in SPLITS[split]
+                          if (folder := root.parent / sub).is_dir()), None)
+        elif any(entry.is_dir() for entry in root.glob("train/*")):  # and no class of that name
+            found = root / "train"
+    return found or root
 
 
 def _classes(root, folders):
@@ -238,11 +293,25 @@ def imagenet_classes():
 
 
 def hold_out(labels, share):
-    """Mask (N,) of a share of the labels (N,), taken evenly over the classes: True is held out."""
-    step, order = round(1 / share), torch.argsort(labels, stable=True)
+    """Mask (N,) of a share of the labels (N,), taken evenly over the classes: True is held out.
+
+    Of n images of a class share * n are held out, rounded up or down.
+    """
+    p, q = Fraction(share).limit_denominator(10 ** 6).as_integer_ratio()
+    before = (torch.arange(len(labels) + 1) * p + (q - 1) // 2) // q  # held out of the first ones
     held = torch.zeros(len(labels), dtype=torch.bool)
-    held[order[step // 2::step]] = True
+    held[torch.argsort(labels, stable=True)[before.diff() > 0]] = True
     return held
+
+
+def open_both(data_dir, data_root):
+    """-> training images, test images. UserError if these are the same."""
+    train, test = (open_images(data_dir, split=split, data_root=data_root)
+                   for split in ("train", "test"))
+    if (test.root, test.names) == (train.root, train.names):
+        raise UserError(f"--data_dir {data_dir}: there are no test images; wanted a folder with "
+                        "train/ and val/ or test/")
+    return train, test
 
 
 def unseen(data_dir, data_root, share, num):
@@ -254,7 +323,7 @@ def unseen(data_dir, data_root, share, num):
                    for split in ("test", "train"))
     if (test.root, test.names) != (train.root, train.names):
         return test, False
-    train = train.prepared(train.size, num)
+    train = train.prepared(train.geometry, num)
     return train.select(hold_out(train.labels, share).nonzero()[:, 0].tolist()), True
 
 
@@ -278,22 +347,38 @@ def spread(labels, num):
 
 # -------------------------------------------------------------------- reading
 
-def read_rgb(path):
-    """An image file as a PIL image, or None if it cannot be decoded."""
+def read_image(path, *modes):
+    """An image file as a PIL image, in RGB or in one of these modes. UserError if it cannot be."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except Exception:  # PIL's decoders raise nearly anything on a broken file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of damaged EXIF data
+            with Image.open(path) as file:
+                image = file.convert(file.mode if file.mode in modes else "RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise UserError(f"{path}: truncated, or no image ({error})") from None
+    if max(image.size) > THINNEST * min(image.size):  # resized, it could fill the memory
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; wanted a picture, not a "
+                        "line")
+    return image
+
+
+def read_rgb(path):
+    """An image file as a PIL image in RGB, or None if it cannot be decoded."""
+    try:
+        return read_image(path)
+    except UserError:
         return None
 
 
-def decode(path, size):
+def decode(path, geometry):
     """An image file as (3, size, size) uint8, or None if it cannot be decoded."""
     image = read_rgb(path)
     if image is None:
         return None
-    image = TF.resize(image, round(size * 256 / 224) if size > 64 else size)
-    return TF.pil_to_tensor(TF.center_crop(image, size))
+    image = TF.resize(image, geometry.resize, TF.InterpolationMode(geometry.interpolation))
+    return TF.pil_to_tensor(TF.center_crop(image, geometry.size))
 
 
 def stack(items):

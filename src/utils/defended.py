@@ -1,16 +1,18 @@
 """Networks with their images in memory, to be put behind defences and attacked."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from utils import finished
 from utils.audit import twin_differences
-from utils.data import PRESETS, Images, load, open_images, unseen
+from utils.data import PRESETS, Images, load, open_images
 from utils.defenses import defend, is_random
 from utils.errors import UserError
 from utils.measure import times_right_on
-from utils.models import targets_of, trained, weights_path
+from utils.models import targets_of
 from utils.precision import Fast
 from utils.run import make_generator
 
@@ -38,6 +40,13 @@ class Network:
                       generator=generator or make_generator(self.s.seed), epsilon=self.s.epsilon,
                       low=self.s.low)
 
+    @cached_property
+    def classes(self):
+        """How many classes it tells apart."""
+        x = torch.zeros((1, self.images.channels, self.size, self.size), device=self.device)
+        with torch.no_grad():
+            return self.model(x).shape[1]
+
     def draws(self, defense):
         """How many times each image is classified."""
         return self.s.draws if is_random(defense) else 1
@@ -60,25 +69,15 @@ class Network:
 def open_targets(args, *, imagenet):
     """[Target] of the flags, and the test images, names only; refuses what cannot work.
 
-    imagenet: the networks on ImageNet if --model_name names none. Networks of train_gcm.py are
-    attacked on images that they were not trained on.
+    imagenet: the networks on ImageNet if --model_name names none.
     """
     images = open_images(args.data_dir, split="test", data_root=args.data_root)
     preset = imagenet if images.kind == "imagenet" else PRESETS[images.kind].targets
-    targets = targets_of(args.model_name, args.weights, preset, images)
-    paths = [weights_path(target.name, target.weights) for target in targets]
-    ours = [facts for path in paths if path and "hold_out" in (facts := trained(path))]
-    if ours:
-        images, _ = unseen(args.data_dir, args.data_root, ours[0]["hold_out"],
-                           ours[0]["given_images"])
-    taught = [facts for facts in ours if facts["classes"] == list(images.classes)]
-    if not images.labelled and len(taught) < len(targets):
-        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks; "
-                        "wanted folders named by wnid, such as n01440764, or --weights that "
-                        "train_gcm.py trained on them")
-    if args.num_images and args.num_images > len(images):
-        raise UserError(f"--num_images {args.num_images}: {args.data_dir} has {len(images)}; type "
-                        f"--num_images {len(images)}, or leave it out")
+    targets = targets_of(args.model_name, args.weights, preset, images, args.image_size,
+                         args.geometry)
+    networks = finished.named(targets, args.data_dir, args.data_root)
+    images, _ = finished.images_for(networks)
+    finished.check_images(networks, images, args.num_images)
     for target in targets:
         if args.low and args.low > target.size:
             raise UserError(f"--low {args.low}: {target.name} takes {target.size} pixels; type "
@@ -88,15 +87,15 @@ def open_targets(args, *, imagenet):
 
 
 def open_networks(s, images, device):
-    """{name: Network} of the run's targets; images are decoded once for every size."""
+    """{name: Network} of the run's targets; images are decoded once for every geometry."""
     found, in_memory = {}, {}
     for target in s.targets:
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
-        if target.size not in in_memory:
-            in_memory[target.size] = load(images.prepared(target.size, s.num_images),
-                                          workers=s.workers)
-        found[target.name] = Network(target.name, model, in_memory[target.size], target.size, s,
-                                     device)
+        if target.geometry not in in_memory:
+            in_memory[target.geometry] = load(images.prepared(target.geometry, s.num_images),
+                                              workers=s.workers)
+        found[target.name] = Network(target.name, model, in_memory[target.geometry], target.size,
+                                     s, device)
         if not found[target.name].right("none", s.w).any():
             raise UserError(f"{target.name} gets none of these images right: nothing to attack; "
                             "type --weights of a trained network")

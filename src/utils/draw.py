@@ -11,6 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from utils.augment import FAMILIES
+from utils.data import read_image
+from utils.errors import UserError
 from utils.measure import share
 
 COLOURS = BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -50,10 +52,11 @@ def decode_delta(path):
 
     Without `delta_gain` in the file one grey level is read as 1/255.
     """
-    with Image.open(path) as image:
-        gain = image.text.get("delta_gain") if hasattr(image, "text") else None
-        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-        array = torch.from_numpy(np.array(image))
+    image = read_image(path, "L")
+    gain = image.info.get("delta_gain")
+    if gain is not None and gain not in map(str, range(1, 128)):
+        raise UserError(f"{path}: its delta_gain is {str(gain)[:20]}; wanted 1 to 127")
+    array = torch.from_numpy(np.array(image))
     array = array[None] if array.ndim == 2 else array.permute(2, 0, 1)
     return (array.float() - 128) / (255 * int(gain or 1)), gain is not None
 

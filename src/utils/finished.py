@@ -4,9 +4,10 @@ says of them, and the images that they may be tested on.
 
 import math
 
-from utils.data import NAMED, PRESETS, open_images, unseen
+from utils.data import NAMED, PRESETS, hold_out, open_images, unseen
 from utils.defenses import DEFENSES
 from utils.errors import UserError
+from utils.models import trained, weights_path
 from utils.nets import HEADS
 from utils.run import load_json
 
@@ -39,15 +40,19 @@ VALID = {  # fact: whether its value can be used
     "kind": _one_of(PRESETS), "model_name": _is_text, "data_dir": _is_text,
     "data_root": _is_text, "seconds": _number(0, 1e12), "image_size": _number(1, 4096, int),
     "eps": PIXELS, "alpha": _number(1e-12, 2), "alpha_fgs": PIXELS, "method": _one_of(METHODS),
-    "replays": COUNT, "steps": COUNT, "weight_steps": COUNT,
-    "stage": COUNT, "head": _one_of(HEADS), "classes": _are_texts, "defense": _one_of(DEFENSES),
-    "low": _or_none(COUNT), "augment": _are_texts, "w_fgsm": _number(0, 1e12),
-    "hold_out": _number(1e-3, 0.5), "given_images": _or_none(COUNT)}
+    "replays": COUNT, "clip_delta": _one_of(("ball", "box")), "steps": COUNT, "weight_steps": COUNT,
+    "seed": _number(0, 2 ** 62, int), "stage": COUNT, "head": _one_of(HEADS),
+    "classes": _are_texts, "defense": _one_of(DEFENSES), "low": _or_none(COUNT),
+    "augment": _are_texts, "w_fgsm": _number(0, 1e12),
+    "w_fgsm_target": _number(0, 1e12),
+    "hold_out": _or_none(_number(1e-3, 0.5)), "given_images": _or_none(COUNT)}
 NEEDED = {  # the fact by which a script's run is known: what else it must say
     "replays": ("method", "steps", "eps", "alpha", "weight_steps", "image_size"),
     "hold_out": ("given_images", "classes", "head", "defense", "low", "image_size", "stage",
                  "augment", "w_fgsm"),
     "alpha_fgs": ()}
+ORIGIN = ("data_dir", "data_root", "hold_out", "given_images")  # what it was trained on
+OPTIONAL = {*ORIGIN, "clip_delta", "seed", "w_fgsm_target"}      # that older runs do not say
 
 
 # ---------------------------------------------------------------------- finding them
@@ -57,6 +62,8 @@ def read_runs(paths):
     files = list(dict.fromkeys(map(find_run, paths)))
     facts = [read_facts(file) for file in files]
     found = [name_of(one, file.parent) for file, one in zip(files, facts, strict=True)]
+    found = [name if found.count(name) == 1 else f"{name}, seed {one.get('seed', 0)}"
+             for name, one in zip(found, facts, strict=True)]
     if len(set(found)) < len(found):
         found = list(map(str, files))
     return list(zip(found, files, facts, strict=True))
@@ -101,7 +108,7 @@ def checked(facts, path):
         raise UserError(f"{path}: does not say how the network was trained; wanted what "
                         "free_at.py, train_gcm.py or fgsm_mnist.py writes")
     needed = ("kind", "model_name", "data_dir", "seconds", kind, *NEEDED[kind])
-    for key in (*needed, *(["data_root"] if "data_root" in facts else [])):
+    for key in (*needed, *sorted(facts.keys() & OPTIONAL)):
         if key not in facts or not VALID[key](facts[key]):
             there = f"{key} is {str(facts[key])[:60]}" if key in facts else f"{key} is missing"
             raise UserError(f"{path}: {there}; restore what the training wrote, or train again")
@@ -109,15 +116,17 @@ def checked(facts, path):
 
 
 def name_of(facts, folder):
-    """natural, free8, 'free8 (alpha 0.25 eps)', pgd, fast; of other runs the folder's name."""
+    """natural, free8, 'free8 (alpha 0.25 eps, box)', pgd, fast; of other runs the folder's name.
+    """
     if "replays" not in facts:
         folder = folder.resolve()
         seed = folder.name.removeprefix("seed").isdigit()
         return f"{folder.parent.name}/{folder.name}" if seed else folder.name
     if facts["method"] != "free":
         return facts["method"]
-    part = facts["alpha"] / facts["eps"]
-    return f"free{facts['replays']}" + f" (alpha {part:.3g} eps)" * (part != 1)
+    part, box = facts["alpha"] / facts["eps"], facts.get("clip_delta") == "box"
+    more = ", ".join([f"alpha {part:.3g} eps"] * (part != 1) + ["box"] * box)
+    return f"free{facts['replays']}" + f" ({more})" * bool(more)
 
 
 # ----------------------------------------------------------------- how they are tested
@@ -128,41 +137,85 @@ def linf_radius(facts, kind):
     return facts.get("eps", facts.get("alpha_fgs", preset))
 
 
-def test_images(facts, data_dir, data_root, num_images):
-    """-> the test images, names only; what a reader must know of them, or ''.
+def origin(path):
+    """Of the NAME.json next to weights: what decides on which images they are tested; {}: nothing.
 
-    facts: {} for a network that is no run of ours; num_images is only checked. Where there is no
-    test split, a network of train_gcm.py gets the images that were held out of its training.
+    UserError: a run of ours, but with values that cannot be used.
     """
-    note = ""
-    if "hold_out" in facts:
+    facts = trained(path) if path else {}
+    if not facts.keys() & NEEDED:
+        return {}
+    facts = checked(facts, path)
+    return facts if "stage" in facts else {key: facts[key] for key in ORIGIN if key in facts}
+
+
+def named(targets, data_dir, data_root):
+    """What images_for takes, of networks that are given by name and --weights, [models.Target]."""
+    return [(target.name, origin(weights_path(target.name, target.weights)), data_dir, data_root)
+            for target in targets]
+
+
+def images_for(networks):
+    """-> test images that no network was trained on, names only; what a reader must know, or ''.
+
+    networks: [(name, facts, data_dir, data_root)], facts {} of one that is no run of ours.
+    UserError: there are none, or every network would get others.
+    """
+    ours, opened = [network for network in networks if network[1]] or networks[:1], {}
+    for name, facts, *where in ours:
+        key = str([where, *map(facts.get, ORIGIN)])
+        images, _ = opened[key] = opened.get(key) or unseen_by(facts, *where)
+        first = next(iter(opened.values()))[0]
+        if (images.kind, images.sha256()) != (first.kind, first.sha256()):
+            raise UserError(f"{name} is tested on {len(images)} {images.kind} images, "
+                            f"{ours[0][0]} on {len(first)} other {first.kind} images; wanted "
+                            "networks tested on the same images")
+    return first, "; ".join(dict.fromkeys(note for _, note in opened.values() if note))
+
+
+def unseen_by(facts, data_dir, data_root):
+    """-> the test images, without those that the network was trained on; a note for the reader."""
+    images = open_images(data_dir, split="test", data_root=data_root)
+    note = "held out of the training images" + (
+        ", and the best epoch was chosen on them" * ("stage" in facts))
+    train = _trained_on(facts)
+    if train is None and facts.get("hold_out"):  # perhaps on these
         images, held = unseen(data_dir, data_root, facts["hold_out"], facts["given_images"])
-        note = "held out of the training images, and the best epoch was chosen on them" * held
-    else:
-        images = open_images(data_dir, split="test", data_root=data_root)
-        note = "there is no test split: the network was trained on them" * (
-            bool(facts) and _same_files(images, facts["data_dir"]))
-    if images.kind != facts.get("kind", images.kind):
-        raise UserError(f"--data_dir {data_dir}: {images.kind} images; the network was trained on "
-                        f"{facts['kind']}")
-    taught = facts.get("classes", list(images.classes) if images.labelled else [])
-    if list(images.classes) != taught[:len(images.classes)]:
-        raise UserError(f"--data_dir {data_dir}: its {len(images.classes)} classes are not those "
-                        f"of the network ({len(taught) or 1000}); wanted the ones that it was "
-                        "trained on, for torchvision's networks folders such as n01440764")
-    if num_images and num_images > len(images):
-        raise UserError(f"--num_images {num_images}: {data_dir} has {len(images)}; type "
-                        f"--num_images {len(images)}, or leave it out")
-    return images, note
+        return images, note * held
+    if train is None or None in (train.root, images.root) or (
+            train.root.resolve() != images.root.resolve()):
+        return images, ""
+    train = train.prepared(train.geometry, facts.get("given_images"))
+    if facts.get("hold_out"):
+        held = hold_out(train.labels, facts["hold_out"])
+        return train.select(held.nonzero()[:, 0].tolist()), note
+    left = images.without(train.names)
+    if not len(left):
+        raise UserError(f"--data_dir {data_dir}: the network was trained on all of these images; "
+                        "type --data_dir with others, or train again: free_at.py holds some out")
+    return left, "without those that a network was trained on"
 
 
-def _same_files(images, trained_on):
-    """Whether these are the training images of a folder; False if it is no longer there."""
-    if trained_on in NAMED or images.root is None:
-        return False
+def _trained_on(facts):
+    """The images that a run was trained on and held out; None: no run, or they are gone."""
     try:
-        train = open_images(trained_on, split="train")
+        return open_images(facts["data_dir"], split="train", data_root=facts.get(
+            "data_root", "data")) if facts else None
     except UserError:
-        return False
-    return train.root is not None and (train.root.resolve(), train.names) == (
-        images.root.resolve(), images.names)
+        return None
+
+
+def check_images(networks, images, num_images):
+    """UserError unless the labels are classes of the networks, and there are so many images."""
+    for _, facts, data_dir, _ in networks:
+        if images.kind != facts.get("kind", images.kind):
+            raise UserError(f"--data_dir {data_dir}: {images.kind} images; the network was trained "
+                            f"on {facts['kind']}")
+        taught = facts.get("classes", list(images.classes) if images.labelled else [])
+        if list(images.classes) != taught[:len(images.classes)]:
+            raise UserError(f"--data_dir {data_dir}: its {len(images.classes)} classes are not those "
+                            f"of the network ({len(taught) or 1000}); wanted the ones that it was "
+                            "trained on, for torchvision's networks folders such as n01440764")
+        if num_images and num_images > len(images):
+            raise UserError(f"--num_images {num_images}: {data_dir} has {len(images)}; type "
+                            f"--num_images {len(images)}, or leave it out")

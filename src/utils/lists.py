@@ -13,6 +13,7 @@ from utils.errors import UserError
 
 LISTS = {"train": ("train.json", "train.txt", "label.txt"),
          "test": ("val.json", "test.json", "val.txt", "test.txt", "test_label.txt")}
+MOST_DIGITS = 6  # of a class index: every class up to the last one has an output of the network
 FOLDERS = ("", "images", "train", "val", "test")
 
 
@@ -42,7 +43,11 @@ def read_list(path):
         raise UserError(f"{path}: no file {missing} in {root or path.parent}; wanted names "
                         "relative to the list's folder, or to images, train, val or test in it")
     found = {label for _, label in pairs}
-    if all(label.isdigit() for label in found):
+    if all(label.isdecimal() for label in found):
+        longest = max(found, key=len)
+        if len(longest) > MOST_DIGITS:
+            raise UserError(f"{path}: class {longest[:20]}; wanted indices of at most {MOST_DIGITS} "
+                            "digits, or names")
         classes = tuple(map(str, range(max(map(int, found)) + 1)))
         return root, names, [int(label) for _, label in pairs], classes
     classes = tuple(sorted(found))
@@ -65,7 +70,7 @@ def _lines(path):
 def _json(path):
     try:
         found = json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not JSON; restore it, or type another --data_dir") from None
     if isinstance(found, dict):
         found = [(name, label) for label, names in found.items()

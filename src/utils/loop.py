@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.precision import synchronize
+from utils.precision import measuring, synchronize, training
 from utils.run import save_csv, save_pth
 from utils.team import Team
 
@@ -44,6 +44,9 @@ class Trainer:
     def one_pass(self, bar):
         """One epoch -> {column: number}, the loss first."""
         raise NotImplementedError
+
+    def start(self):
+        """What a new run decides before its first epoch."""
 
     def after(self):
         """{column: number} of what is measured after an epoch; its time is not counted."""
@@ -67,10 +70,18 @@ class Trainer:
             restore(state[name])
 
     def resume(self, state, folder):
-        """Continues from a checkpoint; None: deletes that of a run that is overwritten."""
+        """Continues from a checkpoint; None: starts, and deletes that of an overwritten run."""
         if state is not None:
-            self.restore(state)
-        elif self.team.first:
+            try:
+                self.restore(state)
+                assert self.seconds >= 0  # noqa: S101 (also that its rows are rows)
+            except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError,
+                    ValueError) as error:
+                raise UserError(f"{folder / 'checkpoint.pth'}: damaged, or not of this script; "
+                                "choose another folder") from error
+            return
+        self.start()
+        if self.team.first:
             (folder / "checkpoint.pth").unlink(missing_ok=True)
 
     @property
@@ -79,24 +90,28 @@ class Trainer:
         return round(sum(row["seconds"] for row in self.rows), 3)
 
 
-def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None):
+def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None,
+         deterministic=True):
     """Epochs until log.csv has `epochs` rows or the trainer has stopped.
 
     folder, flags: a RunFolder and what decides the result; None: nothing is written or printed.
-    board: a TensorBoard SummaryWriter. UserError where a loss or a weight is not finite.
+    board: a TensorBoard SummaryWriter. deterministic: no TF32 in one_pass, on a GPU; what is
+    measured after() it never has TF32. UserError where a loss or a weight is not finite.
     """
     first = trainer.team.first
     while len(trainer.rows) < epochs and not trainer.stopped:
         number = len(trainer.rows) + 1
         synchronize(trainer.device)
         start = time.perf_counter()
-        with tqdm(total=trainer.steps, desc=f"{desc} {number}", unit=trainer.unit, leave=False,
-                  disable=None if first else True) as bar:
+        with (tqdm(total=trainer.steps, desc=f"{desc} {number}", unit=trainer.unit, leave=False,
+                   disable=None if first else True) as bar,
+              training(trainer.device, deterministic)):
             found = trainer.one_pass(bar)
         synchronize(trainer.device)
         seconds = time.perf_counter() - start
         _check_finite(trainer, f"{desc} {number}", found)
-        row = {"epoch": number, **found, "seconds": seconds, **trainer.after()}
+        with measuring():
+            row = {"epoch": number, **found, "seconds": seconds, **trainer.after()}
         trainer.rows.append({k: round(v, 6) if isinstance(v, float) else v
                              for k, v in row.items()})
         if folder is not None:

@@ -1,8 +1,10 @@
 """What is measured, one name for each figure, always with n and a 95 % Wilson interval.
 
     fooling_ratio       share of ALL images whose predicted class changes; no labels needed
-    clean_acc, adv_acc  top-1 accuracy against the labels, before and after (top-5: _top5)
-    attack_robustness   correct before and after / correct before
+    clean_acc, adv_acc  top-1 accuracy against the labels, before and after (top-5: _top5); an image
+                        that the perturbation repairs counts as right
+    robust_acc          right before and still right after, of all images
+    attack_robustness   the same, of the images right before
     changed_by_chance   share of images that two forward passes of a random defence see differently
     targeted_success    share of the images not predicted as the target before that are after
 
@@ -134,15 +136,14 @@ def in_ball(x, x_adv, attack, audit):
 def figures(cell):
     """{metric: share}; k and n may be fractions for a random network.
 
-    With b and a the shares of an image's draws that are right before and after, attack_robustness
-    is the sum of a b over the sum of b.
+    With b and a the shares of an image's draws that are right before and after, robust_acc is the
+    sum of a b over the images, attack_robustness that over the sum of b.
     """
     before, after, draws = cell["before"], cell["after"], cell["draws"]
     right = _divide(sum(before), draws)
-    both = sum(b * a for b, a in zip(before, after, strict=True))
-    return {"clean_acc": share(right, cell["n"]),
-            "adv_acc": share(_divide(sum(after), draws), cell["n"]),
-            "attack_robustness": share(_divide(both, draws * draws), right)}
+    both = _divide(sum(b * a for b, a in zip(before, after, strict=True)), draws * draws)
+    return {"clean_acc": share(right, cell["n"]), "robust_acc": share(both, cell["n"]),
+            "attack_robustness": share(both, right)}
 
 
 def _divide(total, by):
@@ -191,7 +192,10 @@ class UapCounts:
         self.n += len(y)
 
     def figures(self, labelled, class_names):
-        """{metric: share}; accuracies only where the labels mean something to the target."""
+        """{metric: share}; accuracies only where the labels mean something to the target.
+
+        dominant_class, the most frequent prediction of fooled images, is None if there are none.
+        """
         c, n = self.counts, self.n
         result = {"fooling_ratio": share(c["fooled"], n)}
         if "by_chance" in c:
@@ -201,11 +205,13 @@ class UapCounts:
         if labelled:
             result.update(
                 clean_acc=share(c["clean"], n), adv_acc=share(c["adv"], n),
+                robust_acc=share(c["both"], n),
                 attack_robustness=share(c["both"], c["clean"]),
                 clean_acc_top5=share(c["clean_top5"], n), adv_acc_top5=share(c["adv_top5"], n))
         most = int(self.became.argmax())
-        result["dominant_class"] = {"class": most, "name": class_names[most],
-                                    **share(int(self.became[most]), c["fooled"])}
+        result["dominant_class"] = {
+            "class": most, "name": class_names[most],
+            **share(int(self.became[most]), c["fooled"])} if c["fooled"] else None
         result["fooling_ratio_rounded"] = share(c["fooled_rounded"], n)
         return result
 

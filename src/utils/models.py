@@ -19,10 +19,18 @@ import torch
 import torchvision.models as zoo
 from torch import nn
 
-from utils.data import SMALL
+from utils.data import SMALL, Geometry, paper_geometry
 from utils.errors import UserError
-from utils.nets import NETWORKS, RECIPE_VERSION, RECIPES, build_small, train_small, with_head
-from utils.run import load_json, load_pth, save_pth
+from utils.nets import (
+    NETWORKS,
+    RECIPE_VERSION,
+    RECIPES,
+    Standardize,
+    build_small,
+    train_small,
+    with_head,
+)
+from utils.run import is_plain, load_json, load_pth, save_pth
 
 
 class Normalize(nn.Module):
@@ -35,6 +43,11 @@ class Normalize(nn.Module):
 
     def forward(self, x):  # (N, C, H, W)
         return (x - self.mean) / self.std
+
+
+def first_layer(name, mean, std):
+    """What a network sees of [0, 1] pixels; eps and gradients are those before it."""
+    return Standardize() if name == "wrn_32_10" else Normalize(mean, std)
 
 
 def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root="data",
@@ -52,7 +65,7 @@ def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root=
         net, mean, std = _small(name, kind, weights, path, data_dir, data_root, device)
     else:
         net, mean, std = _torchvision(name, weights, path)
-    return freeze(nn.Sequential(Normalize(mean, std), net)).to(device)
+    return freeze(nn.Sequential(first_layer(name, mean, std), net)).to(device)
 
 
 def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None, data_dir=None,
@@ -85,38 +98,51 @@ def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = with_head(net, head, classes, name)
-    return nn.Sequential(Normalize(mean, std), net).train().requires_grad_(True)
+    return nn.Sequential(first_layer(name, mean, std), net).train().requires_grad_(True)
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A network that is measured: its name, its input size, and what a table says of its weights.
-    """
+    """A network that is measured. described: what a table says of its weights."""
     name: str
     weights: str
-    size: int
+    geometry: Geometry
     described: str
+
+    @property
+    def size(self):
+        return self.geometry.size
 
     def load(self, images, *, data_dir, data_root, device):
         """Its Sequential(Normalize, net); UserError if it cannot take images of that size."""
         model = load_model(self.name, weights=self.weights, kind=images.kind, data_dir=data_dir,
                            data_root=data_root, device=device)
-        check_takes(model, self.name, images.channels, self.size, device)
+        check_takes(model, self.name, images.channels, self.size, device,
+                    input_size(self.name, images.kind, images.size, self.weights))
         return model
 
 
-def targets_of(model_name, weights, preset, images, image_size=None):
+def targets_of(model_name, weights, preset, images, image_size=None, geometry="paper"):
     """[Target] of the flags --model_name and --weights, each a list of lists; nothing is loaded.
 
-    preset: names where --model_name is not given. UserError: no such network, weights that are
-    not one for all or one for each.
+    preset: names where --model_name is not given; image_size, geometry: as geometry_of. UserError:
+    no such network, weights that are not one for all or one for each.
     """
     names = list(dict.fromkeys(sum(model_name or [], []) or preset))
     for name in names:
         check_name(name, images.kind)
-    return [Target(name, one, image_size or input_size(name, images.kind, images.size, one),
+    return [Target(name, one, geometry_of(name, one, images, image_size, geometry),
                    describe_weights(name, one, images.kind))
             for name, one in zip(names, one_each(names, sum(weights, [])), strict=True)]
+
+
+def describe_geometry(targets):
+    """How the images of these networks are read, for the line above a table."""
+    by = {}
+    for target in targets:
+        by.setdefault(str(target.geometry), []).append(target.name)
+    return next(iter(by)) if len(by) == 1 else " / ".join(
+        f"{', '.join(dict.fromkeys(names))} {geometry}" for geometry, names in by.items())
 
 
 def freeze(model):
@@ -151,22 +177,41 @@ def input_size(name, kind, size, weights):
     """Side in pixels that the weights were trained for; `size` for data sets of a fixed size."""
     if kind in RECIPES:
         return size
-    path = weights_path(name, weights)
-    if path and head_of(path):
-        return trained(path)["image_size"]
-    if path or weights == "random":
-        return _transforms(name).crop_size[0]
-    return _enum(name, weights).transforms().crop_size[0]
+    return _own_size(name, weights) or _published(name, weights).crop_size[0]
 
 
-def check_takes(model, name, channels, size, device):
+def geometry_of(name, weights, images, image_size=None, geometry="paper"):
+    """How the images that a network is measured on are read.
+
+    geometry: 'paper', the same for all networks, at image_size pixels (None: 224; networks that
+    were trained here: as in their training); 'weights', as the weights were published. Small
+    images are not scaled. UserError: an image_size that the published weights are not for.
+    """
+    if images.kind in RECIPES:
+        return paper_geometry(image_size or images.size)
+    own = _own_size(name, weights)
+    if own or geometry == "paper":
+        return paper_geometry(image_size or own or 224)
+    about = _published(name, weights)
+    found = Geometry(about.crop_size[0], about.resize_size[0], about.interpolation.value)
+    if image_size and image_size != found.size:
+        raise UserError(f"--geometry weights --image_size {image_size}: the weights of {name} are "
+                        f"for {found.size} pixels; type one of the two flags")
+    return found
+
+
+def check_takes(model, name, channels, size, device, trained_for=None):
     """UserError if the network cannot take images of that size, before anything slow starts."""
     try:
         with torch.no_grad():
             model(torch.zeros((1, channels, size, size), device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:80]
-        raise UserError(f"--image_size {size}: {name} cannot take such images ({reason})") from None
+        hint = "" if trained_for in (None, size) else (
+            f"; its weights are for {trained_for} pixels: type --image_size {trained_for}, or "
+            "--geometry weights")
+        raise UserError(f"--image_size {size}: {name} cannot take such images ({reason}){hint}"
+                        ) from None
 
 
 # ----------------------------------------------------------------- torchvision
@@ -200,6 +245,19 @@ def _enum(name, weights):
 def _transforms(name):
     """Size and normalisation of the network's first published weights, V1 for nearly all."""
     return next(iter(zoo.get_model_weights(name))).transforms()
+
+
+def _published(name, weights):
+    """torchvision's transforms of these weights; of a file or random weights, the first ones'."""
+    first = weights == "random" or weights_path(name, weights)
+    return _transforms(name) if first else _enum(name, weights).transforms()
+
+
+def _own_size(name, weights):
+    """Side in pixels of the images that a script of ours trained these weights on, or None."""
+    path = weights_path(name, weights)
+    size = trained(path).get("image_size") if path else None
+    return size if type(size) is int and size > 0 else None
 
 
 def _local(name, path, seed=0):
@@ -254,8 +312,13 @@ def load_state(net, path, name):
     state = load_pth(path)
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and is_plain(value)
+                                              for key, value in state.items()):
         raise UserError(f"{path}: not a state dict; wanted the tensors of {name} by name")
+    broken = [key for key, value in state.items() if not value.float().isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} of its tensors are not finite (first: {broken[0]})"
+                        "; type other weights")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     wanted = net.state_dict()
     extra = [k for k in state if k not in wanted and not k.startswith(("aux", "AuxLogits"))]

@@ -4,8 +4,9 @@
     lenet, lenet_bn    the exercise's: two convolutions of stride 2 and two linear layers; with
                        BatchNorm after every layer but the last
     preact_resnet18    He et al. 2016 (arXiv:1603.05027), widths 64 to 512
-    wrn_32_10          Zagoruyko and Komodakis 2016 (arXiv:1605.07146) as Madry et al. count: five
-                       blocks a stage, widths 160, 320, 640 (elsewhere called WRN-34-10)
+    wrn_32_10          that of Madry et al. and of free training, in TensorFlow: five units a stage,
+                       widths 160, 320, 640, leaky ReLU, no weights in shortcuts; images are
+                       standardised one by one (Standardize)
 
 Heads for the feature map of any convolutional network, with_head(net, head, classes, name):
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 import torchvision.models as zoo
 from torch import nn
 
-from utils.data import default_workers, load, open_images, to_float
+from utils.data import default_workers, load, open_both, to_float
 from utils.errors import UserError
 from utils.loop import Trainer, loop
 
@@ -79,6 +80,57 @@ def _network(channels, first, widths, blocks):
                          nn.Flatten(), nn.Linear(cin, 10))
 
 
+class WideUnit(nn.Module):
+    """x + conv(act(bn(conv(act(bn(x)))))) of TensorFlow's ResNet, act: leaky ReLU of slope 0.1.
+
+    Where the shape changes, the shortcut is average pooling and channels of zeros on both sides.
+    first: it starts after the first activation.
+    """
+
+    def __init__(self, cin, cout, stride, first=False):
+        super().__init__()
+        self.stride, self.first, self.more = stride, first, (cout - cin) // 2
+        self.bn1, self.bn2 = (nn.BatchNorm2d(width, eps=1e-3) for width in (cin, cout))
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride, padding=2 - stride, bias=False)
+        self.conv2 = _conv3(cout, cout, 1)
+
+    def forward(self, x):
+        out = F.leaky_relu(self.bn1(x), 0.1)
+        x = out if self.first else x
+        if self.stride == 2:  # TensorFlow's padding "SAME": right and bottom alone
+            out, x = F.pad(out, (0, 1, 0, 1)), F.avg_pool2d(x, 2)
+        out = self.conv2(F.leaky_relu(self.bn2(self.conv1(out)), 0.1))
+        return out + F.pad(x, (0, 0, 0, 0, self.more, self.more))
+
+
+class Standardize(nn.Module):
+    """(x - mean) / max(std, 1 / sqrt(D)) of the D numbers of each image, on the scale of 0 to 255.
+
+    As tf.image.per_image_standardization, inside the network.
+    """
+
+    def forward(self, x):  # (N, C, H, W) in [0, 1]
+        x = 255 * x
+        x = x - x.mean((1, 2, 3), keepdim=True)
+        return x / x.square().mean((1, 2, 3), keepdim=True).clamp_min(1 / x[0].numel()).sqrt()
+
+
+def _wide(channels):
+    layers, cin = [_conv3(channels, 16, 1)], 16
+    for stage, width in enumerate((160, 320, 640)):
+        for unit in range(5):
+            layers.append(WideUnit(cin, width, 2 if stage and not unit else 1, cin == 16))
+            cin = width
+    net = nn.Sequential(*layers, nn.BatchNorm2d(cin, eps=1e-3), nn.LeakyReLU(0.1),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 10))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    nn.init.uniform_(net[-1].weight, -(3 / cin) ** 0.5, (3 / cin) ** 0.5)
+    nn.init.zeros_(net[-1].bias)
+    return net
+
+
 def _lenet(channels, size, norm):
     layers, widths = [], ((channels, 16), (16, 32))
     for cin, cout in widths:
@@ -98,7 +150,7 @@ NETWORKS = {  # name: (channels, pixels) -> network of 10 classes
     "lenet": lambda channels, size: _lenet(channels, size, norm=False),
     "lenet_bn": lambda channels, size: _lenet(channels, size, norm=True),
     "preact_resnet18": lambda channels, _: _network(channels, 64, (64, 128, 256, 512), 2),
-    "wrn_32_10": lambda channels, _: _network(channels, 16, (160, 320, 640), 5)}
+    "wrn_32_10": lambda channels, _: _wide(channels)}
 
 
 def build_small(name, channels, size):
@@ -161,8 +213,8 @@ class SmallTraining(Trainer):
 def train_small(model, name, kind, data_dir, data_root):
     """Trains in place; prints the accuracy on the test split. The model ends in eval mode."""
     start = time.time()
-    train, test = (load(open_images(_parent(data_dir), split=split, data_root=data_root),
-                        workers=default_workers()) for split in ("train", "test"))
+    train, test = (load(images, workers=default_workers())
+                   for images in open_both(_parent(data_dir), data_root))
     if len(train) < (64 if kind == "digits" else 128):
         raise UserError(f"--data_dir {data_dir}: {len(train)} training images are too few to train "
                         f"{name} on; type --weights PATH")

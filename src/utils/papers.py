@@ -3,6 +3,8 @@
 # Pei et al. 2022 (arXiv:2205.10617), README of the authors' repository: network -> vanilla, GCM;
 # each top-1 accuracy, then attack robustness under the attacks of GCM_COLUMNS
 GCM_COLUMNS = ("fgsm", "pgd_l1", "pgd_l2", "pgd_linf", "cw_pgd_l2")
+GCM_RADII = {"linf": 8 / 255, "l2": 8, "l1": 1600}  # RobustART's, at 224 pixels
+GCM_LAYER = (1e20, 1e-8)  # w, epsilon
 GCM_TABLE = {
     "resnet50": ((77.89, 31.77, 0.01, 0.01, 0.00, 0.21),
                  (78.57, 95.18, 94.82, 94.41, 97.38, 95.11)),

@@ -14,13 +14,13 @@ from utils.data import Images, alive, read_rgb, stack
 from utils.errors import UserError
 
 
-def one_pass(images, batch_size, generator, team, *, vary, smallest, workers):
+def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4):
     """Yields (n of the joint minibatch, index (m,) of this process's images, x (m, C, H, W) uint8).
 
     Process p takes images p, p + size, ... of every minibatch; a last minibatch of fewer than
     `smallest` images is left out. vary: photographs are cropped by RandomResizedCrop and mirrored,
-    CIFAR-10 is shifted by up to four pixels and mirrored, digits stay as they are. Every image gets
-    the same crop whatever the number of processes.
+    CIFAR-10 is shifted by up to `shift` pixels and mirrored, digits stay as they are. Every image
+    gets the same crop whatever the number of processes.
     """
     order = torch.randperm(len(images), generator=generator)
     u = torch.rand((3, len(images)), generator=generator)
@@ -31,16 +31,16 @@ def one_pass(images, batch_size, generator, team, *, vary, smallest, workers):
         plan = [list(zip(order[p].tolist(), seeds[p].tolist(), strict=True)) for p in own]
         found = random_crops(images, plan, workers=workers)
     else:
-        found = ((order[p], _pixels(images, order[p], u[:, p], vary)) for p in own)
+        found = ((order[p], _pixels(images, order[p], u[:, p], vary, shift)) for p in own)
     for part, (index, x) in zip(joint, found, strict=True):
         yield len(part), index, x
 
 
-def _pixels(images, index, u, vary):
+def _pixels(images, index, u, vary, shift):
     pixels = images.pixels[index.to(images.pixels.device)]
     if not vary or images.kind in ("digits", "mnist"):
         return pixels
-    return crop_flip(F.pad(pixels, (4,) * 4), images.size, u)
+    return crop_flip(F.pad(pixels, (shift,) * 4), images.size, u)
 
 
 @dataclass(frozen=True, eq=False)

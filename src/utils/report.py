@@ -33,6 +33,9 @@ def protocol(facts):
 
 
 def csv_columns(figures):
-    """{metric: share} -> {metric: value, metric_n: n, metric_low: ..., metric_high: ...}."""
-    return {f"{name}{end}": s[key] for name, s in figures.items() for end, key in (
+    """{metric: share} -> {metric: value, metric_n: n, metric_low: ..., metric_high: ...}.
+
+    Empty where a share is None.
+    """
+    return {f"{name}{end}": s and s[key] for name, s in figures.items() for end, key in (
         ("", "value"), ("_n", "n"), ("_low", "low"), ("_high", "high"))}

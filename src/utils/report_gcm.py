@@ -4,11 +4,15 @@ The cells of a run come as {Cell: counts}, in the order of the rows; counts is N
 not been made yet.
 """
 
+from math import isclose
+
 from utils import draw
 from utils.audit import checklist, verdict
+from utils.data import paper_geometry
 from utils.defenses import describe, is_random
 from utils.measure import figures, worst_of
-from utils.papers import GCM_COLUMNS, GCM_TABLE
+from utils.models import describe_geometry
+from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
 from utils.report import csv_columns, eps_text, interval, markdown
 from utils.run import save_csv, save_json, write_atomic
 
@@ -30,7 +34,8 @@ def facts(settings, s, steps):
     return {
         "data": settings["data"], "n": settings["n"],
         "image list": f"sha256 {settings['images_sha256'][:16]}",
-        "networks": ", ".join(f"{t.name} {t.size} pixels ({t.described})" for t in s.targets),
+        "geometry": describe_geometry(s.targets),
+        "networks": ", ".join(f"{t.name} ({t.described})" for t in s.targets),
         "defence": defence.replace(f"w={s.w:g} ", "") if s.w_sweep else defence,
         "attacked": "images that are right before, untargeted",
         "loss": "cross-entropy, for C&W its margin", "FGSM": "from the image",
@@ -64,11 +69,12 @@ def label(cell, draws):
 
 def save_table(folder, head, cells, s):
     """results.md, results.csv; -> the Markdown"""
-    rows, lines, saved = {}, [], []
+    rows, lines, saved, missing, titles = {}, [], [], {}, {}
+    targets = {target.name: target for target in s.targets}
     for cell, counts in cells.items():
         rows.setdefault(cell.model, {}).setdefault(label(cell, s.draws), {})[cell.attack] = counts
-    titles = {name: name for name in s.attacks} | {
-        cell.attack: counts["title"] for cell, counts in cells.items() if counts}
+        if counts:  # networks of other sizes are attacked at other radii
+            titles.setdefault(cell.attack, {})[counts["title"]] = True
     for model, own in rows.items():
         for name, by_attack in own.items():
             done = [counts for counts in by_attack.values() if counts]
@@ -81,22 +87,61 @@ def save_table(folder, head, cells, s):
             saved += [{"model": model, "row": name, "attack": attack, **_columns(counts)}
                       for attack, counts in shown.items() if counts]
         if s.defense == "gcm" and s.metric == "attack_robustness":
-            lines += paper_lines(model, s.attacks)
+            papers, reasons = paper_rows(targets[model], own["vanilla"], s)
+            lines, missing = lines + papers, missing | reasons
     text = (f"{head}\n{s.metric}, % (95 % Wilson interval); clean_acc of all images; worst case "
             "over the columns, image by image; s: seconds of the row's attacks\n\n" + markdown(
-                ["network", "row", "clean_acc", *(titles[name] for name in s.attacks), WORST, "s"],
-                lines) + audit_line([counts for counts in cells.values() if counts]))
+                ["network", "row", "clean_acc",
+                 *(" / ".join(titles.get(name, [name])) for name in s.attacks), WORST, "s"], lines))
+    if missing:
+        text += f"\npaper: '-' where it measured something else: {'; '.join(missing)}\n"
+    text += audit_line([counts for counts in cells.values() if counts])
     save_csv(folder / "results.csv", saved)
     write_atomic(folder / "results.md", text.encode())
     return text
 
 
-def paper_lines(model, attacks):
-    """The paper's two rows of this network, where it prints these columns."""
-    return [[model, f"paper: {name}", f"{top1:.2f}", *(
-        f"{dict(zip(GCM_COLUMNS, ar, strict=True))[attack]:.2f}" if attack in GCM_COLUMNS else "-"
-        for attack in attacks), "-", "-"]
-        for name, (top1, *ar) in zip(("vanilla", "GCM"), GCM_TABLE.get(model, ()), strict=False)]
+def paper_rows(target, cells, s):
+    """The paper's rows of this network, if it has some; why figures are left out, as keys.
+
+    cells {attack: counts or None}: our vanilla row.
+    """
+    lines, reasons = [], {}
+    for name, numbers in zip(("vanilla", "GCM"), GCM_TABLE.get(target.name, ()), strict=False):
+        printed = dict(zip(("clean_acc", *GCM_COLUMNS), numbers, strict=True))
+        other = incomparable(name, target, cells, s)
+        lines.append([target.name, f"paper: {name}", *(
+            f"{printed[column]:.2f}" if column in printed and column not in other else "-"
+            for column in ("clean_acc", *cells)), "-", "-"])
+        reasons |= dict.fromkeys(other.values())
+    return lines, reasons
+
+
+def incomparable(name, target, cells, s):
+    """{column: in what our measurement differs from the one that the paper prints in this row}.
+
+    name: 'vanilla' or 'GCM'; cells: as for paper_rows.
+    """
+    if s.kind != "imagenet" or target.geometry != paper_geometry():
+        reason = (f"{target.name}: {target.geometry} instead of {paper_geometry()}"
+                  if s.kind == "imagenet" else "images of other classes than ImageNet's")
+        return dict.fromkeys(("clean_acc", *cells), reason)
+    found = {}
+    for attack, counts in cells.items():
+        if attack not in GCM_COLUMNS or counts is None:
+            continue
+        norm, eps = counts["norm"], counts["eps"]
+        if not isclose(eps, GCM_RADII[norm]):
+            found[attack] = (f"{norm.capitalize()} eps {eps_text(eps, norm)} instead of "
+                             f"{eps_text(GCM_RADII[norm], norm)}")
+        elif s.stop_early and attack != "fgsm":
+            found[attack] = "fooled images leave PGD"
+        elif s.amp != "off":
+            found[attack] = f"gradients in {s.amp}"
+        elif name == "GCM" and (s.w, s.epsilon) != GCM_LAYER:
+            found[attack] = "w={:g} epsilon={:g} instead of w={:g} epsilon={:g}".format(
+                s.w, s.epsilon, *GCM_LAYER)
+    return found
 
 
 def audit_line(done):

@@ -11,21 +11,29 @@ from utils.report import interval, markdown, protocol
 from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
 
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
-           "strongest": "APGD + Square"}
+           "strongest": "strongest"}
+OLDER = {"strongest": "APGD-CE + APGD-DLR + Square"}  # of runs whose facts do not say it
 HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
-SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv")  # in all runs of a summary
+SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv", "strongest")  # in a summary
 
 
-def suspicions(found):
-    """[(what it is called, the figures)] for {clean, fgs, fgv, pgd40, strongest: value}."""
-    said, percent = [], {name: f"{100 * found[name]:.1f} %" for name in COLUMNS}
+def titles(facts):
+    """{figure: its column}, the strongest attack named by its parts."""
+    return COLUMNS | {"strongest": facts["strongest"]}
+
+
+def suspicions(found, named):
+    """[(what it is called, the figures)] for {clean, fgs, fgv, pgd40, strongest: value}; named:
+    their titles.
+    """
+    said, percent = [], {name: f"{100 * value:.1f} %" for name, value in found.items()}
     for name in ("fgs", "fgv"):
         if found[name] > found["clean"]:
-            said.append(("label leaking", f"accuracy under {COLUMNS[name]} {percent[name]}, on "
+            said.append(("label leaking", f"accuracy under {named[name]} {percent[name]}, on "
                          f"clean images {percent['clean']}"))
     if found["fgs"] > HIGH and min(found["pgd40"], found["strongest"]) < LOW:
         said.append(("catastrophic overfitting", "accuracy " + ", ".join(
-            f"under {COLUMNS[name]} {percent[name]}" for name in ("fgs", "pgd40", "strongest"))))
+            f"under {named[name]} {percent[name]}" for name in ("fgs", "pgd40", "strongest"))))
     return said
 
 
@@ -50,17 +58,18 @@ def settings(facts):
 def table(runs):
     """Markdown: protocol, a line for every (facts, figures of its seeds), and the suspicions."""
     facts, seeds = runs[0]
+    named = titles(facts)
     spread = (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1
               else "95 % Wilson interval")
     lines = [[facts["variation"], *(mean_of(found, name) for name in COLUMNS),
               f"{statistics.mean(one['seconds'] for one in found):.0f}"] for facts, found in runs]
     said = [f"\n{what}: {facts['variation']}, seed {one['seed']}: {figures}\n"
             for facts, found in runs for one in found
-            for what, figures in suspicions({name: one[name]["value"] for name in COLUMNS})]
+            for what, figures in suspicions({name: one[name]["value"] for name in COLUMNS}, named)]
     return (protocol(settings(facts))
             + "clean_acc, then attack_robustness (of the images right before the attack, those "
             f"right after it), %, {spread}; s: training\n\n"
-            + markdown(["trained on", *COLUMNS.values(), "s"], lines) + "".join(said))
+            + markdown(["trained on", *named.values(), "s"], lines) + "".join(said))
 
 
 def save_results(folder, facts, found):
@@ -68,7 +77,7 @@ def save_results(folder, facts, found):
     logs = [_read_log(folder / f"seed{one['seed']}") for one in found]
     write_atomic(folder / "curve.png", draw.variations({facts["variation"]: logs}))
     save_json(folder / "results.json", {"facts": facts, "seeds": found})
-    save_csv(folder / "results.csv", _rows(found))
+    save_csv(folder / "results.csv", _rows(facts, found))
     text = table([(facts, found)])
     write_atomic(folder / "results.md", text.encode())
     print(text + f"saved {folder.path}/results.json (.csv, .md), curve.png")
@@ -91,7 +100,7 @@ def summarise(folders, out):
     folder, text = RunFolder(out), table(runs)
     write_atomic(folder / "summary.md", text.encode())
     save_csv(folder / "summary.csv", [{"variation": facts["variation"], **row}
-                                      for facts, found in runs for row in _rows(found)])
+                                      for facts, found in runs for row in _rows(facts, found)])
     write_atomic(folder / "curves.png", draw.variations(logs))
     picture = draw.exercise(shown) if shown else None
     if picture:
@@ -105,11 +114,13 @@ def _read_run(path):
     if not isinstance(saved, dict) or "variation" not in saved.get("facts", {}):
         raise UserError(f"--summary {path}: no finished run; wanted a folder that fgsm_mnist.py "
                         "left, with results.json in it")
-    return saved["facts"], saved["seeds"]
+    return OLDER | saved["facts"], saved["seeds"]
 
 
-def _rows(found):
-    return [{"seed": one["seed"], "metric": name, **one[name]} for one in found for name in COLUMNS]
+def _rows(facts, found):
+    named = titles(facts) | {"clean": "none"}
+    return [{"seed": one["seed"], "metric": "clean_acc" if name == "clean" else "attack_robustness",
+             "under": under, **one[name]} for one in found for name, under in named.items()]
 
 
 def _read_log(folder):

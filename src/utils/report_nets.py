@@ -16,16 +16,15 @@ WORST = "worst case"
 BACKWARD = {"natural": lambda facts: 1, "free": lambda facts: 1, "fast": lambda facts: 2,
             "pgd": lambda facts: facts["steps"] + 1}  # backward passes of a weight step
 TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentations", "w_fgsm",
-            "minutes", "clean_acc")  # the first columns
+            "w_fgsm_target", "minutes", "clean_acc")  # the first columns
 
 
-def save_tables(folder, networks, titles, settings, cells, s):
+def save_tables(folder, networks, settings, cells, s):
     """Writes results.md, results.csv and corruptions.png; -> the Markdown.
 
-    networks: eval_net.Tested; titles: of the attacks; settings: of this command; cells: of
-    results.json; s: the flags.
+    networks: eval_net.Tested; settings: of this command; cells: of results.json; s: the flags.
     """
-    found = [measured(net, titles, settings, cells, s) for net in networks]
+    found = [measured(net, settings, cells, s) for net in networks]
     text = protocol(stated(networks, settings, found[0].clean["n"], s)) + "\n" + tables(found)
     save_csv(folder / "results.csv", csv_rows(found))
     write_atomic(folder / "results.md", text.encode())
@@ -38,7 +37,7 @@ def save_tables(folder, networks, titles, settings, cells, s):
 def stated(networks, settings, n, s):
     """What all figures have in common, for the line above the table."""
     nets = [f"{net.name} (" + f"{net.target.name}, " * (net.name != net.target.name)
-            + f"{net.target.size} pixels, {net.target.described})" for net in networks]
+            + f"{net.target.geometry}, {net.target.described})" for net in networks]
     behind = [net for net in networks if net.defense != "none"]
     defences = [f"{net.name} behind "
                 + describe(net.defense, size=net.target.size, low=net.facts["low"])
@@ -50,7 +49,8 @@ def stated(networks, settings, n, s):
         "attacks": "on the images that are classified correctly; PGD from a random start in steps "
                    "of eps/4, until the image is fooled"
                    + ", behind a random defence always to the end" * random,
-        "attacker": f"adaptive ({', '.join(means)})" if behind else ""} if s.attacks else {}
+        "attacker": f"adaptive ({', '.join(means)})" if behind else "",
+        "under attack": "robust_acc, right before and still right after"} if s.attacks else {}
     note = f" ({settings['note']})" if settings["note"] else ""
     return {
         "data": settings["data"], "n": f"{n} test images{note}",
@@ -63,11 +63,12 @@ def stated(networks, settings, n, s):
 
 def headline(cell):
     """The figure of one cell, for the line that is printed when it is done."""
-    if "after" in cell:
-        return "accuracy " + interval(figures(cell)["adv_acc"])
     if "fooled" in cell:
         return "fooling_ratio " + interval(share(cell["fooled"], cell["n"]))
-    return "clean accuracy " + interval(share(cell["right"]["clean"], cell["n"]))
+    if "right" in cell:
+        return "clean_acc " + interval(share(cell["right"]["clean"], cell["n"]))
+    metric = "robust_acc" if "eps" in cell else "clean_acc"
+    return f"{metric} {interval(figures(cell)[metric])}"
 
 
 # --------------------------------------------------------------------------- the tables
@@ -88,7 +89,7 @@ class Measured:
 
     @property
     def worst(self):
-        return figures(worst_of(list(self.attacks.values())))["adv_acc"]
+        return figures(worst_of(list(self.attacks.values())))["robust_acc"]
 
     @property
     def mean(self):
@@ -97,20 +98,20 @@ class Measured:
         return share(sum(s["k"] for s in found), sum(s["n"] for s in found))
 
 
-def measured(net, titles, settings, cells, s):
+def measured(net, settings, cells, s):
     """The figures of one network."""
     def own(name):
         return cells[f"{net.name} | {name}"]
 
     plain = {}
-    if s.corruptions or not titles:
+    if s.corruptions or not s.attacks:
         cell = own("corruptions" if s.corruptions else "accuracy")
         plain = {name: share(k, cell["n"]) for name, k in cell["right"].items()}
     fooled = {key: own(key) for key in settings if key.startswith("uap ")}
     return Measured(
         net.name, net.facts, net.folder,
-        clean=figures(own("clean"))["clean_acc"] if titles else plain["clean"],
-        attacks={title: own(title) for title in titles},
+        clean=figures(own("clean"))["clean_acc"] if s.attacks else plain["clean"],
+        attacks={title: own(title) for title in net.attacks(s)},
         corruptions=plain if s.corruptions else {},
         uaps={key.removeprefix("uap "): share(cell["fooled"], cell["n"])
               for key, cell in fooled.items()})
@@ -155,19 +156,21 @@ def columns_of(net):
         steps = facts["weight_steps"]
         found = {"weight steps": steps,
                  "backward passes": steps * BACKWARD[facts["method"]](facts)}
-    if "hold_out" in facts:
+    if "stage" in facts:
         found = {"stage": facts["stage"], "defence": facts["defense"],
                  "augmentations": " ".join(facts["augment"]), "w_fgsm": f"{facts['w_fgsm']:g}"}
+        if "w_fgsm_target" in facts:  # before it, w_fgsm was of x + eps sign(g) alone
+            found["w_fgsm_target"] = f"{facts['w_fgsm_target']:g}"
     if facts:
         found["minutes"] = f"{facts['seconds'] / 60:.1f}"
     found["clean_acc"] = interval(net.clean)
-    found |= {title: interval(figures(cell)["adv_acc"]) for title, cell in net.attacks.items()}
+    found |= {title: interval(figures(cell)["robust_acc"]) for title, cell in net.attacks.items()}
     if len(net.attacks) > 1:
         found[WORST] = interval(net.worst)
     if net.corruptions:
         title = f"mean of {len(net.corruptions) - 1} augmentations"
         found[title] = f"{100 * net.mean['value']:.1f}"
-    found |= robustness_table(net.folder) if "hold_out" in facts else {}
+    found |= robustness_table(net.folder) if "stage" in facts else {}
     if "replays" in facts and facts["kind"] == "cifar10":
         titles = ("paper: clean", "paper: PGD-20-10", "paper: minutes")
         found |= dict(zip(titles, FREE_TABLE.get(net.name, "---"), strict=True))
@@ -198,8 +201,8 @@ def claims(networks):
     by = {net.name: net for net in networks if "replays" in net.facts and len(net.attacks) > 1}
     said = []
     if "natural" in by:
-        said.append(f"Natural training: accuracy {100 * by['natural'].worst['value']:.1f} % in the "
-                    "worst case (paper: 0).")
+        said.append(f"Natural training: robust_acc {100 * by['natural'].worst['value']:.1f} % in "
+                    "the worst case (paper: 0).")
     if {"free8", "pgd"} <= by.keys():
         free, pgd = by["free8"], by["pgd"]
         points = 100 * (free.worst["value"] - pgd.worst["value"])
@@ -223,7 +226,7 @@ def csv_rows(networks):
                                if len(net.attacks) > 1 else {})
         found += [row(net, "clean_acc", "none", net.clean)]
         found += [row(net, metric, title, figures(cell)[metric]) for title, cell in cells.items()
-                  for metric in ("adv_acc", "attack_robustness")]
+                  for metric in ("robust_acc", "attack_robustness")]
         found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()]
         found += [row(net, "fooling_ratio", name, s) for name, s in net.uaps.items()]
     return found

@@ -2,7 +2,7 @@
 
 from statistics import mean, stdev
 
-from utils.report import csv_columns, interval, markdown
+from utils.report import csv_columns, eps_text, interval, markdown, protocol
 from utils.uaps import rounded
 
 SETTINGS = ("epochs", "amp", "method", "model_name", "weights", "defense", "bpda", "eps", "alpha",
@@ -15,7 +15,7 @@ def report(rows, about, uaps, targets):
     """The Markdown text: protocol, fooling ratios, means over seeds, all figures, one audit line
     for each perturbation. about: the facts of the protocol in results.json.
     """
-    text = protocol_lines(about)
+    text = protocol(stated(about))
     for metric, of in (("fooling_ratio", "all images"), ("targeted_success", "images")):
         if all(metric in row for row in rows):
             text += (f"\n{metric}, % of {of} (95 % Wilson interval)\n\n"
@@ -31,14 +31,16 @@ def report(rows, about, uaps, targets):
     return text
 
 
-def protocol_lines(about):
-    """The two lines above the tables: data, and target networks."""
-    defence = f"; defence: {about['defense']}" if about["defense"] != "none" else ""
-    targets = ", ".join(f"{name} ({weights})" for name, weights in about["targets"].items())
-    return (f"Protocol: {about['data']}, n={about['n']} ({len(about['skipped'])} skipped), list "
-            f"sha256 {about['images_sha256'][:16]}; {about['geometry']}; {about['clamp']}; eps at "
-            f"most {about['eps'] * 255:g}/255; {about['precision']}{defence}\n"
-            f"Targets: {targets}\n")
+def stated(about):
+    """{name: value} that every figure depends on, for the line above the tables."""
+    return {
+        "data": about["data"], "n": about["n"], "skipped": len(about["skipped"]) or "",
+        "list sha256": about["images_sha256"][:16],
+        "networks": ", ".join(f"{name} ({weights})" for name, weights in about["targets"].items()),
+        "defence": "" if about["defense"] == "none" else about["defense"],
+        "geometry": about["geometry"], "perturbed images": about["clamp"],
+        "eps at most": eps_text(about["eps"], "linf"), "precision": about["precision"],
+        "device": about["device"], "torch": about["torch"]}
 
 
 def metric_table(rows, uaps, targets, metric="fooling_ratio"):
@@ -56,8 +58,12 @@ def detail_table(rows):
     head = ["UAP", "target", *metrics, "most frequent wrong class, % of the fooled"]
     return markdown(head, [[row["uap"], row["target"],
                             *(interval(row[m]) if m in row else "-" for m in metrics),
-                            f"{row['dominant_class']['name']}, "
-                            f"{100 * row['dominant_class']['value']:.1f}"] for row in rows])
+                            dominant(row["dominant_class"])] for row in rows])
+
+
+def dominant(found):
+    """'4, 93.9': the most frequent wrong class and its share; '-' if nothing is fooled."""
+    return f"{found['name']}, {100 * found['value']:.1f}" if found else "-"
 
 
 def same_but_seed(uaps):
@@ -106,6 +112,7 @@ def check_line(uap, rows, resized):
 
 def flat(row):
     """A row of results.csv: each figure with its n and interval."""
-    figures = {key: value for key, value in row.items() if isinstance(value, dict)}
+    figures = {key: value for key, value in row.items() if key not in ("uap", "target", "n")}
+    most = row["dominant_class"]
     return {"uap": row["uap"], "target": row["target"], "n": row["n"], **csv_columns(figures),
-            "dominant_class_name": row["dominant_class"]["name"]}
+            "dominant_class_name": most and most["name"]}

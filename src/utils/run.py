@@ -10,11 +10,13 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import platform
 import re
-import struct
 import subprocess
 import tempfile
+import warnings
+import zipfile
 from dataclasses import make_dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 import torchvision
 
 from utils.errors import UserError
+from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
 # ------------------------------------------------------------ settings, device, seed
 
@@ -34,16 +37,21 @@ def settled(args, **filled):
 def result_flags(settings, *without, **more):
     """{flag: value} of what decides a result, by which a resumed run is compared with the old one.
 
-    without: flags besides the usual ones that decide nothing; more: what else decides it.
+    without: flags besides the usual ones that decide nothing; more: what else decides it. With
+    device="cuda" --deterministic does; on a CPU it changes nothing.
     """
     without = {"data_dir", "data_root", "save", "workers", "resume", "overwrite", *without}
+    if more.get("device") != "cuda":
+        without.add("deterministic")
     return {k: v for k, v in vars(settings).items() if k not in without} | more
 
 
 def resolve_device(name):
-    """'auto' -> cuda, mps or cpu, whichever is there first; an absent one is a UserError."""
-    torch.backends.cudnn.allow_tf32 = False  # "float32" in a table means float32
-    torch.backends.cudnn.deterministic = True
+    """'auto' -> cuda, mps or cpu, whichever is there first; an absent one is a UserError.
+
+    From here on the process computes exactly; weight steps may leave that (utils/loop.py).
+    """
+    set_arithmetic(EXACT)  # "float32" in a table means float32
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if name == "auto":
@@ -58,8 +66,13 @@ def make_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def provenance(device):
-    """What else a figure depends on: versions, device, threads, commit."""
+def provenance(device, deterministic=True):
+    """What else a figure depends on: versions, device, threads, commit, arithmetic.
+
+    deterministic: of a training, its flag; figures are always measured so.
+    """
+    with training(device, deterministic):
+        state = arithmetic()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -68,7 +81,7 @@ def provenance(device):
     name = (torch.cuda.get_device_name() if device.type == "cuda"
             else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)")
     return {"device": name, "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "python": platform.python_version(), "commit": commit}
+            "python": platform.python_version(), "commit": commit, "arithmetic": state}
 
 
 # ---------------------------------------------------------------------- files
@@ -108,21 +121,38 @@ def save_pth(path, value):
 
 def load_pth(path):
     """torch.load of tensors and plain containers; a pickle with code in it is refused, not run."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: " + ("a folder, wanted a .pth file" if path.is_dir() else
+                                       "no such file"))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, wanted a .pth file") from None
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # not even a pickle
-            raise UserError(f"{path}: no .pth file; wanted tensors saved by torch.save") from None
-        raise UserError(f"{path}: holds more than tensors (code or a whole module) and was not "
-                        "executed; save it again as a plain tensor or state dict") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError,
-            AssertionError, struct.error) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of pickle protocols and deprecated formats
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything on a broken file
+        foreign = isinstance(error, pickle.UnpicklingError)
+        if (foreign and _is_pickle(path)) or "TorchScript" in str(error):
+            raise UserError(f"{path}: holds more than tensors (code, a whole module, a pickle that "
+                            "is not torch's) and was not executed; save a plain tensor or state "
+                            "dict with torch.save") from None
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        raise UserError(f"{path}: truncated, or no .pth file ({reason})") from None
+        raise UserError(f"{path}: no .pth file; wanted tensors saved by torch.save" if foreign else
+                        f"{path}: truncated, or no .pth file ({reason})") from None
+
+
+def _is_pickle(path):
+    """Whether the file is a pickle, or torch's archive of one, by its opcodes: none is executed."""
+    try:
+        with open(path, "rb") as file:
+            return zipfile.is_zipfile(path) or all(pickletools.genops(file))
+    except Exception:  # no opcode, cut off, too large a number
+        return False
+
+
+def is_plain(value):
+    """Whether it is a tensor of real numbers that are there: no sparse, quantised or meta one."""
+    return (torch.is_tensor(value) and value.layout is torch.strided and value.device.type == "cpu"
+            and not (value.is_quantized or value.is_nested or value.is_complex()))
 
 
 def save_json(path, value):
@@ -135,7 +165,7 @@ def save_json(path, value):
 def load_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not JSON; remove it or restore it") from None
 
 
@@ -177,10 +207,11 @@ class RunFolder:
     def __truediv__(self, name):
         return self.path / name
 
-    def load_checkpoint(self, flags, *, resume, overwrite):
+    def load_checkpoint(self, flags, *, resume, overwrite, grows=False):
         """The checkpoint to continue from, or None; refuses to lose a run or to mix two.
 
         flags: what decides the result (result_flags); with `resume` they must equal the saved ones.
+        grows: but --epochs, as no step of this run depends on how many epochs there will be.
         """
         path = self.path / "checkpoint.pth"
         if not path.exists() or (overwrite and not resume):
@@ -189,15 +220,20 @@ class RunFolder:
             raise UserError(f"{self.path}: already holds a run; type --resume to continue it, "
                             "--overwrite to start again, or choose another folder")
         saved = load_pth(path)
-        if not isinstance(saved, dict) or "flags" not in saved:
+        if not isinstance(saved, dict) or not isinstance(saved.get("flags"), dict):
             raise UserError(f"{path}: not a checkpoint of this script; choose another folder")
-        either = sorted(flags.keys() | saved["flags"].keys())
+        done = len(saved["rows"]) if isinstance(saved.get("rows"), list) else 0
+        if grows and flags["epochs"] < done:
+            raise UserError(f"--resume --epochs {flags['epochs']}: the run in {self.path} has done "
+                            f"{done}; type --epochs {done} or more, or choose another folder")
+        either = sorted((flags.keys() | saved["flags"].keys()) - ({"epochs"} if grows else set()))
         # data_dir last: its image list changes with num_images too
         for name in sorted(either, key=lambda name: name == "data_dir"):
             was, now = saved["flags"].get(name), flags.get(name)
-            if was != now:
+            if torch.is_tensor(was) or was != now:
+                why = "the learning rates depend on it; " * (name == "epochs")
                 raise UserError(f"--resume with another --{name}: the run in {self.path} has "
-                                f"{was}, given {now}; give the same flags or another folder")
+                                f"{was}, given {now}; {why}give the same flags or another folder")
         return saved
 
     def load_cells(self, settings):

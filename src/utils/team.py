@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -115,3 +116,10 @@ def in_parallel(model, team):
     known = inspect.signature(DistributedDataParallel).parameters  # renamed after torch 2.11
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, **{sync: False})
+
+
+def without_sync(model):
+    """Context in which backward passes of a model of in_parallel only add to the gradients of this
+    process; the first one outside it averages all of them over the processes.
+    """
+    return getattr(model, "no_sync", nullcontext)()

@@ -9,21 +9,30 @@ Files may be anybody's and are never trusted:
 """
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from utils import draw
 from utils.errors import UserError
 from utils.measure import predictions, share
 from utils.models import one_each, targets_of
 from utils.report import percent
-from utils.run import load_json, load_pth, provenance, save_json, save_pth, write_atomic
+from utils.run import (
+    is_plain,
+    load_json,
+    load_pth,
+    provenance,
+    save_json,
+    save_pth,
+    write_atomic,
+)
 
+LARGEST = 4096  # pixels of a side
 TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, more than fp16 rounding needs
 MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
@@ -97,7 +106,7 @@ def read_uap(path, *, scale, eps):
     if path.suffix == ".npy":
         values = _load_npy(path)
     elif path.suffix == ".png":
-        values, marked = _load_png(path)
+        values, marked = draw.decode_delta(path)
         if not marked and scale != "255":
             raise UserError(f"{path}: a PNG that does not say what its grey levels mean; type "
                             "--scale 255 if 128 is zero and one level is 1/255")
@@ -125,25 +134,22 @@ def _facts(path):
 
 
 def _load_npy(path):
+    """The file's numbers as float32; their type and shape are looked at before any is read."""
+    if not path.is_file():
+        raise UserError(f"{path}: " + ("a folder, wanted a file" if path.is_dir() else
+                                       "no such file"))
     try:
-        values = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, of headers that Python 2 wrote
+            values = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises nearly anything on a broken file
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path}: truncated, or holds more than numbers ({reason})") from None
     if values.dtype.kind not in "fi":
         raise UserError(f"{path}: values of type {values.dtype}; wanted signed numbers")
-    return torch.from_numpy(values)
-
-
-def _load_png(path):
-    try:
-        return draw.decode_delta(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: truncated, or no PNG ({error})") from None
+    _check_shape(values.shape, path)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        return torch.from_numpy(values.astype(np.float32))
 
 
 def _tensor_in(value, path):
@@ -155,20 +161,26 @@ def _tensor_in(value, path):
             raise UserError(f"{path}: a dict with {len(fit)} tensors that could be a perturbation "
                             f"({', '.join(map(str, fit)) or 'none'}); save the one as a tensor")
         value = next(iter(fit.values()))
-    if not torch.is_tensor(value) or value.dtype in (torch.uint8, torch.bool) \
-            or value.is_complex():
+    if not is_plain(value) or value.dtype in (torch.uint8, torch.bool):
         raise UserError(f"{path}: holds {getattr(value, 'dtype', type(value).__name__)}; wanted a "
-                        "tensor of signed numbers (3, H, W)")
+                        "plain tensor of signed numbers (3, H, W)")
     return value
 
 
+def _check_shape(shape, path):
+    """UserError unless it is that of a perturbation."""
+    inner = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
+    if len(inner) != 3 or not {inner[0], inner[-1]} & {1, 3} or min(inner) < 1 \
+            or max(inner) > LARGEST:
+        raise UserError(f"{path}: shape {tuple(shape)}; wanted (3, H, W) or (1, 3, H, W), of at "
+                        f"most {LARGEST} pixels a side")
+
+
 def _to_chw(values, path):
-    shape = tuple(values.shape)
-    values = values[0] if values.ndim == 4 and len(values) == 1 else values
-    if values.ndim == 3 and values.shape[0] not in (1, 3) and values.shape[-1] in (1, 3):
+    _check_shape(values.shape, path)
+    values = values[0] if values.ndim == 4 else values
+    if values.shape[0] not in (1, 3):
         values = values.permute(2, 0, 1)  # as TensorFlow saves it
-    if values.ndim != 3 or values.shape[0] not in (1, 3) or 0 in values.shape:
-        raise UserError(f"{path}: shape {shape}; wanted (3, H, W) or (1, 3, H, W)")
     return values.detach().float().contiguous()
 
 
@@ -251,7 +263,7 @@ def save_perturbation(training, folder, name):
         "images_sha256": images.sha256(),
         "on_training_images": dict(zip(s.model_name, shares, strict=True)),
         "amp": training.amp, "layout": training.layout, "seconds": round(training.seconds, 1),
-        **provenance(training.device)})
+        **provenance(training.device, s.deterministic)})
     write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
     write_atomic(folder / "curve.png", draw.curves(training.rows, name))
     for surrogate, found in zip(s.model_name, shares, strict=True):

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Speed of our attacks and of those of four other libraries. Needs requirements-dev.txt; nothing
-# else may run on the machine meanwhile.
+# Speed of our attacks and of those of four other libraries, on the same network in the same
+# precision and memory layout, and on the network as it is loaded. Needs requirements-dev.txt;
+# nothing else may run on the machine meanwhile.
 #   sh docs/results/attack_speed/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
@@ -8,12 +9,9 @@ WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/dat
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/attack_speed}
 
-mkdir -p "$RUNS"
-for m in squeezenet1_0 mobilenet_v2; do
-    PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name "$m" \
-        --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --turns 1 --binary_steps 2 --cw_steps 15 \
-        --results "$RUNS/$m.json"
-done
+PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name squeezenet1_0 mobilenet_v2 \
+    --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --batch_size 20 \
+    --steps 10 --binary_steps 2 --cw_steps 10 --results "$RUNS/results.json"
 PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name squeezenet1_0 --attacks cw_l2 \
-    --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --turns 1 --batch_size 10 --binary_steps 4 \
-    --cw_steps 40 --results "$RUNS/cw_long.json"
+    --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --turns 1 \
+    --batch_size 10 --binary_steps 4 --cw_steps 40 --results "$RUNS/cw_long.json"

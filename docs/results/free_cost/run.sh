@@ -7,6 +7,5 @@ DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG fil
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_cost}
 
-mkdir -p "$RUNS"
 PYTHONPATH=src "$PYTHON" benchmarks/free_cost.py --data_dir "$DATA" --model_name cnn_bn --bf16 \
-    --results "$RUNS/cost.json"
+    --results "$RUNS/results.json"

@@ -29,6 +29,14 @@ def norm_of(delta, norm):
     return delta.abs().sum(dims) if norm == "l1" else delta.square().sum(dims).sqrt()
 
 
+def cut(x):
+    """x clipped to [0, 1]; pixels at exactly 0 or 1 keep their gradient, as in TensorFlow.
+
+    torch.clamp passes it on before 2.15 and stops it since.
+    """
+    return torch.where((x < 0) | (x > 1), x.detach().clamp(0, 1), x)
+
+
 def unit(g, norm):
     """g scaled to norm 1 per image; by its largest entry first, or small squares underflow."""
     g = g / column(norm_of(g, "linf").clamp_min(TINY), g)

@@ -1,0 +1,135 @@
+"""What free_at.py trains with: presets of data sets, recipes of papers, learning rates.
+
+    --recipe            published in                                  for
+    free                Shafahi et al. 2019, arXiv:1904.12843         cifar10, imagenet
+    madry               Madry et al. 2018, arXiv:1706.06083           cifar10
+    fast_adversarial    Wong et al. 2020, arXiv:2001.03994: their     cifar10
+                        own free training, train_free.py
+
+A flag that is typed wins over the recipe, which wins over the data set's preset.
+"""
+
+import math
+
+from utils.data import open_images, unseen
+from utils.errors import UserError
+from utils.models import check_name, input_size
+from utils.precision import training_amp
+from utils.run import settled
+
+EVERYWHERE = {"method": "free", "replays": 8, "clip_delta": "ball", "steps": 7, "schedule": "step",
+              "decay": "all", "shift": 4, "weight_steps": None}
+FREE_PRESETS = {  # alpha: of pgd
+    "digits": {"eps": 0.1, "alpha": 0.025, "model_name": "mlp", "epochs": 80, "batch_size": 64,
+               "lr": 0.03, "weight_decay": 0.0},
+    "mnist": {"eps": 0.3, "alpha": 0.05, "model_name": "cnn", "epochs": 16, "batch_size": 128,
+              "lr": 0.03, "weight_decay": 0.0},
+    "cifar10": {"eps": 8 / 255, "alpha": 2 / 255, "model_name": "preact_resnet18", "epochs": 80,
+                "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
+    "imagenet": {"eps": 4 / 255, "alpha": 1 / 255, "model_name": "resnet50", "epochs": 90,
+                 "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4}}
+TENSORFLOW = {"model_name": "wrn_32_10", "weight_steps": 80_000, "batch_size": 128, "lr": 0.1,
+              "schedule": "step", "weight_decay": 2e-4, "decay": "weights", "shift": 2}
+OF_PAPERS = {  # what a recipe has in common with the data set's preset is not repeated
+    "free": {"cifar10": {**TENSORFLOW, "method": "free", "replays": 8},
+             "imagenet": {"model_name": "resnet50", "method": "free", "replays": 4, "epochs": 90,
+                          "batch_size": 256, "lr": 0.1, "schedule": "thirds",
+                          "weight_decay": 1e-4}},
+    "madry": {"cifar10": {**TENSORFLOW, "method": "pgd", "steps": 7}},
+    "fast_adversarial": {"cifar10": {
+        "model_name": "preact_resnet18", "method": "free", "replays": 8, "clip_delta": "box",
+        "epochs": 80, "batch_size": 128, "lr": 0.04, "schedule": "triangle",
+        "weight_decay": 5e-4}}}
+
+FALLS = {"step": (1 / 2, 3 / 4), "thirds": (1 / 3, 2 / 3)}  # to a tenth, after this share
+PEAKS = {"onecycle": 0.4, "triangle": 0.5}                  # from 0 up to here, and down to 0
+
+
+def rate(done, total, schedule, n_passes):
+    """Learning rate after `done` of `total` weight steps, in n_passes passes, over the highest."""
+    t = done / total
+    if schedule in PEAKS:
+        peak = PEAKS[schedule]
+        return t / peak if t < peak else (1 - t) / (1 - peak)
+    falls = FALLS[schedule]
+    if schedule == "thirds":  # between two passes
+        falls = [math.ceil(n_passes * fall) / n_passes for fall in falls]
+    return (1.0, 0.1, 0.01)[sum(t >= fall for fall in falls)]
+
+
+def passes(s, steps):
+    """Passes over the images, of `steps` weight steps each, the last one perhaps in part.
+
+    Free training takes as many weight steps as the other methods.
+    """
+    if s.weight_steps:
+        return math.ceil(s.weight_steps / steps)
+    return math.ceil(s.epochs / s.replays) if s.method == "free" else s.epochs
+
+
+def decayed(model, s):
+    """The model's parameters for the optimiser; under --decay weights those of BatchNorm and biases
+    in a group of their own, without weight decay.
+    """
+    if s.decay == "all":
+        return model.parameters()
+    weights, others = ([p for p in model.parameters() if (p.dim() > 1) is kernel]
+                       for kernel in (True, False))
+    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+
+
+# ------------------------------------------------------------------------ settings
+
+def settle(args, team, device):
+    """Fills in what was not typed. -> frozen settings, training images, none decoded yet
+
+    UserError: flags that cannot work.
+    """
+    images = open_images(args.data_dir, split="train", data_root=args.data_root)
+    if not images.labelled:
+        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks; "
+                        "wanted folders named by wnid, such as n01440764")
+    s = settled(args, **_filled(args, images.kind), amp=training_amp(args.amp, device))
+    check_name(s.model_name, images.kind)
+    size = input_size(s.model_name, images.kind, images.size, "random")
+    images, held = held_out(images.prepared(size, args.num_images), args)
+    if not team.size <= s.batch_size <= len(images):
+        raise UserError(f"--batch_size {s.batch_size}: there are {len(images)} training images and "
+                        f"{team.size} processes; wanted an image for each process, and no more "
+                        "than there are (two at least)")
+    if held and team.first:
+        print(f"--data_dir {args.data_dir}: no test split; {held} of {held + len(images)} images "
+              "are held out (--hold_out), on which eval_net.py measures", flush=True)
+    return settled(s, image_size=size, hold_out=args.hold_out if held else None), images
+
+
+def _filled(args, kind):
+    """{flag: value} of the recipe and the presets, where nothing was typed."""
+    recipe = OF_PAPERS.get(args.recipe, {kind: {}})
+    if kind not in recipe:
+        raise UserError(f"--recipe {args.recipe}: is for {' and '.join(recipe)}; --data_dir "
+                        f"{args.data_dir} is {kind}: type other flags instead")
+    if args.epochs and args.weight_steps:
+        raise UserError(f"--epochs {args.epochs} --weight_steps {args.weight_steps}: type one of "
+                        "the two")
+    found = EVERYWHERE | FREE_PRESETS[kind] | recipe[kind]
+    found |= {flag: getattr(args, flag) for flag in found if getattr(args, flag) is not None}
+    if args.alpha is None:
+        found["alpha"] = {"free": found["eps"], "fast": 1.25 * found["eps"]}.get(
+            found["method"], found["alpha"])
+    return found | ({"weight_steps": None} if args.epochs else
+                    {"epochs": None} if found["weight_steps"] else {})
+
+
+def held_out(images, args):
+    """-> training images, how many were held out of them: none where there is a test split."""
+    if images.root is None:  # a named data set
+        return images, 0
+    try:
+        held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images)
+    except UserError:  # there is one, which cannot be read yet
+        return images, 0
+    if apart and not len(held):
+        raise UserError(f"--data_dir {args.data_dir}: no test split, and --hold_out "
+                        f"{args.hold_out} is none of {len(images)} images; type more")
+    return (images.without(held.names), len(held)) if apart else (images, 0)

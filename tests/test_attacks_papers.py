@@ -1,0 +1,368 @@
+"""Auto-PGD and Square compared with the algorithms of their papers, written here for one image at a
+time in float64, without batches: point by point, from the same random numbers.
+
+    naive_apgd      arXiv:2003.01690, Alg. 1; in L1 arXiv:2103.01208, Alg. 1
+    naive_square    arXiv:1912.00049, Alg. 1 to 3
+
+Needs no other library, no trained network and no photographs.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import attacks
+from attack_toys import (
+    K,
+    flat,
+    generators,
+    greys,
+    margins,
+    naive_loss,
+    nearest_allowed,
+    pictures,
+    predicted,
+    toy,
+)
+from utils.attack import balls
+
+SMALL = (3, 4, 4)
+EPS = {"linf": 0.1, "l2": 0.6, "l1": 2.5}
+
+
+def close(ours, naive):
+    np.testing.assert_allclose(np.stack(ours), np.stack(naive), rtol=0, atol=1e-8)
+
+
+# ------------------------------------------------------------------- Auto-PGD, as written
+
+def marks(steps, norm):
+    """Step -> the one before it, of the checkpoints w_j = ceil(p_j N); in L1 every 4 %."""
+    if norm == "l1":
+        every = steps // 25
+        return {t: t - every for t in range(every, steps, every)}
+    found, p, before, last = {}, Fraction(22, 100), Fraction(0), 0
+    while p < 1:
+        found[math.ceil(p * steps)] = last
+        last = math.ceil(p * steps)
+        p, before = p + max(p - before - Fraction(3, 100), Fraction(6, 100)), p
+    return found
+
+
+def direction(g, norm, share):
+    """The step of length 1 along g; in L1 of the `share` of its largest entries."""
+    if norm == "linf":
+        return np.sign(g)
+    if norm == "l2":
+        return g / np.sqrt((g ** 2).sum())
+    least = np.sort(abs(g))[min(int((1 - share) * len(g)), len(g) - 1)]
+    sign = np.sign(g) * (abs(g) >= least)
+    return sign / abs(sign).sum()
+
+
+def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None):
+    """look(t, point) -> loss, gradient, fooled. -> every point, the end, its loss, fooled
+
+    x, start: vectors. seen: which reasons to halve the step have occurred, and which both had not.
+    """
+    def into(point):
+        return x + nearest_allowed(point - x, x, eps, norm)
+
+    at = before = best = start
+    f, g, fooled = look(0, at)
+    best_f, best_g, points, rose = f, g, [at], [None]
+    size, share, moved = (eps if norm == "l1" else 2 * eps), 0.2, len(x)
+    halved, best_then, windows = True, f, marks(steps, norm)  # as the authors: none at the first
+    for t in range(1, steps + 1):
+        if fooled:
+            break
+        z = into(at + size * direction(g, norm, share))
+        a = 1.0 if t == 1 or norm == "l1" else 0.75
+        at, before = into(at + a * (z - at) + (1 - a) * (at - before)) if a < 1 else z, at
+        points.append(at)
+        last_f, (f, g, fooled) = f, look(t, at)
+        rose.append(f > last_f)
+        if f > best_f:
+            best, best_f, best_g = at, f, g
+        if t not in windows:
+            continue
+        if norm == "l1":
+            many = int((best != x).sum())
+            back, share, moved = many < 0.95 * moved, many / len(x) / 1.5, many
+            size = eps if back else max(size / 1.5, eps / 10)
+        else:
+            few = sum(rose[windows[t] + 1:t + 1]) <= 0.75 * (t - windows[t])  # paper: <; code: <=
+            stuck = not halved and best_f == best_then
+            back, best_then = few or stuck, best_f
+            halved = back
+            size = size / 2 if back else size
+            if seen is not None:
+                seen.add((bool(few), stuck))
+        if back:
+            at, f, g = best, best_f, best_g
+    return points, *((at, f, True) if fooled else (best, best_f, False))
+
+
+class Scripted(nn.Module):
+    """Two classes; whatever the image, its loss and its gradient at call t are those of a script.
+
+    loss (T, N) below 0, so that nothing is fooled; slope (T, N, D). Calls without a gradient, which
+    measure the clean images, do not count.
+    """
+
+    def __init__(self, loss, slope):
+        super().__init__()
+        self.loss, self.slope, self.points = loss, slope, []
+
+    def forward(self, x):
+        v, t = x.flatten(1), min(len(self.points), len(self.loss) - 1)
+        if x.requires_grad:
+            self.points.append(v.detach().clone())
+        z = self.loss[t] + (self.slope[t] * (v - v.detach())).sum(1)
+        return torch.stack([torch.zeros_like(z), z], 1)
+
+
+def script(n, size, steps=100):
+    """Losses of many kinds, with ties: some rise nearly always, and some of these fall far."""
+    g = np.random.default_rng(0)
+    rises = g.random((steps + 1, n)) < np.linspace(0.6, 0.97, n)
+    falls = np.where(np.arange(n) % 3, 0.02, 0.3)
+    walk = np.where(rises, 0.01 * g.integers(0, 3, rises.shape), -falls).cumsum(0).round(2)
+    slope = g.standard_normal((steps + 1, n, size))
+    return torch.from_numpy(walk - walk.max() - 0.1), torch.from_numpy(slope)
+
+
+@pytest.mark.parametrize(("norm", "n"), [("linf", 40), ("l2", 4), ("l1", 4)],
+                         ids=["linf", "l2", "l1"])
+def test_apgd_takes_the_steps_of_its_paper_whatever_the_losses(norm, n):
+    """Step size, returns to the best point and its gradient, momentum, what is returned."""
+    x = pictures(n, torch.float64, shape=SMALL)
+    model, seen = Scripted(*script(n, x[0].numel())), set()
+    ours = attacks.apgd(model, x, torch.zeros(n, dtype=torch.int64), eps=EPS[norm], norm=norm,
+                        steps=100, generator=generators(n))
+    start = balls.nearest(x + balls.random_point(x, EPS[norm], norm, generators(n)), x, EPS[norm],
+                          norm)
+    for i in range(n):
+        def look(t, _, i=i):
+            return model.loss[t, i].item(), model.slope[t, i].numpy(), False
+        points, end, *_ = naive_apgd(look, flat(x[i]), flat(start[i]), eps=EPS[norm], norm=norm,
+                                     seen=seen)
+        close([point[i].numpy() for point in model.points], points)
+        close([flat(ours[i])], [end])
+    if norm == "linf":  # each of the two conditions, alone and together
+        assert seen == {(few, stuck) for few in (True, False) for stuck in (True, False)}
+
+
+def test_apgd_returns_the_point_that_fools_although_another_has_the_higher_loss():
+    """Three classes: cross-entropy is log 3 where the label barely wins, log 2 where it loses."""
+    x, points = greys(1, torch.float64, shape=SMALL), []
+
+    def model(x):
+        v = x.flatten(1)
+        if x.requires_grad:
+            points.append(x.detach().clone())
+        z = torch.tensor([[0.0, 0.1, -9.0]] if len(points) > 1 else [[0.1, 0.0, 0.0]])
+        return z + (v - v.detach()).sum(1, keepdim=True) * torch.tensor([0, 1, 0])
+    x_adv = attacks.apgd(model, x, torch.tensor([0]), eps=0.1, steps=5)
+    assert len(points) == 2 and not torch.equal(*points)
+    assert torch.equal(x_adv, points[1])
+
+
+def dlr_towards(logits, label, target):
+    """-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2): Eq. 7."""
+    z = logits.sort(descending=True).values
+    return (logits[target] - logits[label]) / (z[0] - (z[2] + z[3]) / 2)
+
+
+def runs(model, image, label, loss, targets, restarts):
+    """The loss of every run: loss(logits) -> scalar."""
+    if loss != "dlr_targeted":
+        return restarts * [lambda z: naive_loss(z, label, loss)]
+    ranked = [j for j in model(image[None])[0].argsort(descending=True).tolist() if j != label]
+    return restarts * [lambda z, j=j: dlr_towards(z, label, j) for j in ranked[:targets]]
+
+
+def naive_attack(model, image, label, generator, *, eps, norm, loss, targets=9, restarts=1):
+    """Runs of naive_apgd from new random points, until one fools. -> the image, its gradients"""
+    x, found, reached, spent = flat(image), flat(image), -math.inf, 0
+    if predicted(model, image[None]) != label:
+        return found, 0
+    for value in runs(model, image, label, loss, targets, restarts):
+        drawn = balls.random_point(image[None], eps, norm, [generator])
+
+        def look(_, point, value=value):
+            with torch.enable_grad():
+                pixels = torch.from_numpy(point).view_as(image).requires_grad_(True)
+                z = model(pixels[None])[0]
+                g, = torch.autograd.grad(value(z), pixels)
+            return value(z).item(), flat(g), z.argmax().item() != label
+        points, end, f, fooled = naive_apgd(
+            look, x, flat(balls.nearest(image[None] + drawn, image[None], eps, norm)), eps=eps,
+            norm=norm)
+        spent += len(points)
+        if fooled:
+            return end, spent
+        if f > reached:
+            found, reached = end, f
+    return found, spent
+
+
+@pytest.mark.parametrize(("norm", "eps", "loss", "more", "seed", "some", "spent"), [
+    ("linf", 0.02, "ce", {"restarts": 2}, 3, [6, 1, 0], [104, 2, 202]),
+    ("linf", 0.05, "dlr", {}, 1, [0, 1, 2], [3, 101, 101]),
+    ("l2", 0.4, "ce", {}, 3, [1, 2, 7], [2, 101, 6]),
+    ("linf", 0.05, "dlr_targeted", {"targets": 2}, 1, [1, 2, 3], [202, 202, 4])],
+    ids=["linf ce", "linf dlr", "l2 ce", "linf dlr_targeted"])
+def test_apgd_on_a_curved_network_is_that_of_its_paper_image_by_image(norm, eps, loss, more, seed,
+                                                                      some, spent):
+    """One batch; some images are fooled early or after a restart, one is misclassified at first."""
+    model, x = toy(torch.float64), pictures(8, torch.float64, seed)[[*some, 4]]
+    y, report = predicted(model, x), {}
+    y[3] = (y[3] + 1) % K
+    same = {"eps": eps, "norm": norm, "loss": loss, **more}
+    ours = attacks.apgd(model, x, y, steps=100, generator=generators(4), report=report, **same)
+    naive = [naive_attack(model, x[i], y[i].item(), generators(4)[i], **same) for i in range(4)]
+    close([flat(one) for one in ours], [end for end, _ in naive])
+    assert [count for _, count in naive] == [*spent, 0] and report["gradients"] == sum(spent)
+
+
+# ----------------------------------------------------------------------- Square, as written
+
+def naive_share(p, change, queries):
+    """p at this change of `queries`: halved after changes 10, 50, ... of 10,000."""
+    at = int(change * 10000 / queries)
+    return p / 2 ** len([mark for mark in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+                         if at > mark])
+
+
+def hill(rows, cols):
+    """Eq. 2, eta^(rows, cols): sums of 1 / (n + 1 - k)^2 for k = 0 ... M(r, s)."""
+    n = max(rows, cols) // 2
+    return np.array([[sum(1 / (n + 1 - k) ** 2 for k in range(
+        n - max(abs(r - rows // 2), abs(s - cols // 2)) + 1)) for s in range(cols)]
+        for r in range(rows)])
+
+
+@functools.cache
+def naive_pair(side, upright):
+    """A hill beside its negative, of norm 1; as the authors' code, each half has norm 1 before."""
+    pair = np.vstack([sign * hill(rows, side) / np.linalg.norm(hill(rows, side))
+                      for sign, rows in ((1, side // 2), (-1, side - side // 2))])
+    pair /= np.linalg.norm(pair)
+    return pair if upright else pair.T
+
+
+def first_linf(x, eps, generator):
+    """Vertical stripes."""
+    c, _, w = x.shape
+    sign = 2 * torch.randint(2, (c, 1, w), generator=generator).numpy() - 1
+    return np.clip(x + eps * sign, 0, 1)
+
+
+def first_l2(x, eps, generator):
+    """Tiles of a fifth of the side, of which each is a pair of hills with a sign for each channel.
+    """
+    c, h, w = x.shape
+    side = h // 5
+    down, across = h // side, w // side
+    sign = 2 * torch.randint(2, (c, down, across), generator=generator).numpy() - 1
+    upright = torch.randint(2, (down, across), generator=generator).numpy()
+    delta, top, left = np.zeros_like(x), (h - down * side) // 2, (w - across * side) // 2
+    for i in range(down):
+        for j in range(across):
+            at = (slice(top + i * side, top + (i + 1) * side),
+                  slice(left + j * side, left + (j + 1) * side))
+            for k in range(c):
+                delta[k][at] = sign[k, i, j] * naive_pair(side, upright[i, j])
+    return np.clip(x + eps * delta / np.linalg.norm(delta), 0, 1)
+
+
+def corner(u, x, side):
+    """Uniform among the places where a square of this side fits: slices of rows and columns."""
+    return tuple(slice(int(a * (n - side + 1)), int(a * (n - side + 1)) + side)
+                 for a, n in zip(u, x.shape[1:], strict=True))
+
+
+def change_linf(best, x, eps, p, u):
+    """Alg. 2: +-2 eps for each channel of a square, then the projection."""
+    side, trial = max(round(math.sqrt(p * x[0].size)), 1), best.copy()
+    at = corner(u[:2], x, side)
+    for k in range(len(x)):
+        trial[k][at] += 2 * eps * (-1 if u[5 + k] < 0.5 else 1)
+    return np.clip(np.clip(trial, x - eps, x + eps), 0, 1)
+
+
+def change_l2(best, x, eps, p, u):
+    """Alg. 3. The authors' code makes an even side odd, and scales to the ball before the box."""
+    side, nu = max(round(math.sqrt(p * x[0].size)), 3), best - x
+    side = min(side + (side % 2 == 0), *x.shape[1:])
+    one, two = corner(u[:2], x, side), corner(u[2:4], x, side)
+    union = np.zeros(x.shape[1:], bool)
+    union[one] = union[two] = True
+    unused, old = max(eps ** 2 - (nu ** 2).sum(), 0), nu.copy()
+    for k in range(len(x)):
+        length = np.linalg.norm(old[k][one])
+        new = (-1 if u[5 + k] < 0.5 else 1) * naive_pair(side, u[4] < 0.5) \
+            + old[k][one] / max(length, 1e-12)
+        room = math.sqrt((old[k][union] ** 2).sum() + unused / len(x))
+        nu[k][two] = 0
+        nu[k][one] = new / np.linalg.norm(new) * room
+    return np.clip(x + nu * eps / np.linalg.norm(nu), 0, 1)
+
+
+def naive_square(look, x, *, eps, norm, queries, generator, p=0.8):
+    """Alg. 1; look(point) -> margin, above 0 where it is fooled. -> every point, the best"""
+    first, change = {"linf": (first_linf, change_linf), "l2": (first_l2, change_l2)}[norm]
+    best = first(x, eps, generator)
+    drawn = torch.rand((queries, 5 + len(x)), generator=generator).double().numpy()
+    best_f, points = look(best), [best]
+    for i in range(1, queries):
+        if best_f > 0:
+            break
+        trial = change(best, x, eps, naive_share(p, i - 1, queries), drawn[i])
+        points.append(trial)
+        f = look(trial)
+        if f > best_f:
+            best, best_f = trial, f
+    return points, best
+
+
+class Steps(nn.Module):
+    """Logits in steps: many changes leave the margin as it was. Keeps its inputs (N, 3, 25, 30)."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Conv2d(3, 6, 5, stride=4), nn.Tanh(), nn.Flatten(),
+                                     nn.Linear(252, K)).double().requires_grad_(False)
+        self.net[0].weight *= 2
+        self.points = []
+
+    def forward(self, x):
+        self.points.append(x.clone())
+        return (32 * self.net(x)).round() / 32 + torch.arange(K) / 256  # no tie of two classes
+
+
+@pytest.mark.parametrize(("norm", "eps", "spent"), [
+    ("linf", 0.16, [10, 17, 100]), ("l2", 3.0, [70, 1, 100])], ids=["linf", "l2"])
+def test_square_is_that_of_its_paper_query_by_query(norm, eps, spent):
+    """Every point that it looks at, alone and in a batch of which fooled images leave."""
+    model, x = Steps(), pictures(3, torch.float64, shape=(3, 25, 30))
+    y, report, same = predicted(model, x), {}, {"eps": eps, "norm": norm, "queries": 100}
+    whole = attacks.square(model, x, y, generator=generators(3), report=report, **same)
+    for i in range(3):
+        def look(point, i=i):
+            return margins(model, torch.from_numpy(point)[None], y[i:i + 1]).item()
+        points, end = naive_square(look, x[i].numpy(), generator=generators(3)[i], **same)
+        model.points.clear()
+        alone = attacks.square(model, x[i:i + 1], y[i:i + 1], generator=[generators(3)[i]], **same)
+        close([one[0].numpy() for one in model.points[1:]], points)  # the first is the clean image
+        close([alone[0].numpy(), whole[i].numpy()], [end, end])
+        assert len(points) == spent[i]
+    assert report["queries"] == sum(spent)

@@ -1,0 +1,142 @@
+"""Every benchmark runs from start to end at its smallest size and leaves its table; what they
+compare is comparable. No time is tested.
+"""
+
+import csv
+import json
+import re
+import sys
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+
+from attack_toys import pictures, predicted
+from utils import models
+from utils.precision import Fast
+
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = {path.name for path in FOLDER.glob("*.py") if "def get_args()" in path.read_text()}
+DIGITS = ["--data_dir", "digits", "--model_name", "cnn"]
+SMALLEST = {  # script -> flags
+    "attack_speed.py": [*DIGITS, "--batch_size", 2, "--steps", 1, "--binary_steps", 1, "--cw_steps",
+                        1, "--turns", 1, "--layout", "channels_last", "--results", "out.json"],
+    "attack_table.py": [*DIGITS, "--weights", "random", "--num_images", 20, "--eps_scale", "1/32",
+                        "--attacks", "fgsm", "pgd_l1_dense", "apgd_ce", "--results", "out"],
+    "augment_speed.py": ["--model_name", "squeezenet1_0", "--batch_size", 2, "--image_size", 32,
+                         "--turns", 1, "--out", "out.json"],
+    "free_cost.py": [*DIGITS, "--batch_size", 8, "--minibatches", 1, "--turns", 1, "--replays", 2,
+                     "--steps", 1, "--workers", 0, "--bf16", "--results", "out.json"],
+    "uap_memory.py": ["--num_images", 4],
+    "uap_speed.py": ["--model_name", "squeezenet1_0", "--steps", 1, "--rounds", 1, "--minibatch", 2,
+                     "--image_size", 64, "--layout", "channels_last", "--results", "out.json"]}
+LEAVES = {  # script -> files; the others print only
+    "attack_speed.py": {"out.json", "out.csv", "out.md"},
+    "attack_table.py": {"out/results.json", "out/results.csv", "out/results.md"},
+    "augment_speed.py": {"out.json"}, "free_cost.py": {"out.json", "out.csv", "out.md"},
+    "uap_speed.py": {"out.json", "out.csv", "out.md"}}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """benchmarks/ is on the path for one test."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in [name for name in sys.modules if (FOLDER / f"{name}.py").exists()]:
+        del sys.modules[name]
+
+
+def tables(text):
+    """The Markdown tables of a text, each a list of rows, each a list of cells."""
+    return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+             for line in table.splitlines()] for table in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+
+
+def test_every_benchmark_has_a_smallest_size():
+    assert set(SMALLEST) == SCRIPTS
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_it_runs_and_leaves_its_table(name, run_here, tmp_path):
+    done = run_here(name, *SMALLEST[name])
+    assert done.returncode == 0, done.stderr
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {file for file in files if "lock" not in file} == LEAVES.get(name, set())
+    if name == "uap_memory.py":
+        assert re.fullmatch(r"4 images of 224 pixels: 1 MB of pixels, \d+ MB in all at the peak\n",
+                            done.stdout)
+        return
+    (head, rule, *body), *_ = tables(done.stdout)
+    assert set(rule) == {"---"} and body
+    assert all(len(row) == len(head) and all(row[:2]) for row in body)
+    for file in files:
+        if file.endswith(".json"):
+            assert json.loads((tmp_path / file).read_text())
+        if file.endswith(".md"):
+            assert tables((tmp_path / file).read_text())[0] == [head, rule, *body]
+        if file == "out.csv":  # what docs/results takes over
+            with open(tmp_path / file, newline="") as lines:
+                assert list(csv.reader(lines)) == [head, *body]
+
+
+# ------------------------------------------------------------- what is compared with what
+
+def test_every_library_attacks_the_same_three_forms_of_the_network(monkeypatch):
+    import attack_speed
+    seen = []
+
+    def note(name, model, x, y):
+        seen.append((name, model, x))
+        return x
+    monkeypatch.setattr(attack_speed, "others", lambda args, classes: {
+        "library": {"fgsm": partial(note, "library")}})
+    monkeypatch.setattr(attack_speed, "ours", lambda args, early, judge: {
+        "fgsm": partial(note, "ours")})
+    model = models.load_model("cnn", weights="random", kind="digits", data_dir="digits")
+    x = pictures(2, shape=(1, 28, 28))
+    args = Namespace(layout="channels_last", eps={"linf": 0.1})
+    forms = attack_speed.forms_of(model, x, predicted(model, x), args)
+    assert list(forms) == [("float32", "contiguous"), ("float32", "channels_last"),
+                           ("bf16", "channels_last")]
+    for (name, precision, layout), work in attack_speed.implementations(
+            forms, predicted(model, x), args).items():
+        seen.clear()
+        work["fgsm"]()
+        (who, network, laid), = seen
+        weight = next(layer.weight for layer in network.modules()
+                      if isinstance(layer, torch.nn.Conv2d) and layer.weight.shape[1] > 1)
+        assert who == ("library" if name == "library" else "ours")
+        assert weight.dtype == {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (
+            layout == "channels_last") != weight.is_contiguous()
+        assert laid.data_ptr() == forms[precision, layout][1].data_ptr()
+        assert (network is model) == ((precision, layout) == ("float32", "contiguous"))
+
+
+def row(implementation, precision, seconds, passes=20.0):
+    return {"implementation": implementation, "precision": precision, "layout": "contiguous",
+            "seconds": seconds, "passes": passes}
+
+
+def test_a_ratio_is_to_the_fastest_other_that_took_every_step_in_the_same_form():
+    import attack_speed
+    rows = [row("ours", "float32", [2, 2, 8]), row("ours, stop early", "float32", [1, 1, 1], 2),
+            row("slow", "float32", [9, 9, 9]), row("fast", "float32", [3, 4, 5], 21),
+            row("lazy", "float32", [0.1, 0.1, 0.1], 4), row("ours", "bf16", [1, 1, 1]),
+            row("slow", "bf16", [2, 2, 2]), row("ours", "alone", [1, 1, 1])]
+    ratios = [one["ratio"] for one in attack_speed.with_ratios(rows, 20)]
+    assert ratios == pytest.approx([1.5, 4, 4 / 9, 1, 40, 2, 1, None])
+
+
+def test_the_published_step_of_sga_gives_the_gradient_of_ours():
+    import uap_speed
+    model = models.load_model("cnn", weights="random", kind="digits", data_dir="digits")
+    x, generator = pictures(8, shape=(1, 28, 28)), torch.Generator().manual_seed(0)
+    y, delta = predicted(model, x), torch.zeros(1, 1, 28, 28)
+    draws = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(3)])
+    trainable = Fast(model, "off", "contiguous").requires_grad_()
+    g = uap_speed.ours(model, x, y, delta, draws)
+    assert g.abs().max() > 0
+    torch.testing.assert_close(uap_speed.plain(trainable, x, y, delta, draws), g / draws.numel())
