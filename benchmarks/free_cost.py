@@ -29,6 +29,7 @@ from utils.data import NAMED, load, open_images
 from utils.errors import UserError
 from utils.models import trainable
 from utils.precision import LAYOUTS, synchronize, training
+from utils.recipes import settle
 from utils.run import make_generator, provenance, resolve_device
 from utils.team import Team
 
@@ -66,7 +67,7 @@ def settings(args, method, amp, device):
              "num_images": args.batch_size * args.minibatches,
              **{name: getattr(args, name) for name in ("data_dir", "data_root", "model_name",
                                                        "replays", "steps", "batch_size")}}
-    s, images = free_at.settle(flags_of(free_at, *(
+    s, images = settle(flags_of(free_at, *(
         word for name, value in words.items() if value is not None
         for word in (f"--{name}", value))), Team(), device)
     return replace(s, lr=s.lr / 100), images

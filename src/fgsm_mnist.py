@@ -251,8 +251,7 @@ def one_seed(s, seed, images, test, few, device):
     flags = result_flags(s, "name", "summary", "seeds", "eval_images", "queries", seed=seed,
                          images=images.sha256()[:16], device=device.type)
     folder = RunFolder(s.save / f"seed{seed}")
-    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite,
-                                   grows=True)
+    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
     trainer = ExerciseTraining(s, images, test, seed, device)
     trainer.resume(state, folder)
     loop(trainer, s.epochs, folder, flags, desc=f"{s.name}, seed {seed}, epoch")

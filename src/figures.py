@@ -11,7 +11,7 @@ Every picture is written to --out, by default under the name above in imgs/.
 """
 
 import csv
-import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from utils import draw
 from utils.augment import OPS
 from utils.cli import Parser, at_least, run_script
 from utils.data import read_image, to_float
-from utils.errors import UserError
+from utils.errors import DAMAGE, UserError, reading
 from utils.measure import share
 from utils.report import percent
 from utils.report_mnist import read_examples
@@ -182,13 +182,11 @@ def _examples(folder):
             tensors = {key: torch.from_numpy(file[key]) for key in ("x", "x_adv", "delta")}
             return tensors | {key: file[key].tolist()
                               for key in ("before", "after", "target", "uap")}
-    except DAMAGE:
+    except (*DAMAGE, OSError):
         raise UserError(f"--examples {folder}: its examples.npz is not one of eval_uap.py; run it "
                         "with --show again") from None
 
 
-DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, EOFError, StopIteration,
-          zipfile.BadZipFile, csv.Error)  # by what a file does that is another's, or junk
 PICTURES = {  # flag: how it is drawn, its name in imgs/, the script whose files it reads
     "w_sweep": (w_sweep_picture, "gcm_w", "gcm.py"),
     "corruptions": (corruptions_picture, "challenge", "eval_net.py"),
@@ -204,16 +202,12 @@ def main(args):
         raise UserError(f"--{asked[0]} and --{asked[1]}: one picture at a time")
     picture, name, script = PICTURES[asked[0]]
     out = args.out or Path("imgs") / f"{name}.png"
-    try:
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: wanted the name of a PNG file, such as {name}.png")
+    given = getattr(args, asked[0]) or "runs/eval"
+    folders = " ".join(map(str, given if isinstance(given, list) else [given]))
+    with reading(f"--{asked[0]} {folders}", script) if script else nullcontext():
         png = picture(args)
-    except DAMAGE as error:
-        if script is None:  # it reads no run: our own bug
-            raise
-        given = getattr(args, asked[0]) or "runs/eval"
-        folders = " ".join(map(str, given if isinstance(given, list) else [given]))
-        raise UserError(f"--{asked[0]} {folders}: other files than those of {script}, or damaged "
-                        f"ones ({type(error).__name__}: {error}); wanted a folder that it wrote"
-                        ) from error
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, png)
     print(f"drew {out}")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from attacks import pgd
-from utils import draw, models, run
+from utils import draw, models, recipes, run
 from utils.attack.balls import cut
 from utils.attack.core import own_generators
 from utils.cli import Parser, at_least, radius, run_script
@@ -33,7 +33,6 @@ from utils.data import NAMED, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
 from utils.precision import Mixed
-from utils.recipes import FALLS, OF_PAPERS, PEAKS, decayed, passes, rate, settle
 from utils.team import in_parallel, join_team, joint_batch_norm
 
 PROBED = 200  # training images that --guard attacks after every pass
@@ -73,7 +72,7 @@ class FreeTraining(Trainer):
                                  data_dir=s.data_dir, data_root=s.data_root)
         self.model = joint_batch_norm(model.to(device, memory_format=torch.channels_last), device,
                                       team)
-        self.optimizer = torch.optim.SGD(decayed(self.model, s), s.lr, s.momentum,
+        self.optimizer = torch.optim.SGD(recipes.decayed(self.model, s), s.lr, s.momentum,
                                          weight_decay=s.weight_decay)
         self.generator = run.make_generator(s.seed)
         shape = (s.batch_size, images.channels, s.image_size, s.image_size)
@@ -86,7 +85,7 @@ class FreeTraining(Trainer):
             "net": self.model, "optimizer": self.optimizer, "generator": self.generator,
             "mixed": self.mixed})
         self.s, self.images, self.net = s, images, in_parallel(self.model, team)
-        self.passes = passes(s, steps)
+        self.passes = recipes.passes(s, steps)
         self.done, self.total = 0, s.weight_steps or self.passes * steps  # weight steps
         self.best = {"probe": 0.0, "net": None}  # of --guard
 
@@ -126,8 +125,9 @@ class FreeTraining(Trainer):
 
     def step(self, x, y):
         """One backward pass and one weight step on x, y; the processes share the minibatch."""
+        rate = recipes.rate(self.done, self.total, self.s.schedule, self.passes)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.s.lr * rate(self.done, self.total, self.s.schedule, self.passes)
+            group["lr"] = self.s.lr * rate
         with self.mixed.autocast():
             logits = self.net(x)
         loss = F.cross_entropy(logits.float(), y, reduction="sum")
@@ -194,8 +194,8 @@ def get_args():
     add("--model_name", help="network; None: the data set's preset")
     add("--pretrained", default="random", help="weights to start from: random, V1 or another of "
         "torchvision's, or the path of a state dict")
-    add("--recipe", choices=tuple(OF_PAPERS), help="train as a paper does (utils/recipes.py), but "
-        "for the flags that are typed; None: as the data set's preset")
+    add("--recipe", choices=tuple(recipes.OF_PAPERS), help="train as a paper does "
+        "(utils/recipes.py), but for the flags that are typed; None: as the data set's preset")
     add("--method", choices=("natural", "pgd", "free", "fast"), help="training; None: free")
     add("--replays", type=at_least(1), help="m of free: steps on each minibatch; None: 8")
     add("--eps", type=radius, help="Linf radius, in [0, 1] pixels; None: the data set's preset")
@@ -212,9 +212,9 @@ def get_args():
     add("--weight_decay", type=at_least(0, float), help="weight decay of SGD; None: preset")
     add("--decay", choices=("all", "weights"), help="what it is for; weights: not for BatchNorm "
         "and biases; None: all")
-    add("--schedule", choices=(*FALLS, *PEAKS), help="step: a tenth after half and again after "
-        "three quarters of the weight steps; thirds: after a third and two thirds of the passes; "
-        "onecycle: up for 40 %%, down to 0; triangle: up for half; None: step")
+    add("--schedule", choices=(*recipes.FALLS, *recipes.PEAKS), help="step: a tenth after half "
+        "and again after three quarters of the weight steps; thirds: after a third and two thirds "
+        "of the passes; onecycle: up for 40 %%, down to 0; triangle: up for half; None: step")
     add("--augment", choices=("auto", "off"), default="auto", help="auto: random crops and flips, "
         "except for digits and mnist")
     add("--shift", type=at_least(0), help="pixels by which crops of CIFAR-10 move; None: 4")
@@ -231,7 +231,7 @@ def get_args():
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images = settle(args, team, device)
+    s, images = recipes.settle(args, team, device)
     name = (f"free{s.replays}" if s.method == "free" else s.method) + f"_{s.model_name}"
     data = s.data_dir if s.data_dir in NAMED else images.kind
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}", lock=team.first)

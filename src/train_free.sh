@@ -4,6 +4,7 @@
 #   sh src/train_free.sh                                            digits, offline
 #   DATA=mnist REPLAYS="2 4 8" sh src/train_free.sh                 free with three values of m
 #   DATA=cifar10 sh src/train_free.sh --schedule onecycle           PreActResNet-18; needs a GPU
+#   DATA=cifar10 METHODS="natural free pgd" sh src/train_free.sh --recipe free    WRN-32-10; the same
 set -eu
 DATA=${DATA:-digits}                         # digits, mnist, cifar10, or a folder of class folders
 MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: mlp)

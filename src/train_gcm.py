@@ -269,8 +269,7 @@ def main(args):
     folder = run.RunFolder(s.save, lock=team.first)
     flags = run.result_flags(s, "tensorboard", "chances", images=images.sha256()[:16],
                              processes=team.size, device=device.type)
-    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite,
-                                   grows=True)
+    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
     if images.kind in nets.RECIPES or not s.chances:  # else every epoch has crops of its own
         images = data.load(images, workers=s.workers)
     training = ChallengeTraining(s, images, held, team, device)

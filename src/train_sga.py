@@ -212,7 +212,11 @@ class SgaTraining(Trainer):
 
     def restore(self, state):
         super().restore(state)
-        self.delta, self.v, self.labels, self.amp, self.layout = (state[name] for name in HELD)
+        self.delta, self.v = (state[name].view_as(self.pixels[:1]) for name in HELD[:2])
+        self.labels, self.amp, self.layout = state["labels"], *(str(state[k]) for k in HELD[3:])
+        if (was := self.labels.shape[1]) != (now := len(self.images)):
+            raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
+                            "missing ones back or start again (--overwrite)")
 
 
 # --------------------------------------------------------------------- the command
@@ -274,8 +278,7 @@ def main(args):
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}")
     flags = run.result_flags(s, device=device.type, weights=s.weights_are,
                              data_dir=f"image list {images.sha256()[:16]}")
-    saved = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite,
-                                   grows=True)
+    saved = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
     models = [one.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
               for one in surrogates]
     print(f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
@@ -283,9 +286,6 @@ def main(args):
     images = load(images, workers=s.workers)
     training = SgaTraining(s, models, images, run.make_generator(s.seed), device)
     training.resume(saved, folder)
-    if training.labels.shape[1] != len(images):
-        raise UserError(f"--resume: the run has {training.labels.shape[1]} images, {len(images)} "
-                        "can be read now; bring the missing ones back or start again (--overwrite)")
     if saved is None:
         run.write_atomic(folder / "images.txt", images.listing().encode())
         run.save_pth(folder / "checkpoint.pth", {**training.state(), "flags": flags})

@@ -35,7 +35,7 @@ def outcomes(tmp_path_factory):
              for i, bug in enumerate(BUGS)]
     done = subprocess.run([sys.executable, ROOT / "tests" / "attack_bugs.py"], cwd=ROOT, text=True,
                           input=json.dumps(jobs), env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, timeout=600, check=True)
+                          stdout=subprocess.PIPE, timeout=1200, check=True)
     said = [Path(log).read_text() for _, _, log in jobs]
     return dict(zip([WHOLE, *(bug.name for bug in BUGS)],
                     zip(json.loads(done.stdout), said, strict=True), strict=True))

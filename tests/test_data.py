@@ -17,6 +17,7 @@ from utils.data import (
     batches,
     decode,
     load,
+    open_both,
     open_images,
     paper_geometry,
     spread,
@@ -141,6 +142,24 @@ def test_train_is_read_for_training_and_val_or_test_for_testing(tmp_path, pictur
     shutil.rmtree(tmp_path / "val")
     assert open_images(tmp_path, split="test").names == ("n01440764/test.png",)
     assert open_images(tmp_path / "train", split="test").names == ("n01440764/test.png",)
+    shutil.rmtree(tmp_path / "test")
+    for path in (tmp_path, tmp_path / "train"):  # no test images: the training images
+        assert open_images(path, split="test").names == ("n01440764/train.png",)
+
+
+def test_a_class_may_be_called_train(tmp_path, picture):
+    for name in ("bus", "train"):
+        picture(tmp_path / name / "x.png")
+    assert open_images(tmp_path, split="test").names == ("bus/x.png", "train/x.png")
+
+
+def test_no_test_images_are_refused_where_both_are_needed(tmp_path, picture):
+    picture(tmp_path / "a" / "x.png")
+    with pytest.raises(UserError, match="there are no test images"):
+        open_both(tmp_path, "data")
+    picture(tmp_path / "val" / "a" / "x.png")
+    picture(tmp_path / "train" / "a" / "y.png")
+    assert [images.names for images in open_both(tmp_path, "data")] == [("a/y.png",), ("a/x.png",)]
 
 
 # ------------------------------------------------------------------- named data sets

@@ -19,9 +19,10 @@ from torchvision.transforms import v2
 
 import free_at
 from attack_toys import pictures, toy
-from utils import finished, models, nets, recipes
-from utils.data import load, open_images
+from utils import models, recipes
+from utils.data import CIFAR10, load, open_images
 from utils.errors import UserError
+from utils.finished import images_for
 from utils.passes import crop_flip, random_crops
 from utils.team import Team
 
@@ -341,6 +342,69 @@ def test_a_run_leaves_a_network_that_every_script_takes_its_facts_and_its_curve(
     model = models.load_model("mlp", weights=str(folder / f"{name}.pth"), kind="digits")
     assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def airplanes(tmp_path, picture):
+    """airplanes(folder, n): n small images of each of CIFAR-10's classes."""
+    def draw(folder, n):
+        for k, name in enumerate(CIFAR10):
+            for i in range(n):
+                picture(tmp_path / folder / name / f"{i}.png", 32, 32, seed=10 * i + k)
+        return tmp_path / folder
+    return draw
+
+
+TINY = ("--model_name", "cnn_bn", "--epochs", 1, "--replays", 1, "--batch_size", 10, "--guard",
+        "off", "--device", "cpu", "--workers", 0, "--save", "run")
+
+
+@pytest.mark.parametrize(("flags", "n", "held"), [
+    ((), 60, 6), (("--num_images", 40, "--hold_out", 0.25), 40, 10)])
+def test_without_a_test_split_a_run_is_measured_on_images_that_it_did_not_see(
+        run_here, tmp_path, airplanes, flags, n, held):
+    folder = airplanes("sixty", 6)
+    made = run_here("free_at.py", *TINY, "--data_dir", folder, *flags)
+    assert made.returncode == 0, made.stderr
+    assert f"{held} of {n} images are held out" in made.stdout
+    assert f"{n - held} images of" in made.stdout
+    done = run_here("eval_net.py", "--runs", "run", "--attacks", "none", "--save", "out",
+                    "--device", "cpu", "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run" / "free1_cnn_bn.json").read_text())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (facts["num_images"], found["settings"]["n"]) == (n - held, held)
+    assert found["settings"]["note"] == "held out of the training images"
+    tested, _ = images_for([("run", facts, folder, "data")])
+    assert tested.sha256() == found["settings"]["images_sha256"] != facts["images_sha256"]
+    taught = open_images(folder, split="train").prepared(32, n).without(tested.names)
+    assert taught.sha256() == facts["images_sha256"] and len(taught) == n - held
+    by_name = run_here("eval_net.py", "--model_name", "cnn_bn", "--weights", network_of(
+        tmp_path / "run"), "--data_dir", folder, "--attacks", "none", "--device", "cpu")
+    assert f"n: {held} test images (held out of the training images)" in by_name.stdout
+
+
+def test_a_run_on_train_is_tested_on_what_is_beside_it(run_here, tmp_path, airplanes):
+    airplanes("both/train", 2)
+    test = airplanes("both/test", 3)
+    made = run_here("free_at.py", *TINY, "--data_dir", "both/train")
+    assert made.returncode == 0 and "held out" not in made.stdout, made.stderr
+    facts = json.loads((tmp_path / "run" / "free1_cnn_bn.json").read_text())
+    assert facts["hold_out"] is None and facts["num_images"] == 20
+    tested, note = images_for([("run", facts, "both/train", "data")])
+    assert (tested.root.resolve(), len(tested), note) == (test.resolve(), 30, "")
+
+
+def test_test_images_that_cannot_be_read_yet_do_not_stop_a_training(run_here, tmp_path, airplanes):
+    airplanes("both/train", 2)
+    (tmp_path / "both" / "val").mkdir()
+    made = run_here("free_at.py", *TINY, "--data_dir", "both")
+    assert made.returncode == 0 and "held out" not in made.stdout, made.stderr
+
+
+def test_a_share_of_no_image_is_refused(run_here, refused, airplanes):
+    refused(run_here("free_at.py", *TINY, "--data_dir", airplanes("ten", 1), "--hold_out", 0.01),
+            "no test split", "--hold_out 0.01", "none of 10")
 
 
 class Killed(BaseException):

@@ -151,7 +151,7 @@ def test_resume_with_another_flag_is_refused_and_the_flag_is_named(made, run_her
     weights = tmp_path / "mlp.pth"
     save_pth(weights, build_small("mlp", 1, 28).state_dict())
     for name, value in {
-            "eps": "0.11", "alpha": "0.011", "epochs": 3, "seed": 7, "minibatch": 5, "iter": 2,
+            "eps": "0.11", "alpha": "0.011", "epochs": 1, "seed": 7, "minibatch": 5, "iter": 2,
             "momentum": 0.5, "method": "spgd", "loss": "logit", "beta": 4, "batch_size": 30,
             "target": 3, "amp": "bf16", "layout": "channels_last", "model_name": "cnn",
             "weights": weights, "num_images": 50}.items():

@@ -32,7 +32,8 @@ def run_script(get_args, main):
     except OSError as error:  # disk full, permission denied: what is on disk is whole
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
     except UnicodeEncodeError as error:
-        sys.exit(_complain(f"{ascii(error.object[-200:])}: not UTF-8; rename the file or folder"))
+        name = error.object[:error.end].splitlines()[-1][-100:]
+        sys.exit(_complain(f"{ascii(name)}: a name that is not UTF-8; rename the file or folder"))
     except KeyboardInterrupt:
         print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)

@@ -46,8 +46,8 @@ def read_list(path):
     if all(label.isdecimal() for label in found):
         longest = max(found, key=len)
         if len(longest) > MOST_DIGITS:
-            raise UserError(f"{path}: class {longest[:20]}; wanted indices of at most {MOST_DIGITS} "
-                            "digits, or names")
+            raise UserError(f"{path}: class {longest[:20]}; wanted names, or indices of at most "
+                            f"{MOST_DIGITS} digits")
         classes = tuple(map(str, range(max(map(int, found)) + 1)))
         return root, names, [int(label) for _, label in pairs], classes
     classes = tuple(sorted(found))

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.precision import measuring, synchronize, training
+from utils.precision import measuring, out_of_memory, synchronize, training
 from utils.run import save_csv, save_pth
 from utils.team import Team
 
@@ -64,7 +64,8 @@ class Trainer:
             for name, part in self.keep.items()}}
 
     def restore(self, state):
-        self.rows, self.stopped = state["rows"], state.get("stopped", False)
+        self.rows = [dict(row) for row in state["rows"]]
+        self.stopped = state.get("stopped", False)
         for name, part in self.keep.items():
             restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
             restore(state[name])
@@ -74,9 +75,12 @@ class Trainer:
         if state is not None:
             try:
                 self.restore(state)
-                assert self.seconds >= 0  # noqa: S101 (also that its rows are rows)
-            except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError,
-                    ValueError) as error:
+                if not self.seconds >= 0:
+                    raise ValueError("not the rows of a log.csv")
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError
+                    ) as error:
+                if out_of_memory(error):
+                    raise
                 raise UserError(f"{folder / 'checkpoint.pth'}: damaged, or not of this script; "
                                 "choose another folder") from error
             return

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 
 from utils import draw
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.report import interval, markdown, protocol
 from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
 
@@ -85,33 +85,40 @@ def save_results(folder, facts, found):
 
 def summarise(folders, out):
     """The table, curves and examples of several finished runs into the folder `out`."""
-    runs = [_read_run(path) for path in folders]
-    first = runs[0][0]
-    for path, (facts, _) in zip(folders, runs, strict=True):
-        for key in SAME:
-            if facts[key] != first[key]:
-                raise UserError(f"--summary {path}: has {key} {facts[key]}, {folders[0]} has "
-                                f"{first[key]}; wanted runs on the same")
-    logs = {facts["variation"]: [_read_log(path / f"seed{one['seed']}") for one in found]
-            for path, (facts, found) in zip(folders, runs, strict=True)}
-    shown = {facts["variation"]: read_examples(path, found[0])
-             for path, (facts, found) in zip(folders, runs, strict=True)
-             if (path / "examples.npz").is_file()}
-    folder, text = RunFolder(out), table(runs)
+    with reading(f"--summary {' '.join(map(str, folders))}", "fgsm_mnist.py"):
+        runs = [_read_run(path) for path in folders]
+        _check_same(folders, [facts for facts, _ in runs])
+        logs = {facts["variation"]: [_read_log(path / f"seed{one['seed']}") for one in found]
+                for path, (facts, found) in zip(folders, runs, strict=True)}
+        shown = {facts["variation"]: read_examples(path, found[0])
+                 for path, (facts, found) in zip(folders, runs, strict=True)
+                 if (path / "examples.npz").is_file()}
+        rows = [{"variation": facts["variation"], **row}
+                for facts, found in runs for row in _rows(facts, found)]
+        text, curves = table(runs), draw.variations(logs)
+        picture = draw.exercise(shown) if shown else None
+    folder = RunFolder(out)
     write_atomic(folder / "summary.md", text.encode())
-    save_csv(folder / "summary.csv", [{"variation": facts["variation"], **row}
-                                      for facts, found in runs for row in _rows(facts, found)])
-    write_atomic(folder / "curves.png", draw.variations(logs))
-    picture = draw.exercise(shown) if shown else None
+    save_csv(folder / "summary.csv", rows)
+    write_atomic(folder / "curves.png", curves)
     if picture:
         write_atomic(folder / "examples.png", picture)
     print(text + f"saved {out}/summary.md (.csv), curves.png" + ", examples.png" * bool(picture))
 
 
+def _check_same(folders, runs):
+    """UserError unless these facts of runs agree in what a table must have in common."""
+    for path, facts in zip(folders, runs, strict=True):
+        for key in SAME:
+            if facts[key] != runs[0][key]:
+                raise UserError(f"--summary {path}: has {key} {facts[key]}, {folders[0]} has "
+                                f"{runs[0][key]}; wanted runs on the same")
+
+
 def _read_run(path):
     """Facts, and the figures of every seed."""
     saved = load_json(path / "results.json") if (path / "results.json").is_file() else None
-    if not isinstance(saved, dict) or "variation" not in saved.get("facts", {}):
+    if not isinstance(saved, dict) or "variation" not in (saved.get("facts") or {}):
         raise UserError(f"--summary {path}: no finished run; wanted a folder that fgsm_mnist.py "
                         "left, with results.json in it")
     return OLDER | saved["facts"], saved["seeds"]
@@ -125,7 +132,10 @@ def _rows(facts, found):
 
 def _read_log(folder):
     with open(folder / "log.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise UserError(f"{folder / 'log.csv'}: no rows in it; train again")
+    return rows
 
 
 def read_examples(folder, found):

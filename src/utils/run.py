@@ -8,6 +8,7 @@ Nothing that is read is ever unpickled as code.
 import csv
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -25,6 +26,8 @@ import torchvision
 
 from utils.errors import UserError
 from utils.precision import EXACT, arithmetic, set_arithmetic, training
+
+COUNTED = ("outside", "zero_gradient", "gradients", "queries")  # by the attack of a cell
 
 # ------------------------------------------------------------ settings, device, seed
 
@@ -252,8 +255,31 @@ class RunFolder:
             raise UserError(f"{path}: not a table of this script; choose another folder")
         if any(isinstance(cell.get("before"), str) for cell in saved["cells"].values()):
             raise UserError(f"{path}: a table made by an older version; choose another folder")
+        broken = next((key for key, cell in saved["cells"].items() if not _can_be_counted(cell)), 0)
+        if broken:
+            raise UserError(f"{path}: the cell '{broken}' is damaged; restore the file, or choose "
+                            "another folder")
         was = saved["settings"]
         for key in [key for key in settings if key in was and settings[key] != was[key]]:
             raise UserError(f"--save {self.path}: holds a table made with {key} {was[key]}, "
                             f"given {settings[key]}; choose another folder")
         return was | settings, saved["cells"]
+
+
+def _can_be_counted(cell):
+    """Whether a cell's numbers are what the scripts write: counts, counts of n images, sizes."""
+    def counts(*values, most=2 ** 53):
+        return all(type(value) is int and 0 <= value <= most for value in values)
+
+    n, draws, right = cell.get("n"), cell.get("draws", 1), cell.get("right", {})
+    lists = [cell[key] for key in ("before", "after") if key in cell]
+    sizes = [cell[key] for key in ("seconds", "largest", "eps", "w") if key in cell]
+    steps = cell.get("losses", [])
+    return (counts(n, draws) and n * draws > 0
+            and counts(*(cell.get(key, 0) for key in ("fooled", *COUNTED)))
+            and all(isinstance(part, list) and len(part) == n and counts(*part, most=draws)
+                    for part in lists)
+            and isinstance(right, dict) and counts(*right.values(), most=n)
+            and isinstance(steps, list)
+            and all(type(value) in (int, float) and 0 <= value < math.inf for value in sizes)
+            and all(type(value) in (int, float) for value in (*steps, cell.get("ascent", 0))))
