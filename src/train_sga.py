@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import run
+from utils.attack.balls import cut
 from utils.cli import Parser, at_least, names, radius, run_script
 from utils.data import NAMED, PRESETS, load, open_images, to_float
 from utils.defenses import adaptive, defend
@@ -55,20 +56,18 @@ def logit_loss(logits, y):
 def make_loss(name, beta, target):
     """loss(logits (N, K), y (N,)) to ascend; with a target: minus the loss towards it."""
     if target is not None:  # y is ignored; no clamp, which would silence the far images
-        def towards(logits, y):
-            goal = torch.full_like(y, target)
-            return (-F.cross_entropy(logits, goal) if name == "ce" else -logit_loss(logits, goal))
-        return towards
+        plain = F.cross_entropy if name == "ce" else logit_loss
+        return lambda logits, y: -plain(logits, torch.full_like(y, target))
     return (lambda logits, y: clamped_ce(logits, y, beta)) if name == "ce" else logit_loss
 
 
 def input_gradient(models, x, delta, y, loss):
-    """Mean loss over models and images at clamp(x + delta, 0, 1), and its gradient.
+    """Mean loss over models and images at x + delta, cut to [0, 1], and its gradient.
 
     x (N, C, H, W), delta (1, C, H, W), y (S, N) for S models -> scalar, (1, C, H, W)
     """
     delta = delta.detach().requires_grad_()
-    x_adv = (x + delta).clamp(0, 1)  # delta is broadcast: one gradient, not one per image
+    x_adv = cut(x + delta)  # delta is broadcast: one gradient, not one per image
     value = sum(loss(model(x_adv), labels) for model, labels in zip(models, y, strict=True))
     value = value / len(models)
     return value.detach(), torch.autograd.grad(value, delta)[0]
@@ -215,8 +214,7 @@ class SgaTraining(Trainer):
         self.delta, self.v = (state[name].view_as(self.pixels[:1]) for name in HELD[:2])
         self.labels, self.amp, self.layout = state["labels"], *(str(state[k]) for k in HELD[3:])
         if (was := self.labels.shape[1]) != (now := len(self.images)):
-            raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
-                            "missing ones back or start again (--overwrite)")
+            raise UserError(f"--resume: {was} images could be read before, {now} now; restore them")
 
 
 # --------------------------------------------------------------------- the command

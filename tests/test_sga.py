@@ -63,14 +63,17 @@ def naive_loss(logits, label, loss="ce", beta=9.0, target=None):
 
 
 def naive_gradient(models, x, delta, y, **kind):
-    """Mean over images and models of the gradient; each image has its own copy of delta."""
+    """Mean over images and models of the gradient; each image has its own copy of delta, and no
+    gradient where image + delta lies outside [0, 1].
+    """
     total, value = torch.zeros_like(delta), 0.0
     for model, labels in zip(map(trainable, models), y, strict=True):
         for image, label in zip(x, labels, strict=True):
-            own = delta.clone().requires_grad_(True)
-            loss = naive_loss(model((image[None] + own).clamp(0, 1))[0], label, **kind)
+            moved = image[None] + delta
+            seen = moved.clamp(0, 1).requires_grad_(True)
+            loss = naive_loss(model(seen)[0], label, **kind)
             loss.backward()
-            total += own.grad / len(x) / len(models)
+            total += seen.grad * ((moved >= 0) & (moved <= 1)) / len(x) / len(models)
             value += loss.item() / len(x) / len(models)
     return value, total
 
@@ -82,7 +85,8 @@ def naive_sga(models, x, y, delta, draws, eps=EPS, alpha=ALPHA, maps=None, **kin
                  for k, i in enumerate(draw)]
         loss, g = naive_gradient(models, torch.stack(batch), inner, y[:, draw], **kind)
         inner = inner + alpha * torch.sign(g)
-        inner = torch.maximum(torch.minimum(inner, torch.tensor(eps)), torch.tensor(-eps))
+        edge = torch.tensor(eps, dtype=inner.dtype)
+        inner = torch.maximum(torch.minimum(inner, edge), -edge)
         total = total + g
         losses.append(loss)
     return sum(losses) / len(losses), total
@@ -163,6 +167,18 @@ def test_spgd_gives_the_gradient_of_the_whole_batch_whatever_the_chunk_size(worl
                                           torch.arange(N).split(size), eps=EPS, alpha=ALPHA)
         same(g, naive)
         assert float(ours_value) == pytest.approx(value, rel=1e-6)
+
+
+def test_black_and_white_pixels_have_a_gradient_until_delta_takes_them_outside(world):
+    """torch.clamp stops it at exactly 0 and 1 since torch 2.15, and passed it on before."""
+    models, x, y, _ = world
+    at_the_edge = torch.full_like(x[:1], 0.5)
+    at_the_edge[0, 0, 0, 0], at_the_edge[0, 1, 2, 3] = 0.0, 1.0
+    zero, out = torch.zeros_like(at_the_edge), torch.zeros_like(at_the_edge)
+    out[0, 0, 0, 0], out[0, 1, 2, 3] = -ALPHA, ALPHA
+    for delta, alive in ((zero, True), (out, False)):
+        _, g = gradient_of(models)(at_the_edge, delta, y[:, :1])
+        assert bool(g[0, 0, 0, 0]) is alive and bool(g[0, 1, 2, 3]) is alive
 
 
 def test_several_surrogates_give_the_mean_of_their_losses_each_with_its_own_labels(world):
@@ -319,7 +335,7 @@ def test_two_epochs_equal_those_of_the_naive_oracle(changed):
     delta, v, loss, _ = epochs(args, model, pixels, 2)
     naive, naive_v, naive_loss_value = naive_epochs(args, model, pixels, 2)
     torch.testing.assert_close(delta, naive, rtol=0, atol=1e-7)
-    torch.testing.assert_close(v, naive_v, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(v, naive_v, rtol=1e-4, atol=3e-8)  # entries of 0.01
     assert loss == pytest.approx(naive_loss_value, rel=1e-5)
 
 

@@ -255,8 +255,9 @@ class RunFolder:
             raise UserError(f"{path}: not a table of this script; choose another folder")
         if any(isinstance(cell.get("before"), str) for cell in saved["cells"].values()):
             raise UserError(f"{path}: a table made by an older version; choose another folder")
-        broken = next((key for key, cell in saved["cells"].items() if not _can_be_counted(cell)), 0)
-        if broken:
+        broken = next((key for key, cell in saved["cells"].items() if not _can_be_counted(cell)),
+                      None)
+        if broken is not None:
             raise UserError(f"{path}: the cell '{broken}' is damaged; restore the file, or choose "
                             "another folder")
         was = saved["settings"]
