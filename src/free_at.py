@@ -8,8 +8,8 @@
 
     python free_at.py --method free --replays 8                       # digits, offline, seconds
     python free_at.py --method pgd --data_dir cifar10 --model_name preact_resnet18
-    torchrun --nproc_per_node 4 free_at.py --method free --replays 4 --data_dir /data/imagenet \\
-        --model_name resnet50
+    python free_at.py --recipe free --data_dir cifar10                # as the paper (recipes.py)
+    torchrun --nproc_per_node 4 free_at.py --recipe free --data_dir /data/imagenet
     python eval_net.py --runs runs/digits_natural_mlp runs/digits_free8_mlp runs/digits_pgd_mlp
 
 Natural and free training take the same number of weight steps for the same --epochs: free training

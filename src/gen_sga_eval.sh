@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fooling ratios of what train.sh made, on five target networks; flags of eval_uap.py pass through.
-#   sh src/gen_sga_eval.sh                                        all perturbations in runs/
+#   sh src/gen_sga_eval.sh                         all perturbations in runs/, one to two minutes
 #   DATA=/data/imagenet/val sh src/gen_sga_eval.sh                those made on ImageNet
 #   DATA=/data/imagenet/val UAPS="a.pth b.npy" MODELS="vgg16 resnet50" sh src/gen_sga_eval.sh
 set -eu

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes a universal perturbation; flags of train_sga.py pass through.
-#   sh src/train.sh                                               digits, offline, under 3 minutes
+#   sh src/train.sh                                           digits, offline, one to two minutes
 #   DATA=/data/imagenet/train MODEL=vgg16 sh src/train.sh         the paper's setting
 #   DATA=imagenette sh src/train.sh --augment                     downloaded; ours, for few images
 set -eu

@@ -214,7 +214,8 @@ class SgaTraining(Trainer):
         self.delta, self.v = (state[name].view_as(self.pixels[:1]) for name in HELD[:2])
         self.labels, self.amp, self.layout = state["labels"], *(str(state[k]) for k in HELD[3:])
         if (was := self.labels.shape[1]) != (now := len(self.images)):
-            raise UserError(f"--resume: {was} images could be read before, {now} now; restore them")
+            raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
+                            "missing ones back or start again (--overwrite)")
 
 
 # --------------------------------------------------------------------- the command

@@ -57,6 +57,10 @@ def free(name):
     return f"tests/test_free.py::test_{name}"
 
 
+def recipe(name):
+    return f"tests/test_recipes.py::test_{name}"
+
+
 def network(name):
     return f"tests/test_eval_net.py::test_{name}"
 
@@ -276,6 +280,29 @@ BUGS = [
     Bug("a replay too few", FREE,
         "for _ in range(m):", "for _ in range(m - 1):",
         (free("free_is_algorithm_1_written_naively"),)),
+    Bug("black pixels without a gradient", FREE,
+        "step(cut(x + noise), y)", "step((x + noise - 1e-7).clamp(0, 1), y)",
+        (free("under_ball_delta_never_moves_where_x_plus_delta_is_outside_the_image"),)),
+    Bug("the box of other images", FREE,
+        "    delta.clamp_(low, high)  #", "    #",
+        (free("under_box_x_plus_delta_stays_in_the_image_and_no_pixel_of_delta_is_dead"),)),
+    Bug("a peak too early", RECIPES,
+        '"triangle": 0.5', '"triangle": 0.4',
+        (recipe("steps_passes_and_learning_rates_are_the_published_ones"
+                "[cifar10-fast_adversarial]"),)),
+    Bug("weight decay of BatchNorm", RECIPES,
+        '"weight_decay": 0.0}]', '"weight_decay": s.weight_decay}]',
+        (recipe("weight_decay_of_weights_leaves_batch_norm_and_biases_alone"),)),
+    Bug("padding on both sides", HEADS,
+        "F.pad(out, (0, 1, 0, 1))", "F.pad(out, (1, 0, 1, 0))",
+        (recipe("a_unit_of_the_wide_network_is_tensorflows[4-8-2-False]"),)),
+    Bug("tested on the images of an older training", FINISHED,
+        "    left = images.without(train.names)\n", "    left = images\n",
+        (network("a_network_is_never_tested_on_its_training_images"),)),
+    Bug("nothing held out", RECIPES,
+        "return (images.without(held.names), len(held))", "return (images, len(held))",
+        (free("without_a_test_split_a_run_is_measured_on_images_that_it_did_not_see[flags0-60-6]"),
+         )),
     Bug("free takes m times the budget", RECIPES,
         "math.ceil(s.epochs / s.replays)", "s.epochs",
         (free("the_budget_is_counted_in_weight_steps[free-8-24-3]"),)),

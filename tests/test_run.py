@@ -137,6 +137,54 @@ def test_resuming_a_finished_run_changes_nothing_and_resuming_nothing_starts_a_r
     assert len(rows(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("more", [(), ("--momentum", 0.9), ("--augment",), ("--method", "spgd")],
+                         ids=lambda more: "_".join(map(str, more)) or "paper")
+def test_a_finished_run_goes_on_to_the_bytes_of_one_that_was_longer_from_the_start(
+        run_here, tmp_path, more):
+    assert run_here(SCRIPT, *changed(TINY, epochs=5, save="whole"), *more).returncode == 0
+    for epochs in (2, 4, 5):
+        result = run_here(SCRIPT, *changed(TINY, epochs=epochs), *more, "--resume")
+        assert result.returncode == 0, result.stderr
+        assert len(rows(tmp_path / "run")) == epochs
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    name = next(whole.glob("s*.pth")).name
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
+    first, second = (torch.load(folder / "checkpoint.pth", weights_only=True)
+                     for folder in (run, whole))
+    assert first["flags"] == second["flags"] and first["flags"]["epochs"] == 5
+    for key in ("delta", "v", "generator"):
+        assert torch.equal(first[key], second[key])
+    for mine, other in zip(rows(run), rows(whole), strict=True):
+        assert [mine[key] for key in ("epoch", "loss", "fooling_ratio")] \
+            == [other[key] for key in ("epoch", "loss", "fooling_ratio")]
+
+
+@pytest.mark.parametrize(("script", "flags", "name"), [
+    ("fgsm_mnist.py", ("--num_images", 100, "--eval_images", 5, "--queries", 2), "seed0/fgs.pth"),
+    ("train_gcm.py", ("--num_images", 80, "--batch_size", 38, "--workers", 0, "--step_epochs", 1,
+                      "--augment", "rain"), "stage1_cnn_bn.pth")])
+def test_so_do_the_other_trainings_whose_steps_do_not_depend_on_the_number_of_epochs(
+        run_here, tmp_path, script, flags, name):
+    for args in (("--epochs", 2, "--save", "whole"), ("--epochs", 1, "--save", "run"),
+                 ("--epochs", 2, "--save", "run", "--resume")):
+        result = run_here(script, *flags, *args)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_training_whose_learning_rate_depends_on_the_number_of_epochs_cannot_go_on(
+        run_here, refused):
+    flags = ("--method", "natural", "--num_images", 100, "--save", "run")
+    assert run_here("free_at.py", *flags, "--epochs", 1).returncode == 0
+    refused(run_here("free_at.py", *flags, "--epochs", 2, "--resume"), "another --epochs",
+            "the run in run has 1", "given 2", "learning rates depend on it")
+
+
+def test_fewer_epochs_than_a_run_has_done_are_refused(made, run_here, refused):
+    refused(run_here(SCRIPT, *changed(TINY, epochs=1), "--resume"), "--epochs 1", "has done 2",
+            "type --epochs 2 or more")
+
+
 @pytest.fixture
 def made(run_here, tmp_path):
     """A finished run in tmp_path/run."""

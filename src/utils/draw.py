@@ -4,6 +4,7 @@ The colours are those of Okabe and Ito, which colour-blind readers can tell apar
 """
 
 import io
+import warnings
 
 import numpy as np
 import torch
@@ -25,8 +26,14 @@ def _figure(width, height):
 
 
 def _png(figure):
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # names of classes and files are no formulas
+        text.set_text(text.get_text().replace("$", r"\$"))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib's, of letters that its font does not have
+        figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 

@@ -45,14 +45,14 @@ VALID = {  # fact: whether its value can be used
     "classes": _are_texts, "defense": _one_of(DEFENSES), "low": _or_none(COUNT),
     "augment": _are_texts, "w_fgsm": _number(0, 1e12),
     "w_fgsm_target": _number(0, 1e12),
-    "hold_out": _or_none(_number(1e-3, 0.5)), "given_images": _or_none(COUNT)}
+    "hold_out": _or_none(_number(1e-3, 0.5)), "held_out": COUNT, "given_images": _or_none(COUNT)}
 NEEDED = {  # the fact by which a script's run is known: what else it must say
     "replays": ("method", "steps", "eps", "alpha", "weight_steps", "image_size"),
     "hold_out": ("given_images", "classes", "head", "defense", "low", "image_size", "stage",
                  "augment", "w_fgsm"),
     "alpha_fgs": ()}
 ORIGIN = ("data_dir", "data_root", "hold_out", "given_images")  # what it was trained on
-OPTIONAL = {*ORIGIN, "clip_delta", "seed", "w_fgsm_target"}      # that older runs do not say
+OPTIONAL = {*ORIGIN, "held_out", "clip_delta", "seed", "w_fgsm_target"}  # not in older runs
 
 
 # ---------------------------------------------------------------------- finding them
@@ -163,7 +163,7 @@ def images_for(networks):
     """
     ours, opened = [network for network in networks if network[1]] or networks[:1], {}
     for name, facts, *where in ours:
-        key = str([where, *map(facts.get, ORIGIN)])
+        key = str([where, *map(facts.get, (*ORIGIN, "held_out", "stage"))])
         images, _ = opened[key] = opened.get(key) or unseen_by(facts, *where)
         first = next(iter(opened.values()))[0]
         if (images.kind, images.sha256()) != (first.kind, first.sha256()):
@@ -176,19 +176,25 @@ def images_for(networks):
 def unseen_by(facts, data_dir, data_root):
     """-> the test images, without those that the network was trained on; a note for the reader."""
     images = open_images(data_dir, split="test", data_root=data_root)
+    if not facts or facts["data_dir"] in NAMED:  # these have test images
+        return images, ""
     note = "held out of the training images" + (
         ", and the best epoch was chosen on them" * ("stage" in facts))
     train = _trained_on(facts)
     if train is None and facts.get("hold_out"):  # perhaps on these
-        images, held = unseen(data_dir, data_root, facts["hold_out"], facts["given_images"])
+        images, held = unseen(data_dir, data_root, facts["hold_out"], facts.get("given_images"))
         return images, note * held
     if train is None or None in (train.root, images.root) or (
             train.root.resolve() != images.root.resolve()):
         return images, ""
     train = train.prepared(train.geometry, facts.get("given_images"))
     if facts.get("hold_out"):
-        held = hold_out(train.labels, facts["hold_out"])
-        return train.select(held.nonzero()[:, 0].tolist()), note
+        held = hold_out(train.labels, facts["hold_out"]).nonzero()[:, 0].tolist()
+        if len(held) != facts.get("held_out", len(held)):  # by an older version
+            raise UserError(f"--data_dir {data_dir}: --hold_out {facts['hold_out']} holds out "
+                            f"{len(held)} images today, {facts['held_out']} in the training; train "
+                            "again, or type --data_dir with test images")
+        return train.select(held), note
     left = images.without(train.names)
     if not len(left):
         raise UserError(f"--data_dir {data_dir}: the network was trained on all of these images; "
@@ -197,10 +203,9 @@ def unseen_by(facts, data_dir, data_root):
 
 
 def _trained_on(facts):
-    """The images that a run was trained on and held out; None: no run, or they are gone."""
+    """The images that a run was given, for training and to hold out; None: they are gone."""
     try:
-        return open_images(facts["data_dir"], split="train", data_root=facts.get(
-            "data_root", "data")) if facts else None
+        return open_images(facts["data_dir"], split="train")
     except UserError:
         return None
 
@@ -213,9 +218,9 @@ def check_images(networks, images, num_images):
                             f"on {facts['kind']}")
         taught = facts.get("classes", list(images.classes) if images.labelled else [])
         if list(images.classes) != taught[:len(images.classes)]:
-            raise UserError(f"--data_dir {data_dir}: its {len(images.classes)} classes are not those "
-                            f"of the network ({len(taught) or 1000}); wanted the ones that it was "
-                            "trained on, for torchvision's networks folders such as n01440764")
+            raise UserError(f"--data_dir {data_dir}: its {len(images.classes)} classes are not "
+                            f"those of the network ({len(taught) or 1000}); wanted those that it "
+                            "was trained on, for torchvision's networks folders such as n01440764")
         if num_images and num_images > len(images):
             raise UserError(f"--num_images {num_images}: {data_dir} has {len(images)}; type "
                             f"--num_images {len(images)}, or leave it out")

@@ -22,6 +22,7 @@ from torch import nn
 from utils.data import SMALL, Geometry, paper_geometry
 from utils.errors import UserError
 from utils.nets import (
+    HEADS,
     NETWORKS,
     RECIPE_VERSION,
     RECIPES,
@@ -295,7 +296,13 @@ def trained(path):
 def head_of(path):
     """(head, classes) of a network that train_gcm.py trained; None: the network's own."""
     facts = trained(path)
-    return (facts["head"], len(facts["classes"])) if {"head", "classes"} <= facts.keys() else None
+    if not {"head", "classes"} <= facts.keys():
+        return None
+    head, classes = facts["head"], facts["classes"]
+    if head not in HEADS or not isinstance(classes, list) or not classes:
+        raise UserError(f"{path.with_suffix('.json')}: no head, or no classes, that train_gcm.py "
+                        "writes; restore the file, or remove it if the network has its own head")
+    return head, len(classes)
 
 
 def _fit(net, path, name):
