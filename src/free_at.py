@@ -56,10 +56,12 @@ def free_minibatch(step, x, y, delta, *, eps, alpha, m, box=False):
 
 
 def fast_start(model, x, y, u, *, eps, alpha, loss=F.cross_entropy):
-    """One signed step from the random point x + eps (2 u - 1); u (n, C, H, W) in [0, 1)."""
-    delta = (eps * (2 * u - 1)).requires_grad_()
-    g, = torch.autograd.grad(loss(model((x + delta).clamp(0, 1)), y).mean(), delta)
-    return (x + (delta + alpha * g.sign()).clamp(-eps, eps).detach()).clamp(0, 1)
+    """One signed step from the random point x + eps (2 u - 1), cut to [0, 1] before the gradient is
+    taken there; u (n, C, H, W) in [0, 1).
+    """
+    start = (x + eps * (2 * u - 1)).clamp(0, 1).requires_grad_()
+    g, = torch.autograd.grad(loss(model(start), y).mean(), start)
+    return (x + (start.detach() - x + alpha * g.sign()).clamp(-eps, eps)).clamp(0, 1)
 
 
 class FreeTraining(Trainer):

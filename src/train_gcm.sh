@@ -13,6 +13,10 @@ ATTACKED=${ATTACKED:-}       # test images of the robustness tables; empty: all
 TESTED=${TESTED:-}           # test images of the corruption table; empty: all
 PROCESSES=${PROCESSES:-1}    # processes that train, started by torchrun
 
+case $PROCESSES in *[!0-9]*)
+    echo "error: PROCESSES=$PROCESSES: wanted a number, such as 4" >&2
+    exit 2
+esac
 . "$(dirname "$0")/env.sh"
 again=
 case " $* " in *" --overwrite "*) again=--overwrite ;; esac

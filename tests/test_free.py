@@ -210,11 +210,23 @@ def test_fast_takes_one_step_from_a_random_point():
     model, x = toy(torch.float64), pictures(4, torch.float64)
     y, u = torch.tensor([0, 1, 2, 3]), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     found = free_at.fast_start(model, x, y, u, eps=0.1, alpha=0.125)
-    d = (0.1 * (2 * u - 1)).requires_grad_()
-    g, = torch.autograd.grad(F.cross_entropy(model((x + d).clamp(0, 1)), y, reduction="sum"), d)
-    wanted = (x + (d.detach() + 0.125 * g.sign()).clamp(-0.1, 0.1)).clamp(0, 1)
+    start = torch.minimum(torch.maximum(x + 0.1 * (2 * u - 1), torch.zeros(())), torch.ones(()))
+    g, = torch.autograd.grad(F.cross_entropy(model(seen := start.clone().requires_grad_()), y), seen)
+    delta = torch.where(g > 0, 0.125, -0.125) + (start - x)
+    wanted = (x + delta.clamp(-0.1, 0.1)).clamp(0, 1)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
     assert not found.requires_grad
+
+
+def test_fast_moves_black_pixels_whatever_their_start():
+    """Where the start is cut off, fast_adversarial's order still has a gradient."""
+    model, y = toy(torch.float64), torch.tensor([1])
+    black = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    u = torch.rand(black.shape, dtype=torch.float64)
+    found = free_at.fast_start(model, black, y, u, eps=0.1, alpha=0.125)
+    start = (0.1 * (2 * u - 1)).clamp(min=0).requires_grad_()
+    g, = torch.autograd.grad(F.cross_entropy(model(start), y), start)
+    assert torch.equal(found > 0, g > 0) and bool((g > 0)[u < 0.5].any())
 
 
 @pytest.mark.parametrize("method", ["pgd", "fast"])

@@ -99,8 +99,8 @@ def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None,
     """Epochs until log.csv has `epochs` rows or the trainer has stopped.
 
     folder, flags: a RunFolder and what decides the result; None: nothing is written or printed.
-    board: a TensorBoard SummaryWriter. deterministic: no TF32 in one_pass, on a GPU; what is
-    measured after() it never has TF32. UserError where a loss or a weight is not finite.
+    board: a TensorBoard SummaryWriter. deterministic: no TF32 in one_pass, on a GPU; what
+    `after` measures never uses TF32. UserError where a loss or a weight is not finite.
     """
     first = trainer.team.first
     while len(trainer.rows) < epochs and not trainer.stopped:

@@ -27,7 +27,8 @@ import torchvision
 from utils.errors import UserError
 from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
-COUNTED = ("outside", "zero_gradient", "gradients", "queries")  # by the attack of a cell
+NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # a cell of a table
+COUNTED = ("outside", "zero_gradient", "gradients", "queries")          # by its attack
 
 # ------------------------------------------------------------ settings, device, seed
 
@@ -268,7 +269,7 @@ class RunFolder:
 
 
 def _can_be_counted(cell):
-    """Whether a cell's numbers are what the scripts write: counts, counts of n images, sizes."""
+    """Whether a cell is what the scripts write: names, counts, counts of n images, sizes."""
     def counts(*values, most=2 ** 53):
         return all(type(value) is int and 0 <= value <= most for value in values)
 
@@ -278,6 +279,7 @@ def _can_be_counted(cell):
     steps = cell.get("losses", [])
     return (counts(n, draws) and n * draws > 0
             and counts(*(cell.get(key, 0) for key in ("fooled", *COUNTED)))
+            and all(isinstance(cell.get(key, ""), str) for key in NAMED_BY)
             and all(isinstance(part, list) and len(part) == n and counts(*part, most=draws)
                     for part in lists)
             and isinstance(right, dict) and counts(*right.values(), most=n)
