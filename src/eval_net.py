@@ -260,6 +260,7 @@ def main(args):
     if s.attacks and other:
         raise UserError(f"{networks[0].name} has Linf eps {networks[0].eps:.4g}, {other.name} "
                         f"{other.eps:.4g}; type --eps to attack them at one radius")
+    shown = finished.said_of(perturbations, images, s.num_images, note)
     images, run = images.prepared(images.size, s.num_images), provenance(s.device)
     wanted = {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
@@ -275,7 +276,7 @@ def main(args):
             done[key] = cell | {"commit": run["commit"]}
             save_json(folder / "results.json", {"settings": settings, "cells": done})
             tqdm.write(f"{key}: {headline(cell)}")
-    text = save_tables(folder, networks, wanted, done, s)
+    text = save_tables(folder, networks, wanted | {"note": shown}, done, s)  # --uaps may change
     print("\n" + text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
 
 

@@ -101,23 +101,25 @@ def get_args():
 
 
 def settle(args):
-    """Settings with the data set's presets, images (names only), targets, perturbations, and these
-    at each input size {size: {name: (C, size, size)}}. UserError for what cannot be measured.
+    """Settings with the data set's presets, images (names only), what a reader must know of them,
+    targets, perturbations, and these at each input size {size: {name: (C, size, size)}}. UserError
+    for what cannot be measured.
     """
     images = open_images(args.data_dir, split="test", data_root=args.data_root)
     preset = PRESETS[images.kind]
     s = run.settled(args, eps=args.eps or preset.eps)
     targets = targets_of(s.model_name, s.weights, preset.targets, images, s.image_size,
                          s.geometry)
-    images, _ = finished.images_for(finished.named(targets, s.data_dir, s.data_root))
+    images, note = finished.images_for(finished.named(targets, s.data_dir, s.data_root))
     uaps = read_uaps(find_uaps(s.uaps, images.kind), scale=s.scale, eps=s.eps)
+    note = finished.said_of(uaps, images, s.num_images, note)
     images = images.prepared(images.size, s.num_images)
     fitted = {}
     for size in sorted({target.size for target in targets}):
         images.prepared(size, None)  # refuses another size than that of small images
         fitted[size] = {uap.name: fit_size(uap, size, images.channels, s.eps, s.resize)
                         for uap in uaps}
-    return s, images, targets, uaps, fitted
+    return s, images, note, targets, uaps, fitted
 
 
 def load_networks(s, targets, images, device):
@@ -137,12 +139,13 @@ def aim(uap, kind):
     return target if type(target) is int and 0 <= target < num_classes(kind) else None
 
 
-def facts(s, images, targets, skipped, device):
+def facts(s, images, note, targets, skipped, device):
     """What all figures depend on; most of it is printed once above the tables."""
     sizes = sorted({target.size for target in targets})
     return {
         "data": str(s.data_dir), "n": len(images) - len(skipped), "skipped": skipped,
-        "images_sha256": images.sha256(), "clamp": "x + delta to [0, 1]",
+        **({"note": note} if note else {}), "images_sha256": images.sha256(),
+        "clamp": "x + delta to [0, 1]",
         "defense": " / ".join(dict.fromkeys(defenses.describe(s.defense, size=z) for z in sizes)),
         "sizes": sizes, "geometry": describe_geometry(targets), "eps": s.eps,
         "precision": "float32" if s.amp == "off" else s.amp,
@@ -167,7 +170,7 @@ def save_pictures(folder, rows, uaps, targets, shown):
 
 def main(args):
     device = run.resolve_device(args.device)
-    s, images, targets, uaps, fitted = settle(args)
+    s, images, note, targets, uaps, fitted = settle(args)
     folder = run.RunFolder(s.save)
     networks = load_networks(s, targets, images, device)
     counts, skipped = measure(s, images, networks, fitted,
@@ -176,7 +179,7 @@ def main(args):
     rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,
              **counts[uap.name, target.name].figures(images.labelled, classes)}
             for uap in uaps for target in targets]
-    about, first = facts(s, images, targets, skipped, device), targets[0]
+    about, first = facts(s, images, note, targets, skipped, device), targets[0]
     shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
                      images.prepared(first.geometry, None), classes, s.show,
                      device) if s.show else None

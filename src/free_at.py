@@ -196,8 +196,8 @@ def get_args():
     add("--model_name", help="network; None: the data set's preset")
     add("--pretrained", default="random", help="weights to start from: random, V1 or another of "
         "torchvision's, or the path of a state dict")
-    add("--recipe", choices=tuple(recipes.OF_PAPERS), help="train as a paper does "
-        "(utils/recipes.py), but for the flags that are typed; None: as the data set's preset")
+    add("--recipe", choices=tuple(recipes.OF_PAPERS), help="a paper's settings "
+        "(utils/recipes.py) for flags that are not typed; None: those of the data set's preset")
     add("--method", choices=("natural", "pgd", "free", "fast"), help="training; None: free")
     add("--replays", type=at_least(1), help="m of free: steps on each minibatch; None: 8")
     add("--eps", type=radius, help="Linf radius, in [0, 1] pixels; None: the data set's preset")
@@ -212,14 +212,15 @@ def get_args():
     add("--lr", type=at_least(0, float), help="learning rate of SGD; None: preset")
     add("--momentum", type=at_least(0, float), default=0.9, help="momentum of SGD")
     add("--weight_decay", type=at_least(0, float), help="weight decay of SGD; None: preset")
-    add("--decay", choices=("all", "weights"), help="what it is for; weights: not for BatchNorm "
-        "and biases; None: all")
+    add("--decay", choices=("all", "weights"), help="which parameters decay; weights: all "
+        "but BatchNorm and biases; None: all")
     add("--schedule", choices=(*recipes.FALLS, *recipes.PEAKS), help="step: a tenth after half "
         "and again after three quarters of the weight steps; thirds: after a third and two thirds "
         "of the passes; onecycle: up for 40 %%, down to 0; triangle: up for half; None: step")
     add("--augment", choices=("auto", "off"), default="auto", help="auto: random crops and flips, "
         "except for digits and mnist")
-    add("--shift", type=at_least(0), help="pixels by which crops of CIFAR-10 move; None: 4")
+    add("--shift", type=at_least(0, high=32), help="largest shift of CIFAR-10's random crops, in "
+        "pixels; None: 4")
     add("--hold_out", type=at_least(0.001, float, 0.5), default=0.1, help="share of the images "
         "that is kept for eval_net.py where there is no test split")
     add("--guard", choices=("stop", "warn", "off"), default="warn", help="what to do when accuracy "
@@ -245,10 +246,11 @@ def main(args):
     training = FreeTraining(s, images, team, device)
     training.resume(state, folder)
     if team.first:
-        rounded = " (rounded up)" * bool(s.weight_steps or (
-            s.method == "free" and s.epochs % s.replays))
+        rounded = " (rounded up)" * bool(training.total % training.steps if s.weight_steps else
+                                         s.method == "free" and s.epochs % s.replays)
         print(f"{len(images)} images of {s.data_dir}, {s.model_name}, {s.method}: "
-              f"{training.passes} passes{rounded}, {training.total} weight steps", flush=True)
+              f"{training.passes} pass{'es' * (training.passes > 1)}{rounded}, {training.total} "
+              "weight steps", flush=True)
     loop(training, training.passes, folder, flags, deterministic=s.deterministic)
     if team.first:
         finish(training, folder, name)

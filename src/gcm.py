@@ -231,7 +231,7 @@ def get_args():
 
 def settle(args):
     """The settings, and the images (names only); refuses what cannot work."""
-    targets, images = open_targets(args, imagenet=papers.GCM_TABLE)
+    targets, images, note = open_targets(args, imagenet=papers.GCM_TABLE)
     if args.audit and args.w_sweep:
         raise UserError("--audit --w_sweep: one at a time; they share a folder")
     if args.audit and args.stop_early:
@@ -240,7 +240,7 @@ def settle(args):
     if args.w_sweep and "gcm" not in args.defense:
         raise UserError(f"--w_sweep --defense {args.defense}: there is no w; type --defense gcm")
     attacks = [name for name in (*papers.GCM_COLUMNS, *MORE) if name in args.attacks]
-    return run.settled(args, targets=targets, attacks=attacks, kind=images.kind), images
+    return run.settled(args, targets=targets, attacks=attacks, kind=images.kind, note=note), images
 
 
 def stated(target, images, s):
@@ -261,7 +261,7 @@ def main(args):
         "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
         "images_sha256": listed.sha256(), "stop_early": s.stop_early, "amp": s.amp,
         "batch_size": s.batch_size, "seed": s.seed, "device": about["device"],
-        "torch": about["torch"],
+        "torch": about["torch"], **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}})
     head = report.protocol(report_gcm.facts(settings, s, STEPS))
     print(head, flush=True)

@@ -229,8 +229,8 @@ def get_args():
     add("--augment", type=names, help="phase1, released, all, names of operations in "
         "utils/augment.py (rain,rotation), or none: no random crops either; None: phase1, in "
         "stage 2 released")
-    add("--p", type=at_least(0, float, 1), default=0.1, help="probability of every operation of "
-        "--augment; phase1 and released have their own")
+    add("--p", type=at_least(0, float, 1), help="probability of every operation of --augment; "
+        "phase1 and released have their own; None: 0.1")
     add("--w_clean", type=at_least(0, float), default=1.0, help="weight of the clean loss")
     add("--cutmix_prob", type=at_least(0, float, 1), help="chance that CutMix stands in place of "
         "the clean images of a minibatch; None: 0.3, in stage 2 0")

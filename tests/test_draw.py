@@ -77,6 +77,12 @@ def test_corruptions_are_drawn_for_one_network_and_for_several():
     assert size_of(draw.corruptions(measured))
 
 
+@pytest.mark.parametrize("name", ["$_$", "$"])
+def test_dollars_in_names_are_no_formula(name):
+    assert size_of(draw.heatmap([[0.1, 0.9]] * 2, [name, "b"], [name, "b"]))
+    assert size_of(draw.curves([{"epoch": 1, "loss": 1.0, "fooling_ratio": 0.5}], name))
+
+
 # ------------------------------------------------------------------------ figures.py
 
 def drew(done, path):

@@ -370,6 +370,44 @@ def test_a_folder_stands_for_its_perturbations_that_were_made_on_this_kind_of_da
     assert [uap.name for uap in both] == ["digits/sga", "imagenet/sga"]
 
 
+@pytest.mark.parametrize(("made", "measured", "said"), [
+    ((), (), "n: 6 (these are the images that u was made on);"),
+    ((), ("--num_images", 4), "n: 4 (these are the images that u was made on);"),
+    (("--num_images", 4), (), "n: 6 (some of these are the images that u was made on);")])
+def test_a_perturbation_measured_on_its_training_images_is_said_to_be(
+        run_here, tmp_path, picture, made, measured, said):
+    for k in range(2):
+        for i in range(3):
+            picture(tmp_path / "flat" / f"c{k}" / f"{i}.png", 32, 32, seed=3 * k + i)
+            picture(tmp_path / "both/val" / f"c{k}" / f"{i}.png", 32, 32, seed=9 + 3 * k + i)
+    where = ("--data_dir", "flat", "--model_name", "squeezenet1_1", "--weights", "random",
+             "--device", "cpu", "--workers", 0)
+    done = run_here("train_sga.py", *where, *made, "--image_size", 64, "--epochs", 1, "--save", "u")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "u.pth").write_bytes(next((tmp_path / "u").glob("sga*.pth")).read_bytes())
+    (tmp_path / "u.json").write_bytes(next((tmp_path / "u").glob("sga*.json")).read_bytes())
+    flags = (*where, *measured, "--image_size", 64, "--uaps", "u.pth", "--show", 0)
+    assert said in run_here("eval_uap.py", *flags).stdout
+    others = run_here("eval_uap.py", *flags, "--data_dir", "both")  # files of the same names
+    assert others.returncode == 0 and "made on" not in others.stdout
+
+
+def test_eval_net_says_that_a_perturbation_was_made_on_these_images(run_here, tmp_path):
+    images = data.open_images("digits", split="test")
+    for name, found in (("a", images.prepared(28, 20)), ("b", images.prepared(28, 20)),
+                        ("c", images.prepared(28, 30).select(range(9)))):
+        save_pth(tmp_path / f"{name}.pth", torch.zeros(1, 28, 28))
+        save_json(tmp_path / f"{name}.json", {
+            "kind": "digits", "scale": 1, "num_images": 20, "skipped": [], "data_dir": "digits",
+            "images_sha256": found.sha256()})
+    flags = ("--model_name", "mlp", "--num_images", 20, "--attacks", "none", "--device", "cpu",
+             "--workers", 0, "--save", "t", "--uaps")
+    first = run_here("eval_net.py", *flags, "c.pth")
+    assert "n: 20 test images;" in first.stdout, first.stderr
+    done = run_here("eval_net.py", *flags, "a.pth", "b.pth", "c.pth")  # into the same table
+    assert "n: 20 test images (these are the images that a, b were made on);" in done.stdout
+
+
 def made_with(name, **facts):
     return uaps.Uap(name, None, torch.zeros(1, 2, 2),
                     {"name": "sga_cnn", "method": "sga", "epochs": 20, **facts})

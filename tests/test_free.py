@@ -313,7 +313,7 @@ def test_imagenet_networks_train_on_crops_of_photographs(run_here, tmp_path, pho
     done = run_here("free_at.py", "--data_dir", photographs, *PHOTOGRAPHS, "--replays", 2,
                     "--epochs", 2)
     assert done.returncode == 0, done.stderr
-    assert "6 images of" in done.stdout and "1 passes, 4 weight steps" in done.stdout
+    assert "6 images of" in done.stdout and "1 pass, 4 weight steps" in done.stdout
     facts = json.loads((tmp_path / "run" / "free2_squeezenet1_1.json").read_text())
     assert facts["eps"] == 4 / 255 and facts["image_size"] == 224
 

@@ -15,6 +15,7 @@ from torch import nn
 import free_at
 from utils import models, recipes
 from utils.data import CIFAR10, Images, imagenet_classes, paper_geometry
+from utils.errors import UserError
 from utils.nets import Standardize, WideUnit
 from utils.team import Team
 
@@ -112,14 +113,24 @@ def test_without_a_recipe_the_presets_are_as_before(settle):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (("--recipe", "madry"), ("--recipe madry", "is for cifar10", "digits")),
-    (("--recipe", "free"), ("--recipe free", "is for cifar10 and imagenet", "digits")),
+    (("--recipe", "madry"), ("--recipe madry", "published for cifar10, not for digits", "leave")),
+    (("--recipe", "free"), ("published for cifar10 and imagenet, not for digits", "--data_dir")),
     (("--recipe", "trades"), ("trades", "fast_adversarial")),
     (("--epochs", 2, "--weight_steps", 5), ("--epochs 2 --weight_steps 5", "one of the two"))],
     ids=str)
 def test_a_recipe_without_meaning_is_one_line(run_here, refused, tmp_path, flags, words):
     refused(run_here("free_at.py", "--num_images", 50, *flags), *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_the_training_images_is_no_missing_test_split(settle, monkeypatch):
+    _, images = settle("imagenet", 1000)
+
+    def broken(*args):
+        raise UserError("broken")
+    monkeypatch.setattr(recipes, "unseen", broken)
+    with pytest.raises(UserError, match="broken"):
+        recipes.held_out(images, free_at.get_args())
 
 
 # -------------------------------------------------------------------- weight steps
@@ -145,13 +156,37 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_a_run_ends_at_its_weight_steps_in_the_middle_of_a_pass(run_here, tmp_path, monkeypatch):
-    lrs, real = [], free_at.FreeTraining.step
+@pytest.fixture
+def lrs(monkeypatch):
+    """The learning rates of all weight steps."""
+    found, real = [], free_at.FreeTraining.step
 
     def spying(self, x, y):
         real(self, x, y)
-        lrs.append(self.optimizer.param_groups[0]["lr"])
+        found.append(self.optimizer.param_groups[0]["lr"])
     monkeypatch.setattr(free_at.FreeTraining, "step", spying)
+    return found
+
+
+def test_thirds_are_those_of_the_passes_over_the_images(run_here, lrs):
+    done = run_here("free_at.py", "--num_images", 96, "--batch_size", 32, "--replays", 2, "--lr",
+                    0.01, "--epochs", 9, "--schedule", "thirds", "--guard", "off", "--device",
+                    "cpu", "--save", "run")
+    assert done.returncode == 0, done.stderr
+    assert "5 passes (rounded up), 30 weight steps" in done.stdout
+    assert lrs == pytest.approx([1e-2] * 12 + [1e-3] * 12 + [1e-4] * 6)
+
+
+@pytest.mark.parametrize(("steps", "words"), [
+    (4, "1 pass, 4 weight steps"), (8, "2 passes, 8 weight steps"),
+    (5, "2 passes (rounded up), 5 weight steps")])
+def test_only_passes_that_are_not_whole_are_called_rounded_up(run_here, steps, words):
+    done = run_here("free_at.py", "--num_images", 64, "--batch_size", 32, "--replays", 2,
+                    "--weight_steps", steps, "--guard", "off", "--device", "cpu", "--save", "run")
+    assert done.returncode == 0 and words in done.stdout, done.stderr
+
+
+def test_a_run_ends_at_its_weight_steps_in_the_middle_of_a_pass(run_here, tmp_path, lrs):
     done = run_here("free_at.py", "--num_images", 96, "--batch_size", 32, "--replays", 4, "--lr", 1,
                     "--weight_steps", 18, "--schedule", "triangle", "--guard", "off", "--device",
                     "cpu", "--save", "run")

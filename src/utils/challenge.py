@@ -43,6 +43,7 @@ def settle(args, team, device):
     images = open_images(args.data_dir, split="train", data_root=args.data_root)
     preset = STAGES[args.stage] | DEFAULTS[images.kind]
     preset |= {flag: RATES[args.stage] * preset[flag] for flag in ("lr_head", "lr_backbone")}
+    preset["p"] = 0.1
     s = run.settled(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
     check_name(s.model_name, images.kind)
     name = s.data_dir if s.data_dir in NAMED else images.kind
@@ -50,7 +51,7 @@ def settle(args, team, device):
     pretrained, head = _start(s, path)
     size = s.image_size or input_size(s.model_name, images.kind, images.size, pretrained)
     s = run.settled(s, save=path, pretrained=pretrained, head=head, image_size=size,
-                classes=list(images.classes), chances=_chances(s),
+                classes=list(images.classes), chances=_chances(s, args.p is not None),
                 amp=training_amp(s.amp, device))
     images = images.prepared(size, s.num_images)
     held = hold_out(images.labels, s.hold_out)
@@ -69,12 +70,19 @@ def _start(s, path):
     return pretrained, s.head or (found[0] if found else "fc")
 
 
-def _chances(s):
-    """{operation: probability} of --augment and --p."""
-    preset = ",".join(s.augment)
-    if preset in PRESETS:
-        return PRESETS[preset]
-    chosen = {"all": list(OPS), "none": []}.get(preset, s.augment)
+def _chances(s, typed):
+    """{operation: probability} of --augment and --p; typed: whether --p was."""
+    groups = {"all": list(OPS), "none": []}
+    alone = next((name for name in s.augment if name in (*PRESETS, *groups)), None)
+    if alone and len(s.augment) > 1:
+        raise UserError(f"--augment {','.join(s.augment)}: {alone} stands alone; type it alone, or "
+                        "names of operations")
+    if alone in PRESETS:
+        if typed:
+            raise UserError(f"--p {s.p}: --augment {alone} has probabilities of its own; leave out "
+                            "--p, or type --augment all or names of operations")
+        return PRESETS[alone]
+    chosen = groups.get(alone, s.augment)
     for name in chosen:
         if name not in OPS:
             raise UserError(f"--augment {name}: wanted {', '.join(PRESETS)}, all, none, or some of "

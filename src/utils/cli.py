@@ -32,8 +32,9 @@ def run_script(get_args, main):
     except OSError as error:  # disk full, permission denied: what is on disk is whole
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
     except UnicodeEncodeError as error:
-        name = error.object[:error.end].splitlines()[-1][-100:]
-        sys.exit(_complain(f"{ascii(name)}: a name that is not UTF-8; rename the file or folder"))
+        start, end = error.object[:error.start], error.object[error.start:]  # a list, line by line
+        name = ascii(start.rpartition("\n")[2] + end.partition("\n")[0])
+        sys.exit(_complain(f"{name}: a name that is not UTF-8; rename the file or folder"))
     except KeyboardInterrupt:
         print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)

@@ -177,6 +177,10 @@ def _open_named(name, split, data_root):
         return _digits(split)
     if name == "mnist":
         data = _torchvision(torchvision.datasets.MNIST, data_root, train=train)
+        if data.data.shape != (len(data.targets), 28, 28) or not 0 <= data.targets.max() < 10:
+            raise UserError(f"MNIST in '{data_root}': {tuple(data.data.shape)} images, "
+                            f"{len(data.targets)} labels up to {data.targets.max()}; wanted "
+                            "digits of 28 pixels, a label for each")
         return _arrays("mnist", data.data.unsqueeze(1), data.targets, DIGITS, split)
     if name == "cifar10":
         data = _torchvision(torchvision.datasets.CIFAR10, data_root, train=train)
@@ -191,8 +195,11 @@ def _torchvision(dataset, root, **kwargs):
     """A torchvision data set, downloaded into `root` if it is not there."""
     try:
         return dataset(root, download=False, **kwargs)
-    except RuntimeError:  # torchvision's word for "not found"
-        pass
+    except Exception as error:  # torchvision's readers raise nearly anything on a damaged file
+        if "not found" not in str(error):
+            raise UserError(f"{dataset.__name__} in '{root}' is damaged ({type(error).__name__} "
+                            f"{error}); remove it, or type --data_root FOLDER of a whole one"
+                            ) from None
     try:
         return dataset(root, download=True, **kwargs)
     except (OSError, RuntimeError) as error:

@@ -67,7 +67,8 @@ class Network:
 
 
 def open_targets(args, *, imagenet):
-    """[Target] of the flags, and the test images, names only; refuses what cannot work.
+    """[Target] of the flags, the test images, names only, and what a reader must know of these, or
+    ''; refuses what cannot work.
 
     imagenet: the networks on ImageNet if --model_name names none.
     """
@@ -76,14 +77,14 @@ def open_targets(args, *, imagenet):
     targets = targets_of(args.model_name, args.weights, preset, images, args.image_size,
                          args.geometry)
     networks = finished.named(targets, args.data_dir, args.data_root)
-    images, _ = finished.images_for(networks)
+    images, note = finished.images_for(networks)
     finished.check_images(networks, images, args.num_images)
     for target in targets:
         if args.low and args.low > target.size:
             raise UserError(f"--low {args.low}: {target.name} takes {target.size} pixels; type "
                             f"--low {target.size} or less")
     defend(nn.Identity(), args.defense, size=images.size, w=args.w, epsilon=args.epsilon)
-    return targets, images
+    return targets, images, note
 
 
 def open_networks(s, images, device):

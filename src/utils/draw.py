@@ -29,7 +29,7 @@ def _png(figure):
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # names of classes and files are no formulas
-        text.set_text(text.get_text().replace("$", r"\$"))
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's, of letters that its font does not have

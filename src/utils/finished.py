@@ -210,6 +210,43 @@ def _trained_on(facts):
         return None
 
 
+def said_of(uaps, images, num_images, note):
+    """The note of images_for, and of [uaps.Uap] which were made on the images they are measured on.
+
+    images: the whole list, names only; num_images: how many of it are measured, or None.
+    """
+    measured = set(images.prepared(images.geometry, num_images).names)
+    opened, notes = {}, [note]
+    made_on = {uap.name: measured & set(_made_on(uap.facts, images, opened)) for uap in uaps}
+    for whole, start in ((True, "these"), (False, "some of these")):
+        found = [name for name, common in made_on.items()
+                 if common and (common == measured) is whole]
+        if found:
+            notes.append(f"{start} are the images that {', '.join(found)} "
+                         f"{'was' if len(found) == 1 else 'were'} made on")
+    return "; ".join(filter(None, notes))
+
+
+def _made_on(facts, images, opened):
+    """The names of the images that a perturbation was made on, if they are of the same folder.
+
+    opened {data_dir: Images} is added to.
+    """
+    num, skipped, where = (facts.get(key) for key in ("num_images", "skipped", "data_dir"))
+    if not COUNT(num):
+        return ()
+    if _is_text(where) and where not in NAMED:
+        opened[where] = opened.get(where) or _trained_on(facts)
+    train = opened.get(where) if _is_text(where) else None
+    if train is None or None in (train.root, images.root):
+        train = images
+    elif train.root.resolve() != images.root.resolve():
+        return ()  # the files of train/ and val/ may have the same names
+    skipped = list(map(str, skipped)) if isinstance(skipped, list) else []
+    taught = train.prepared(train.geometry, num + len(skipped)).without(skipped)
+    return taught.names if taught.sha256() == facts.get("images_sha256") else ()
+
+
 def check_images(networks, images, num_images):
     """UserError unless the labels are classes of the networks, and there are so many images."""
     for _, facts, data_dir, _ in networks:

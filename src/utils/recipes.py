@@ -107,8 +107,8 @@ def _filled(args, kind):
     """{flag: value} of the recipe and the presets, where nothing was typed."""
     recipe = OF_PAPERS.get(args.recipe, {kind: {}})
     if kind not in recipe:
-        raise UserError(f"--recipe {args.recipe}: is for {' and '.join(recipe)}; --data_dir "
-                        f"{args.data_dir} is {kind}: type other flags instead")
+        raise UserError(f"--recipe {args.recipe}: published for {' and '.join(recipe)}, not for "
+                        f"{kind}; leave it out, or type another --data_dir")
     if args.epochs and args.weight_steps:
         raise UserError(f"--epochs {args.epochs} --weight_steps {args.weight_steps}: type one of "
                         "the two")
@@ -126,9 +126,10 @@ def held_out(images, args):
     if images.root is None:  # a named data set
         return images, 0
     try:
-        held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images)
+        open_images(args.data_dir, split="test", data_root=args.data_root)
     except UserError:  # there is one, which cannot be read yet
         return images, 0
+    held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images)
     if apart and not len(held):
         raise UserError(f"--data_dir {args.data_dir}: no test split, and --hold_out "
                         f"{args.hold_out} is none of {len(images)} images; type more")

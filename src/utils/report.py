@@ -32,6 +32,11 @@ def protocol(facts):
                                     if value not in (None, "")) + "\n"
 
 
+def with_note(text, note):
+    """'6 (held out of the training images)'; without a note, None or '', the text itself."""
+    return f"{text} ({note})" if note else text
+
+
 def csv_columns(figures):
     """{metric: share} -> {metric: value, metric_n: n, metric_low: ..., metric_high: ...}.
 

@@ -13,7 +13,7 @@ from utils.defenses import describe, is_random
 from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
-from utils.report import csv_columns, eps_text, interval, markdown
+from utils.report import csv_columns, eps_text, interval, markdown, with_note
 from utils.run import save_csv, save_json, write_atomic
 
 WORST = "worst case"
@@ -32,7 +32,7 @@ def facts(settings, s, steps):
     defence = " / ".join(dict.fromkeys(describe(
         s.defense, size=size, w=s.w, epsilon=s.epsilon, low=s.low) for size in sizes))
     return {
-        "data": settings["data"], "n": settings["n"],
+        "data": settings["data"], "n": with_note(settings["n"], settings.get("note")),
         "image list": f"sha256 {settings['images_sha256'][:16]}",
         "geometry": describe_geometry(s.targets),
         "networks": ", ".join(f"{t.name} ({t.described})" for t in s.targets),

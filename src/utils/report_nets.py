@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 
 from utils import draw
@@ -9,7 +10,7 @@ from utils.defenses import describe, is_random
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
-from utils.report import eps_text, interval, markdown, protocol
+from utils.report import eps_text, interval, markdown, protocol, with_note
 from utils.run import save_csv, write_atomic
 
 WORST = "worst case"
@@ -51,9 +52,8 @@ def stated(networks, settings, n, s):
                    + ", behind a random defence always to the end" * random,
         "attacker": f"adaptive ({', '.join(means)})" if behind else "",
         "under attack": "robust_acc, right before and still right after"} if s.attacks else {}
-    note = f" ({settings['note']})" if settings["note"] else ""
     return {
-        "data": settings["data"], "n": f"{n} test images{note}",
+        "data": settings["data"], "n": with_note(f"{n} test images", settings["note"]),
         "list sha256": settings["images_sha256"][:16], "networks": ", ".join(nets),
         "defences": ", ".join(defences), **attacks,
         "accuracy": "of all images, in %, with 95 % Wilson intervals",
@@ -171,10 +171,19 @@ def columns_of(net):
         title = f"mean of {len(net.corruptions) - 1} augmentations"
         found[title] = f"{100 * net.mean['value']:.1f}"
     found |= robustness_table(net.folder) if "stage" in facts else {}
-    if "replays" in facts and facts["kind"] == "cifar10":
+    if net.name in FREE_TABLE and as_in_the_paper(net):
         titles = ("paper: clean", "paper: PGD-20-10", "paper: minutes")
-        found |= dict(zip(titles, FREE_TABLE.get(net.name, "---"), strict=True))
+        found |= dict(zip(titles, FREE_TABLE[net.name], strict=True))
     return found
+
+
+def as_in_the_paper(net):
+    """Whether it was trained as the networks of FREE_TABLE, and is attacked at their radius."""
+    facts = net.facts
+    return ("replays" in facts and facts["kind"] == "cifar10"
+            and facts["model_name"] == "wrn_32_10" and facts["weight_steps"] == 80_000
+            and all(isclose(eps, 8 / 255) for eps in (
+                facts["eps"], *(cell.get("eps", 0) for cell in net.attacks.values()))))
 
 
 def robustness_table(folder):
@@ -200,9 +209,13 @@ def claims(networks):
     """What the paper says of natural training, and of free-8 and pgd, with our figures."""
     by = {net.name: net for net in networks if "replays" in net.facts and len(net.attacks) > 1}
     said = []
+
+    def paper(name, figure):
+        return f" (paper: {figure})" * (by[name].facts["kind"] == "cifar10")
+
     if "natural" in by:
         said.append(f"Natural training: robust_acc {100 * by['natural'].worst['value']:.1f} % in "
-                    "the worst case (paper: 0).")
+                    "the worst case" + paper("natural", "0") + ".")
     if {"free8", "pgd"} <= by.keys():
         free, pgd = by["free8"], by["pgd"]
         points = 100 * (free.worst["value"] - pgd.worst["value"])
@@ -211,7 +224,7 @@ def claims(networks):
         times = pgd.facts["seconds"] / max(free.facts["seconds"], 1e-3)
         said.append(f"free8 compared with pgd-{pgd.facts['steps']}: {points:+.1f} points in the "
                     "worst case" + f", in 1/{times:.1f} of its training time" * alike
-                    + " (paper: +0.8 under PGD-20-10, in 1/6.9).")
+                    + paper("free8", "+0.8 under PGD-20-10, in 1/6.9") + ".")
     return "\n" + " ".join(said) + "\n" if said else ""
 
 

@@ -2,7 +2,7 @@
 
 from statistics import mean, stdev
 
-from utils.report import csv_columns, eps_text, interval, markdown, protocol
+from utils.report import csv_columns, eps_text, interval, markdown, protocol, with_note
 from utils.uaps import rounded
 
 SETTINGS = ("epochs", "amp", "method", "model_name", "weights", "defense", "bpda", "eps", "alpha",
@@ -34,7 +34,8 @@ def report(rows, about, uaps, targets):
 def stated(about):
     """{name: value} that every figure depends on, for the line above the tables."""
     return {
-        "data": about["data"], "n": about["n"], "skipped": len(about["skipped"]) or "",
+        "data": about["data"], "n": with_note(about["n"], about.get("note")),
+        "skipped": len(about["skipped"]) or "",
         "list sha256": about["images_sha256"][:16],
         "networks": ", ".join(f"{name} ({weights})" for name, weights in about["targets"].items()),
         "defence": "" if about["defense"] == "none" else about["defense"],
