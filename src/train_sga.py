@@ -24,7 +24,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
-from utils import run
+from utils import precision, run
 from utils.attack.balls import cut
 from utils.cli import Parser, at_least, names, radius, run_script
 from utils.data import NAMED, PRESETS, load, open_images, to_float
@@ -33,7 +33,6 @@ from utils.errors import UserError
 from utils.loop import Trainer, loop
 from utils.measure import predictions
 from utils.models import num_classes
-from utils.precision import Fast, fastest, to_layout
 from utils.uaps import fooled, save_perturbation, surrogates_of, uap_name
 
 WATCHED = 100     # images of the training set whose fooling ratio is logged every epoch
@@ -164,13 +163,13 @@ class SgaTraining(Trainer):
         self.delta = self.v = torch.zeros((1, *self.pixels.shape[1:]))
         x, y = to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
         step = partial(input_gradient, delta=self.delta.to(x), y=y, loss=self.loss)
-        self.amp, self.layout = fastest(self.models, step, x, amp=s.amp, layout=s.layout,
-                                        deterministic=s.deterministic)
+        self.amp, self.layout = precision.fastest(
+            self.models, step, x, amp=s.amp, layout=s.layout, deterministic=s.deterministic)
 
     @cached_property
     def gradient(self):
         """gradient(x, delta, y) -> loss, g"""
-        fast = [self.behind(Fast(model, self.amp, self.layout)) for model in self.models]
+        fast = [self.behind(precision.Fast(model, self.amp, self.layout)) for model in self.models]
         return partial(input_gradient, [adaptive(model) for model in fast] if self.s.bpda else fast,
                        loss=self.loss)
 
@@ -178,7 +177,8 @@ class SgaTraining(Trainer):
         """Yields x (N, C, H, W), y (S, N), and indices and affine maps (or None) of each step."""
         pixels, labels, generator = self.pixels, self.labels.to(self.device), self.generator
         for index in torch.randperm(len(pixels), generator=generator).split(self.s.batch_size):
-            x = to_layout(to_float(pixels[index.to(pixels.device)].to(self.device)), self.layout)
+            x = to_float(pixels[index.to(pixels.device)].to(self.device))
+            x = precision.to_layout(x, self.layout)
             draws = index_draws(self.s, len(x), generator)
             flat, sizes = torch.cat(list(draws)), [len(d) for d in draws]  # one copy to the device
             maps = draw_maps(flat.shape, generator).to(x).split(sizes) if self.s.augment else None
@@ -188,7 +188,8 @@ class SgaTraining(Trainer):
         """One outer step for each large batch."""
         s, losses, count, start = self.s, 0, 0, time.perf_counter()
         aggregate = sga_gradient if s.method == "sga" else spgd_gradient
-        delta, v = (to_layout(t.to(self.device), self.layout) for t in (self.delta, self.v))
+        delta, v = (precision.to_layout(t.to(self.device), self.layout)
+                    for t in (self.delta, self.v))
         for x, y, draws, maps in self.large_batches():
             loss, g = aggregate(self.gradient, x, y, delta, draws, eps=s.eps, alpha=s.alpha,
                                 augment=maps, tick=bar.update)

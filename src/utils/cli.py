@@ -120,8 +120,8 @@ SHARED = {
     "seed": {"type": at_least(0, high=2 ** 62), "default": 0, "help": "fixes everything random"},
     "device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto",
                "help": "where to compute"},
-    "deterministic": {"action": "store_true", "help": "training on a GPU: float32 without TF32 and "
-                      "the same kernels in every run, which is slower; on a CPU this changes nothing"},
+    "deterministic": {"action": "store_true", "help": "training on a GPU: float32 without TF32 "
+                      "and the same kernels in every run, which is slower; on a CPU no change"},
     "workers": {"type": at_least(0), "default": default_workers(),
                 "help": "processes that decode images"},
     "resume": {"action": "store_true", "help": "continue the run in --save"},
