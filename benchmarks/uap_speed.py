@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bench import show, times_as_fast
 from train_sga import clamped_ce, input_gradient, sga_gradient
+from utils.attack.balls import cut
 from utils.cli import Parser, at_least, run_script
 from utils.models import input_size, load_model
 from utils.precision import LAYOUTS, Fast, fastest, synchronize, to_layout, training
@@ -59,7 +60,7 @@ def plain(model, x, y, delta, draws):
     inner, gradients = delta.clone(), []
     for index in draws:
         batch_delta = inner.repeat(len(index), 1, 1, 1).requires_grad_()
-        loss = clamped_ce(model((x[index] + batch_delta).clamp(0, 1)), y[index], BETA)
+        loss = clamped_ce(model(cut(x[index] + batch_delta)), y[index], BETA)
         loss.backward()
         g = batch_delta.grad.mean(0, keepdim=True)
         gradients.append(g)

@@ -393,7 +393,7 @@ BUGS = [
         "alpha=eps / 4", "alpha=eps / 2",
         (network("the_cells_are_those_of_the_attacks_called_one_by_one"),)),
     Bug("tested on images that were trained on", FINISHED,
-        "train.select(held.nonzero()[:, 0].tolist()), note", "train, note",
+        "return train.select(held), note", "return train, note",
         (network("a_network_of_train_gcm_is_tested_on_images_that_were_held_out"),)),
     Bug("a resumed loop forgets its random numbers", LOOP,
         "restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict",

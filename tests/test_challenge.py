@@ -544,7 +544,7 @@ def test_the_shell_script_trains_and_measures_both_stages(tmp_path):
     done = subprocess.run(
         ["sh", str(SRC / "train_gcm.sh"), *map(str, SMALL), "--epochs", "1", "--pretrained",
          "random"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "PYTHON": sys.executable, "ATTACKED": "6", "TESTED": "6",
+        env={**os.environ, "PYTHON": sys.executable, "ATTACKED": "40", "TESTED": "6",
              "EPOCHS2": "2"})
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "runs/challenge"
