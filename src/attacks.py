@@ -27,7 +27,8 @@ model is a plain function, modes and eots inside it are not seen.
 where every gradient was zero in all entries (such an image was not attacked, it is returned at its
 start), how many gradients of one image (`gradients`) and how many queries (`queries`) were taken,
 and `losses`, one (N,) per step, of gradient attacks in which all images took all steps. Bad input
-and NaN gradients are a UserError.
+and NaN gradients are a UserError. With too few classes for DLR the margin loss takes its place, and
+K classes give at most K - 1 targets: a warning says so in one line.
 """
 
 import math
@@ -35,6 +36,7 @@ from functools import partial
 
 import torch
 
+from utils.attack.adaptive import bpda, eot
 from utils.attack.apgd import apgd
 from utils.attack.balls import (
     NORMS,
@@ -50,8 +52,6 @@ from utils.attack.core import (
     Tally,
     ascend,
     attack,
-    bpda,
-    eot,
     forward,
     gradient,
     is_fooled,
@@ -59,6 +59,7 @@ from utils.attack.core import (
     measure,
     one_of,
     own_generators,
+    two_or_more,
 )
 from utils.attack.square import square
 from utils.errors import UserError
@@ -337,20 +338,23 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
     return result
 
 
+TARGETS, ENOUGH = 9, 4  # of APGD-T, as published; classes that the targeted DLR loss needs
+
+
 @attack
 def strongest(model, x, y, *, eps, queries=1000, targeted=False, generator=None, report=None):
     """The strongest attack within Linf eps: APGD-CE, APGD-T, Square, as in worst_case.
 
-    APGD-T runs towards each of the nine likeliest wrong classes on the targeted DLR loss, which
-    needs four classes. With three classes APGD-DLR, on the plain loss, takes its place, with two
-    nothing. strongest_title names what is run. The report has worst_case's, and the totals.
+    APGD-T runs on the targeted DLR loss towards each of the nine likeliest wrong classes, or of
+    all if there are fewer; with two and three classes, for which it is not defined, on the
+    margin loss. strongest_title says what is run. The report has worst_case's, and the totals.
     """
     result, found, blind = x, {}, torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if len(x):
         with torch.no_grad():
             classes = forward(model, x[:1], y[:1]).shape[1]
-        result, found, blind = _in_turn(model, x, y, _strongest(classes, eps, queries, targeted),
-                                        targeted, generator)
+        result, found, blind = _in_turn(model, x, y, _strongest(classes, eps, queries), targeted,
+                                        generator)
     if report is not None:
         totals = {key: sum(one.get(key, 0) for one in found.values())
                   for key in ("gradients", "queries")}
@@ -363,14 +367,17 @@ def strongest_title(classes, queries):
     return " + ".join(_strongest(classes, 0, queries))
 
 
-def _strongest(classes, eps, queries, targeted=False):
-    """{name: attack} of `strongest`."""
-    found = {"APGD-CE": partial(apgd, eps=eps)}
-    if classes > 3:
-        found["APGD-T"] = partial(apgd, eps=eps, loss="dlr_targeted")
-    elif classes == 3 and not targeted:  # towards a class, the plain loss needs four as well
-        found["APGD-DLR"] = partial(apgd, eps=eps, loss="dlr")
-    return found | {f"Square {queries}": partial(square, eps=eps, queries=queries)}
+def _strongest(classes, eps, queries):
+    """{name: attack} of `strongest`; the name says where APGD-T is not the published one."""
+    two_or_more(classes)
+    targets, enough = min(TARGETS, classes - 1), classes >= ENOUGH
+    less = [f"{targets} target{'s' * (targets > 1)}"] * (targets < TARGETS)
+    less += ["margin loss"] * (not enough)
+    return {"APGD-CE": partial(apgd, eps=eps),
+            "APGD-T" + (f" ({', '.join(less)})" if less else ""): partial(
+                apgd, eps=eps, loss="dlr_targeted" if enough else "margin_targeted",
+                targets=targets),
+            f"Square {queries}": partial(square, eps=eps, queries=queries)}
 
 
 def _in_turn(model, x, y, attacks, targeted, generator):

@@ -37,6 +37,10 @@ def form(name):
     return f"tests/test_attacks.py::test_{name}"
 
 
+def few(name):
+    return f"tests/test_attacks_few_classes.py::test_{name}"
+
+
 def paper(name):
     return f"tests/test_attacks_papers.py::test_{name}"
 
@@ -77,6 +81,7 @@ UNDEFENDED = "an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_netwo
 STEPS = "apgd_takes_the_steps_of_its_paper_whatever_the_losses"
 CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
 QUERIES = "square_is_that_of_its_paper_query_by_query"
+MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_what_is_left"
 NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
 
 BUGS = [
@@ -113,8 +118,28 @@ BUGS = [
         "result[who[fooled]] = x_adv[fooled]",
         (form("worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fooled"),)),
     Bug("the strongest attack does not choose its classes", ATTACKS,
-        'eps=eps, loss="dlr_targeted")', 'eps=eps, loss="dlr")',
-        (form("the_strongest_attack_runs_its_members_in_turn_on_what_is_left[4-APGD-T]"),)),
+        'eps=eps, loss="dlr_targeted" if', 'eps=eps, loss="dlr" if',
+        (form(f"{MEMBERS}[4-APGD-T (3 targets)-dlr_targeted]"),)),
+    Bug("three classes are two targets, of which one is tried", ATTACKS,
+        "min(TARGETS, classes - 1)", "min(TARGETS, max(classes - 2, 1))",
+        (form(f"{MEMBERS}[3-APGD-T (2 targets, margin loss)-margin_targeted]"),)),
+    Bug("the strongest attack wants a targeted DLR of three classes", ATTACKS,
+        "TARGETS, ENOUGH = 9, 4", "TARGETS, ENOUGH = 9, 3",
+        (few("the_strongest_attack_needs_no_warning_because_its_title_says_what_runs[3]"),)),
+    Bug("the label is one of its own targets", APGD,
+        "min(targets, wrong)", "targets",
+        (paper("apgd_on_few_classes_runs_once_towards_each_wrong_one[dlr_targeted-linf-0.05-9-2]"),
+         few("a_line_says_where_there_are_fewer_wrong_classes_than_targets"))),
+    Bug("DLR of three classes is the margin", CORE,
+        "_too_few(logits, 3)", "_too_few(logits, 4)",
+        (few("pgd_on_dlr_is_the_naive_one_on_what_so_few_classes_allow[linf-3-False-dlr]"),)),
+    Bug("targeted DLR of three classes flees its target", CORE,
+        "return -margin(logits, y) / _targeted", "return margin(logits, y) / _targeted",
+        (few("pgd_on_dlr_is_the_naive_one_on_what_so_few_classes_allow[linf-3-True-margin]"),)),
+    Bug("a network of one class is attacked", CORE,
+        "if classes < 2:", "if classes < 1:",
+        (rule("a_model_of_one_class_is_refused_in_one_line_that_says_what_to_do_with_a_single_"
+              "logit[pgd linf sign exact]"),)),
     Bug("eps as if pixels were in [-1, 1]", ATTACKS,
         "eps=eps, alpha=eps, steps=1", "eps=eps / 2, alpha=eps, steps=1",
         (form(f"{OPTIMUM}[fgsm-inside the box]"),)),

@@ -11,13 +11,13 @@ K, SHAPE = 5, (3, 8, 8)
 
 # ----------------------------------------------------------------- models and images
 
-def toy(dtype=torch.float32, seed=0):
-    """Curved and smooth, (N, 3, 8, 8) -> (N, K): a gradient depends on where it is taken."""
+def toy(dtype=torch.float32, seed=0, classes=K):
+    """Curved and smooth, (N, 3, 8, 8) -> (N, classes): a gradient depends on where it is taken."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(),
                               nn.Conv2d(6, 6, 3, stride=2), nn.Softplus(), nn.Flatten(),
-                              nn.Linear(54, K))
+                              nn.Linear(54, classes))
         for weight in model.parameters():
             weight.data *= 2.5
     return model.to(dtype).eval().requires_grad_(False)
@@ -134,10 +134,13 @@ def nearest_allowed(delta, x, eps, norm):
 def naive_loss(logits, label, loss="ce", targeted=False):
     """What is ascended, for one image: (K,), label -> scalar."""
     other = torch.cat([logits[:label], logits[label + 1:]]).max()
-    first, _, third = logits.sort(descending=True).values[:3]
-    value = {"ce": -torch.log(logits[label].exp() / logits.exp().sum()),
-             "margin": other - logits[label],
-             "dlr": (other - logits[label]) / (first - third)}[loss]
+    if loss == "ce":
+        value = -torch.log(logits[label].exp() / logits.exp().sum())
+    else:
+        value = other - logits[label]
+    if loss == "dlr":
+        top = logits.sort(descending=True).values
+        value = value / (top[0] - top[2])
     return -value if targeted else value
 
 

@@ -728,15 +728,16 @@ class OneForEach(nn.Module):
         return (z * torch.where(level > 0.75, 1000, 1))[:, :self.classes]
 
 
-@pytest.mark.parametrize(("classes", "second"), [(4, "APGD-T"), (3, "APGD-DLR"), (2, None)])
-def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, second):
+@pytest.mark.parametrize(("classes", "name", "loss"), [
+    (4, "APGD-T (3 targets)", "dlr_targeted"), (3, "APGD-T (2 targets, margin loss)",
+                                                "margin_targeted"),
+    (2, "APGD-T (1 target, margin loss)", "margin_targeted")])
+def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, name, loss):
     model, x, report, queries = OneForEach(classes), pictures(12), {}, 200
     x[:4], x[4:8] = 0.25 * x[:4], 0.75 + 0.25 * x[4:8]
     y = predicted(model, x)
-    members = {"APGD-CE": functools.partial(attacks.apgd, loss="ce")}
-    if second:
-        loss = "dlr_targeted" if second == "APGD-T" else "dlr"
-        members[second] = functools.partial(attacks.apgd, loss=loss)
+    members = {"APGD-CE": functools.partial(attacks.apgd, loss="ce"),
+               name: functools.partial(attacks.apgd, loss=loss, targets=classes - 1)}
     members["Square 200"] = functools.partial(attacks.square, queries=queries)
     seeds = torch.randint(2 ** 63 - 1, (12,), generator=seeded(3)).tolist()
     own, wanted, left, counted = [seeded(seed) for seed in seeds], x.clone(), list(range(12)), []
@@ -756,14 +757,19 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
     assert [(report[name]["tried"], report[name]["fooled"]) for name in members] == counted
     assert report["gradients"] == model.back
     assert report["queries"] == report["Square 200"]["queries"] > 0
-    dark, bright = torch.arange(12) < 4, (torch.arange(12) >= 4) & (torch.arange(12) < 8)
-    assert torch.equal(report["zero_gradient"], dark if second else dark | bright)
+    assert torch.equal(report["zero_gradient"], torch.arange(12) < 4)  # the dark ones
 
 
-def test_titles_of_the_strongest_attack():
-    assert [attacks.strongest_title(k, 500) for k in (2, 3, 4, 1000)] == [
-        "APGD-CE + Square 500", "APGD-CE + APGD-DLR + Square 500",
-        "APGD-CE + APGD-T + Square 500", "APGD-CE + APGD-T + Square 500"]
+def test_titles_of_the_strongest_attack_say_where_few_classes_change_it():
+    titles = {k: attacks.strongest_title(k, 500) for k in (2, 3, 4, 9, 10, 1000)}
+    assert titles == {
+        2: "APGD-CE + APGD-T (1 target, margin loss) + Square 500",
+        3: "APGD-CE + APGD-T (2 targets, margin loss) + Square 500",
+        4: "APGD-CE + APGD-T (3 targets) + Square 500",
+        9: "APGD-CE + APGD-T (8 targets) + Square 500",
+        10: "APGD-CE + APGD-T + Square 500", 1000: "APGD-CE + APGD-T + Square 500"}
+    with pytest.raises(UserError, match="two or more classes"):
+        attacks.strongest_title(1, 500)
 
 
 # -------------------------------------------------------------------------- square

@@ -80,7 +80,7 @@ CASES = {
     "pgd stop_early": case(attacks.pgd, alpha=0.02, steps=4, stop_early=True),
     "apgd linf restarts": case(attacks.apgd, steps=6, restarts=2),
 }
-CASES |= {f"apgd {norm} {loss}": case(attacks.apgd, norm, steps=8, loss=loss)
+CASES |= {f"apgd {norm} {loss}": case(attacks.apgd, norm, steps=8, loss=loss, targets=K - 1)
           for norm in EPS for loss in ("ce", "dlr", "dlr_targeted")}
 CASES |= {f"pgd {norm} {step} {projection}": case(
     attacks.pgd, norm, steps=4, step=step, projection=projection,
@@ -479,12 +479,11 @@ def test_a_bad_option_is_refused_in_one_line_that_names_it(name, option, value, 
     refused(option, CASES[name], *world, **{option: value})
 
 
-@pytest.mark.parametrize(("name", "loss", "classes"), [
-    ("pgd linf sign exact", "dlr", 2), ("apgd linf ce", "dlr", 2),
-    ("apgd linf ce", "dlr_targeted", 3)])
-def test_a_loss_that_needs_more_classes_than_there_are_is_refused(name, loss, classes, world):
+@every_case
+def test_a_model_of_one_class_is_refused_in_one_line_that_says_what_to_do_with_a_single_logit(
+        name, world):
     model, x, y = world
-    refused("classes", CASES[name], lambda x: model(x)[:, :classes], x, y * 0, loss=loss)
+    refused("torch.cat([0 * z, z], 1)", CASES[name], lambda x: model(x)[:, :1], x, y * 0)
 
 
 @main_case

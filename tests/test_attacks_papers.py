@@ -174,7 +174,9 @@ def test_apgd_returns_the_point_that_fools_although_another_has_the_higher_loss(
 
 
 def dlr_towards(logits, label, target):
-    """-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2): Eq. 7."""
+    """-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2): Eq. 7; with two or three classes -(z_y - z_t)."""
+    if len(logits) < 4:
+        return logits[target] - logits[label]
     z = logits.sort(descending=True).values
     return (logits[target] - logits[label]) / (z[0] - (z[2] + z[3]) / 2)
 
@@ -182,7 +184,8 @@ def dlr_towards(logits, label, target):
 def runs(model, image, label, loss, targets, restarts):
     """The loss of every run: loss(logits) -> scalar."""
     if loss != "dlr_targeted":
-        return restarts * [lambda z: naive_loss(z, label, loss)]
+        few = loss == "dlr" and model(image[None]).shape[1] < 3
+        return restarts * [lambda z: naive_loss(z, label, "margin" if few else loss)]
     ranked = [j for j in model(image[None])[0].argsort(descending=True).tolist() if j != label]
     return restarts * [lambda z, j=j: dlr_towards(z, label, j) for j in ranked[:targets]]
 
@@ -229,6 +232,23 @@ def test_apgd_on_a_curved_network_is_that_of_its_paper_image_by_image(norm, eps,
     naive = [naive_attack(model, x[i], y[i].item(), generators(4)[i], **same) for i in range(4)]
     close([flat(one) for one in ours], [end for end, _ in naive])
     assert [count for _, count in naive] == [*spent, 0] and report["gradients"] == sum(spent)
+
+
+@pytest.mark.filterwarnings("ignore:.*(DLR|targets).*:UserWarning")
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize(("loss", "norm", "eps", "targets"), [
+    ("ce", "linf", 0.05, 9), ("dlr", "linf", 0.05, 9), ("dlr_targeted", "linf", 0.05, 9),
+    ("dlr_targeted", "linf", 0.05, 1), ("dlr_targeted", "l2", 0.4, 9)])
+def test_apgd_on_few_classes_runs_once_towards_each_wrong_one(loss, norm, eps, targets, classes):
+    """All four images of every case; one is misclassified at first."""
+    model, x = toy(torch.float64, 2, classes), pictures(4, torch.float64, 3)
+    y, report = predicted(model, x), {}
+    y[3] = (y[3] + 1) % classes
+    same = {"eps": eps / 4, "norm": norm, "loss": loss, "targets": targets}
+    ours = attacks.apgd(model, x, y, steps=100, generator=generators(4), report=report, **same)
+    naive = [naive_attack(model, x[i], y[i].item(), generators(4)[i], **same) for i in range(4)]
+    close([flat(one) for one in ours], [end for end, _ in naive])
+    assert report["gradients"] == sum(count for _, count in naive) > 100  # one at least holds out
 
 
 # ----------------------------------------------------------------------- Square, as written

@@ -10,7 +10,7 @@ from torch import nn
 
 from attack_toys import pictures, predicted, toy
 from attacks import apgd, bim, cw_l2, fgsm, mim, pgd, square
-from utils.attack.core import bpda, draws_of, eot
+from utils.attack.adaptive import bpda, draws_of, eot
 from utils.defenses import (
     DEFENSES,
     GradientConcealment,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.attack.core import bpda, eot
+from utils.attack.adaptive import bpda, eot
 from utils.errors import UserError
 from utils.run import make_generator
 

@@ -7,6 +7,7 @@
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,13 @@ from utils.attack.core import (
     gradient,
     is_fooled,
     margin,
+    margin_towards,
     measure,
     one_of,
     own_generators,
 )
+
+TOWARDS = {"dlr_targeted": dlr_towards, "margin_targeted": margin_towards}
 
 
 @attack
@@ -32,13 +36,14 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
          targeted=False, generator=None, report=None):
     """Auto-PGD: where progress stalls, halves its step and continues from the best point so far.
 
-    loss: 'ce', 'dlr', or 'dlr_targeted', which runs once towards each of the `targets` likeliest
-    wrong classes. norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208 (at
-    eps alone, without the larger radii that AutoAttack tries first, and so somewhat weaker).
+    loss: 'ce', 'margin', 'dlr', or 'dlr_targeted' and 'margin_targeted', which run once towards
+    each of the `targets` likeliest wrong classes (of K classes, K - 1 are wrong: no more targets
+    than these). norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208 (at eps
+    alone, without the larger radii that AutoAttack tries first, and so somewhat weaker).
     Fooled images leave the batch; images that are misclassified at first are not changed.
     """
     one_of("norm", norm, NORMS)
-    one_of("loss", loss, ("ce", "dlr", "dlr_targeted"))
+    one_of("loss", loss, ("ce", "margin", "dlr", *TOWARDS))
     tally, own = Tally(x), own_generators(generator, len(x))
     result, alive = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
     value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
@@ -61,16 +66,21 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
 
 def _loss(model, x, y, loss, targets, targeted):
     """loss(logits, y, goal) to climb, and [goal (N,)]: the classes of one run after the other."""
-    if loss != "dlr_targeted":
+    if loss not in TOWARDS:
         plain = ascend(loss, targeted)
         return (lambda logits, y, goal: plain(logits, y)), [y]
+    towards = TOWARDS[loss]
     with torch.no_grad():
         logits = forward(model, x, y)
     if targeted:  # y is the goal, and the model's own prediction is the label to leave
-        return (lambda logits, y, goal: dlr_towards(y)(logits, goal)), [logits.argmax(1)]
+        return (lambda logits, y, goal: towards(y)(logits, goal)), [logits.argmax(1)]
+    wrong = logits.shape[1] - 1
+    if targets > wrong:
+        warnings.warn(f"targets={targets}, but of {wrong + 1} classes {wrong} are wrong: "
+                      f"{wrong} will be targets", stacklevel=1)
     ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
-    return (lambda logits, y, goal: dlr_towards(goal)(logits, y),
-            list(ranked[:, :min(targets, logits.shape[1] - 1)].unbind(1)))
+    return (lambda logits, y, goal: towards(goal)(logits, y),
+            list(ranked[:, :min(targets, wrong)].unbind(1)))
 
 
 @dataclass

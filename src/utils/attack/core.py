@@ -6,6 +6,7 @@ model is differentiated.
 
 import functools
 import math
+import warnings
 from contextlib import contextmanager
 from numbers import Integral, Real
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.attack.adaptive import draws_of
 from utils.attack.balls import norm_of
 from utils.errors import UserError
 
@@ -113,72 +115,6 @@ class Tally:
             report["losses"] = self.losses
 
 
-# ------------------------------------------------------------------- for adaptive attackers
-
-class bpda(nn.Module):  # noqa: N801  # lower case because it is used like a function
-    """`layer` in the forward pass, another function in the backward pass, None: the identity.
-
-    backward: a differentiable stand-in for the layer; its Jacobian at x is used. The layer's own
-    weights get no gradient. UserError if the stand-in's output has another shape than the layer's.
-    """
-
-    def __init__(self, layer, backward=None):
-        super().__init__()
-        self.layer, self.backward = layer, backward
-
-    def forward(self, x):
-        return _StandIn.apply(x, self.layer, self.backward)
-
-
-class _StandIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, layer, backward):
-        out = layer(x.clone())  # a copy: the layer may work in place
-        if backward is None and out.shape != x.shape:
-            raise UserError(f"bpda: the layer turns {tuple(x.shape)} into {tuple(out.shape)}, so "
-                            "the identity cannot stand in for its backward pass; type bpda(layer, "
-                            "backward=function)")
-        ctx.save_for_backward(x)
-        ctx.stand_in = backward
-        return out
-
-    @staticmethod
-    def backward(ctx, g):
-        if ctx.stand_in is None:
-            return g, None, None
-        with torch.enable_grad():
-            x = ctx.saved_tensors[0].detach().requires_grad_()
-            out = ctx.stand_in(x)
-            if out.shape != g.shape:
-                raise UserError(f"bpda: the layer gives {tuple(g.shape)}, its stand-in "
-                                f"{tuple(out.shape)}; wanted the same shape")
-            return torch.autograd.grad(out, x, g)[0], None, None
-
-
-class eot(nn.Module):  # noqa: N801  # lower case because it is used like a function
-    """Expectation over transformation: a random model whose gradient the attacks average.
-
-    One call is one draw of the model. The attacks average logits, losses and gradients over
-    `draws` calls, also if this module is part of another; the mean logits decide which images are
-    fooled. The model must draw anew at every call, from a generator of its own.
-    """
-
-    def __init__(self, model, draws):
-        super().__init__()
-        if not isinstance(draws, Integral) or draws < 1:
-            raise UserError(f"draws={draws!r}; wanted a whole number of at least 1")
-        self.model, self.draws = model, draws
-
-    def forward(self, x):
-        return self.model(x)
-
-
-def draws_of(model):
-    """How many forward passes the attacks average over: the product over the eots in the model."""
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    return math.prod(part.draws for part in parts if isinstance(part, eot))
-
-
 # ------------------------------------------------------- losses and gradients
 
 def cross_entropy(logits, y):
@@ -192,29 +128,49 @@ def margin(logits, y):
 
 
 def dlr(logits, y):
-    """Difference of logits ratio: the margin over z_1 - z_3, so that scale does not matter."""
-    top = _top(logits, 3)
+    """Difference of logits ratio: the margin over z_1 - z_3, so that scale does not matter.
+
+    The margin alone, and one line that says so, where the model has too few classes for it.
+    """
+    if _too_few(logits, 3):
+        return margin(logits, y)
+    top = logits.topk(3).values
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def _dlr_to(logits, y):
+    """The DLR loss with the label y as the class to reach."""
+    # unlike the papers: their ratio is constant for the third class
+    return -margin(logits, y) / _targeted_scale(logits)
+
+
 def _targeted_scale(logits):
-    top = _top(logits, 4)
+    """z_1 - (z_3 + z_4) / 2, or 1 where the model has too few classes for it."""
+    if _too_few(logits, 4):
+        return 1
+    top = logits.topk(4).values
     return top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
 
 
-def _top(logits, k):
-    if logits.shape[1] < k:
-        raise UserError(f"this DLR loss needs {k} classes; the model has {logits.shape[1]}: type "
-                        "loss='ce'")
-    return logits.topk(k).values
+def _too_few(logits, wanted):
+    classes = logits.shape[1]
+    if classes < wanted:
+        warnings.warn(f"{'targeted ' * (wanted > 3)}DLR needs {wanted} classes and the model has "
+                      f"{classes}: the margin loss takes its place", stacklevel=1)
+    return classes < wanted
+
+
+def margin_towards(target):
+    """From y to the target: z_target - z_y."""
+    def loss(logits, y):
+        return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+    return loss
 
 
 def dlr_towards(target):
     """Targeted DLR, from y to the target: (z_target - z_y) / (z_1 - (z_3 + z_4) / 2)."""
-    def loss(logits, y):
-        gain = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
-        return gain / _targeted_scale(logits)
-    return loss
+    gain = margin_towards(target)
+    return lambda logits, y: gain(logits, y) / _targeted_scale(logits)
 
 
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
@@ -223,13 +179,20 @@ LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 def ascend(loss, targeted):
     """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,)."""
     function = loss if callable(loss) else LOSSES[one_of("loss", loss, LOSSES)]
-    if targeted and loss == "dlr":  # unlike the papers: their ratio is constant for the third
-        return lambda logits, y: -margin(logits, y) / _targeted_scale(logits)
+    if targeted and loss == "dlr":
+        return _dlr_to
     return (lambda logits, y: -function(logits, y)) if targeted else function
 
 
 def is_fooled(logits, y, targeted):
     return (logits.argmax(1) == y) == targeted
+
+
+def two_or_more(classes):
+    """UserError if the model has no second class."""
+    if classes < 2:
+        raise UserError(f"the model gives {classes} logit per image; wanted one for each of two or "
+                        "more classes: after a single logit z type torch.cat([0 * z, z], 1)")
 
 
 def forward(model, x, y):
@@ -241,6 +204,7 @@ def forward(model, x, y):
                         "inplace=False in its first layer")
     if logits.dim() != 2 or len(logits) != len(x):
         raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
+    two_or_more(logits.shape[1])
     fits = (y >= 0).all() & (y < logits.shape[1]).all()
     if not bool(fits & logits.isfinite().all()):  # waits for a GPU once, not three times
         raise UserError(

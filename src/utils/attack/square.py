@@ -11,8 +11,9 @@ import math
 
 import torch
 
+from utils.attack.adaptive import draws_of
 from utils.attack.balls import TINY, column, nearest, unit
-from utils.attack.core import Tally, ascend, attack, draws_of, measure, one_of, own_generators
+from utils.attack.core import Tally, ascend, attack, measure, one_of, own_generators
 from utils.errors import UserError
 
 
