@@ -1,6 +1,7 @@
 # Sourced by every script: sets PYTHON to one that has what the scripts import.
 # The caller's Python if it has torch, torchvision and the rest; else .venv beside src/, made once
-# from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if there is one.
+# from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that is 2.4 or
+# newer.
 
 root=$(CDPATH='' cd -- "$(dirname "$0")/.." && pwd)
 modules="torch torchvision numpy tqdm PIL matplotlib sklearn ${MODULES:-}"
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 if any(find_spec(name) is None for name in sys.argv[1:]):
     sys.exit(1)
-sys.exit([int(n) for n in version("torch").split(".")[:2]] < [2, 11])' "$@"
+sys.exit([int(n) for n in version("torch").split(".")[:2]] < [2, 4])' "$@"
 }
 
 choose_python() {

@@ -4,7 +4,7 @@
 #   sh tests/run.sh -m quick               under a minute: starts no script, trains nothing
 #   sh tests/run.sh tests/test_sga.py      one file
 set -eu
-MODULES="pytest xdist ruff foolbox art pyautoattack torchattacks adv_lib"
+MODULES="pytest xdist ruff foolbox art pyautoattack torchattacks adv_lib timm safetensors pyarrow"
 REQUIREMENTS=requirements-dev.txt
 
 . "$(dirname "$0")/../src/env.sh"
