@@ -11,6 +11,7 @@
     python eval_net.py --runs runs/free/natural runs/free/free8 --save runs/free
     python eval_net.py --runs runs/challenge/stage1 --attacks none --corruptions
     python eval_net.py --data_dir /data/imagenet/val --model_name resnet50 vit_b_16 --num_images 500
+    python eval_net.py --runs runs/challenge/stage1 --data_dir /data/test --predict  # no labels
 
 --runs takes what free_at.py, train_gcm.py and fgsm_mnist.py left: data, radius and defence are
 those of NAME.json. A network behind a defence is measured behind it and attacked by the adaptive
@@ -26,12 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 import attacks
-from utils import data, finished, measure, models, uaps
+from utils import data, finished, measure, models, predictions, report_nets, uaps
 from utils.augment import OPS
-from utils.cli import Parser, at_least, names, radius, run_script
+from utils.cli import Parser, at_least, radius, run_script
 from utils.defenses import adaptive, defend, describe, is_random
 from utils.errors import UserError
-from utils.report_nets import headline, save_tables
 from utils.run import RunFolder, make_generator, provenance, resolve_device, save_json, settled
 
 ATTACKS = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest")
@@ -157,25 +157,28 @@ def named_networks(s):
     if s.runs:
         return [(name, facts["model_name"], str(path), facts, path.parent)
                 for name, path, facts in finished.read_runs(s.runs)]
-    images = data.open_images(s.data_dir, split="test", data_root=s.data_root or "data")
+    images = data.opened(s, "test")
     found = []
     for target in models.targets_of(s.model_name, s.weights or [["V1"]],
                                     data.PRESETS[images.kind].targets, images):
-        path = models.weights_path(target.name, target.weights)
-        found.append((target.name, target.name, target.weights, finished.origin(path), None))
+        found.append((target.name, target.typed, target.weights, finished.facts_of(target), None))
     return found
 
 
 def where(facts, s):
-    """data_dir and data_root of the images that a network is tested on."""
-    return s.data_dir or facts["data_dir"], s.data_root or facts.get("data_root", "data")
+    """data_dir, data_root, labels and classes of the images that a network is tested on. The run's
+    own --labels were those of its training images.
+    """
+    known = {} if s.data_dir else facts
+    return (s.data_dir or facts["data_dir"], s.data_root or facts.get("data_root", "data"),
+            s.labels, s.classes or known.get("classes_are"))
 
 
 def open_all(named, images, s):
     """[Tested] of [(name, network's name, weights, NAME.json, folder)]."""
     networks = []
     for name, model_name, weights, facts, folder in named:
-        data_dir, data_root = where(facts, s)
+        data_dir, data_root, *_ = where(facts, s)
         target, = models.targets_of([[model_name]], [[weights]], None, images, None, s.geometry)
         model = target.load(images, data_dir=data_dir, data_root=data_root, device=s.device)
         model = model.to(memory_format=torch.channels_last)  # the faster on photographs
@@ -212,12 +215,12 @@ def get_args():
         "default": None, "help": "data set by name, or folder of class folders; None: what the "
         "--runs were trained on, else digits"}, data_root={"default": None, "help": "where named "
         "data sets are kept or downloaded to; None: where the --runs found them, else data"})
+    parser.shared("labels", "classes")
     add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files that "
         "free_at.py, train_gcm.py or fgsm_mnist.py left")
-    add("--model_name", type=names, nargs="+", help="networks by name instead; None: the data "
-        "set's preset")
-    parser.shared("geometry", "weights", weights={"default": None, "help": "of --model_name: V1, "
-        "V2, random, a .pth file or a folder with NAME.pth; one for all or for each; None: V1"})
+    parser.shared("model_name", "geometry", "weights", weights={"default": None, "help":
+        "of --model_name: V1, V2, random, a state dict (.pth, .safetensors) or a folder with "
+        "NAME.pth; one for all or for each; None: V1"})
     add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(ATTACKS),
         help="columns of the table")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: that of the runs' "
@@ -229,6 +232,8 @@ def get_args():
         "utils/augment.py")
     add("--uaps", nargs="+", help="also fooling ratios of these universal perturbations: files, "
         "or folders that hold some")
+    add("--predict", action="store_true", help="only write predictions.csv: the predicted class "
+        "of every image, which needs no labels")
     parser.shared("batch_size", "seed", "device", "workers", batch_size={"default": 250})
     add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
     parser.shared("overwrite", overwrite={"help": "measure again what is in --save"})
@@ -240,6 +245,8 @@ def settle(args):
     if args.runs and (args.model_name or args.weights):
         raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
                         "name alone")
+    if args.predict and (args.corruptions or args.uaps):
+        raise UserError("--predict with --corruptions or --uaps: type it alone")
     if "none" in args.attacks and len(set(args.attacks)) > 1:
         raise UserError(f"--attacks {' '.join(args.attacks)}: type none alone, or leave it out")
     return settled(args, device=resolve_device(args.device),
@@ -251,6 +258,11 @@ def main(args):
     s = settle(args)
     named, folder = named_networks(s), RunFolder(s.save)
     asked = [(name, facts, *where(facts, s)) for name, _, _, facts, _ in named]
+    if s.predict:
+        shown = [predictions.images_of(*network[1:], s.num_images) for network in asked]
+        networks = [open_all([one], x, s)[0] for one, x in zip(named, shown, strict=True)]
+        predictions.save_predictions(folder, networks, shown, s)
+        return
     images, note = finished.images_for(asked)
     finished.check_images(asked, images, s.num_images)
     perturbations = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
@@ -275,8 +287,8 @@ def main(args):
         for key, cell in missing_cells(net, images, in_memory, perturbations, done, s):
             done[key] = cell | {"commit": run["commit"]}
             save_json(folder / "results.json", {"settings": settings, "cells": done})
-            tqdm.write(f"{key}: {headline(cell)}")
-    text = save_tables(folder, networks, wanted | {"note": shown}, done, s)  # --uaps may change
+            tqdm.write(f"{key}: {report_nets.headline(cell)}")
+    text = report_nets.save_tables(folder, networks, wanted | {"note": shown}, done, s)  # of --uaps
     print("\n" + text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
 
 

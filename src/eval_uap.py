@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from utils import defenses, draw, finished, run
-from utils.cli import Parser, at_least, names, radius, run_script
-from utils.data import PRESETS, batches, open_images, to_float
-from utils.measure import UapCounts
+from utils.cli import Parser, at_least, radius, run_script
+from utils.data import PRESETS, batches, opened, to_float
+from utils.measure import UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.report_uaps import flat, report
@@ -33,7 +33,7 @@ def count(models, deltas, images, aims, s, device):
     """One pass over the images. models {name: network}, deltas {name: perturbation (C, H, W)}, aims
     {name: class it steers to, or None} -> {(perturbation, network): UapCounts}, skipped images
     """
-    counts = {(u, m): UapCounts(num_classes(images.kind), aims[u]) for u in deltas for m in models}
+    counts = {(u, m): UapCounts(aims[u]) for u in deltas for m in models}
     pairs = {u: [None if d is None else d.to(device) for d in (delta, rounded(delta))]
              for u, delta in deltas.items()}
     skipped = []
@@ -70,7 +70,8 @@ def examples(model, delta, images, names_of, number, device):
         return None
     x = to_float(torch.stack(found)).to(device)
     x_adv = (x + delta.to(device)).clamp(0, 1)
-    before, after = ([names_of[k] for k in model(z).argmax(1).tolist()] for z in (x, x_adv))
+    before, after = ([class_name(names_of, k) for k in model(z).argmax(1).tolist()]
+                     for z in (x, x_adv))
     return {"x": x.cpu(), "x_adv": x_adv.cpu(), "delta": delta, "before": before, "after": after}
 
 
@@ -79,10 +80,8 @@ def examples(model, delta, images, names_of, number, device):
 def get_args():
     parser = Parser("Measure universal perturbations on target networks.")
     add = parser.add_argument
-    parser.shared("data_dir", "data_root", "num_images")
-    add("--model_name", type=names, nargs="+", help="targets; None: the data set's preset, on "
-        "ImageNet the paper's five")
-    parser.shared("weights", "geometry", "defense")
+    parser.shared("data_dir", "data_root", "labels", "classes", "num_images")
+    parser.shared("model_name", "weights", "geometry", "defense")
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or as --geometry says; "
         "small images and networks trained here: their own")
     add("--uaps", "--uaps_save", nargs="+", default=["runs"], help="perturbations: .pth, .npy or "
@@ -105,12 +104,13 @@ def settle(args):
     targets, perturbations, and these at each input size {size: {name: (C, size, size)}}. UserError
     for what cannot be measured.
     """
-    images = open_images(args.data_dir, split="test", data_root=args.data_root)
+    images = opened(args, "test")
     preset = PRESETS[images.kind]
     s = run.settled(args, eps=args.eps or preset.eps)
     targets = targets_of(s.model_name, s.weights, preset.targets, images, s.image_size,
                          s.geometry)
-    images, note = finished.images_for(finished.named(targets, s.data_dir, s.data_root))
+    images, note = finished.images_for(finished.named(targets, s.data_dir, s.data_root,
+                                                      *finished.labels_of(s)))
     uaps = read_uaps(find_uaps(s.uaps, images.kind), scale=s.scale, eps=s.eps)
     note = finished.said_of(uaps, images, s.num_images, note)
     images = images.prepared(images.size, s.num_images)
@@ -144,7 +144,8 @@ def facts(s, images, note, targets, skipped, device):
     sizes = sorted({target.size for target in targets})
     return {
         "data": str(s.data_dir), "n": len(images) - len(skipped), "skipped": skipped,
-        **({"note": note} if note else {}), "images_sha256": images.sha256(),
+        **({"note": note} if note else {}),
+        "images_sha256": images.sha256(*(target.geometry for target in targets)),
         "clamp": "x + delta to [0, 1]",
         "defense": " / ".join(dict.fromkeys(defenses.describe(s.defense, size=z) for z in sizes)),
         "sizes": sizes, "geometry": describe_geometry(targets), "eps": s.eps,
@@ -177,11 +178,12 @@ def main(args):
                               {uap.name: aim(uap, images.kind) for uap in uaps}, device)
     classes = images.known_classes
     rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,
-             **counts[uap.name, target.name].figures(images.labelled, classes)}
-            for uap in uaps for target in targets]
+             **counts[uap.name, target.name].figures(
+                 images.has_labels and bool(images.labelled or target.classes),
+                 target.classes or classes)} for uap in uaps for target in targets]
     about, first = facts(s, images, note, targets, skipped, device), targets[0]
     shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
-                     images.prepared(first.geometry, None), classes, s.show,
+                     images.prepared(first.geometry, None), first.classes or classes, s.show,
                      device) if s.show else None
     text = report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
@@ -189,7 +191,7 @@ def main(args):
                    "facts": uap.facts} for uap in uaps}})
     run.save_csv(folder / "results.csv", [flat(row) for row in rows])
     run.write_atomic(folder / "results.md", text.encode())
-    run.write_atomic(folder / "images.txt", images.listing().encode())
+    run.write_atomic(folder / "images.txt", images.listing(*networks).encode())
     save_pictures(folder, rows, uaps, targets, shown)
     print(text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
 

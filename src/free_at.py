@@ -10,6 +10,7 @@
     python free_at.py --method pgd --data_dir cifar10 --model_name preact_resnet18
     python free_at.py --recipe free --data_dir cifar10                # as the paper (recipes.py)
     torchrun --nproc_per_node 4 free_at.py --recipe free --data_dir /data/imagenet
+    python free_at.py --data_dir CLASS_FOLDERS --image_size 64 --model_name preact_resnet18
     python eval_net.py --runs runs/digits_natural_mlp runs/digits_free8_mlp runs/digits_pgd_mlp
 
 Natural and free training take the same number of weight steps for the same --epochs: free training
@@ -33,6 +34,7 @@ from utils.data import NAMED, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
 from utils.precision import Mixed
+from utils.sources import label_of
 from utils.team import in_parallel, join_team, joint_batch_norm
 
 PROBED = 200  # training images that --guard attacks after every pass
@@ -71,6 +73,7 @@ class FreeTraining(Trainer):
         if images.pixels is not None:
             images = replace(images, pixels=images.pixels_on(device))
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
+                                 classes=len(images.classes), image_size=s.image_size,
                                  data_dir=s.data_dir, data_root=s.data_root)
         self.model = joint_batch_norm(model.to(device, memory_format=torch.channels_last), device,
                                       team)
@@ -192,8 +195,11 @@ class FreeTraining(Trainer):
 def get_args():
     parser = Parser("Train a network naturally or adversarially.")
     add = parser.add_argument
-    parser.shared("data_dir", "data_root", "num_images")
-    add("--model_name", help="network; None: the data set's preset")
+    parser.shared("data_dir", "data_root", "labels", "classes", "num_images")
+    add("--image_size", type=at_least(28, high=4096), help="side in pixels of photographs; None: "
+        "that of --pretrained, or the network's, 224 for most")
+    add("--model_name", help="network: torchvision's, timm/NAME, FILE.py:FUNCTION (run as it is) "
+        "or one of utils/nets.py; None: the data set's preset")
     add("--pretrained", default="random", help="weights to start from: random, V1 or another of "
         "torchvision's, or the path of a state dict")
     add("--recipe", choices=tuple(recipes.OF_PAPERS), help="a paper's settings "
@@ -235,20 +241,23 @@ def get_args():
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
     s, images = recipes.settle(args, team, device)
-    name = (f"free{s.replays}" if s.method == "free" else s.method) + f"_{s.model_name}"
+    method = f"free{s.replays}" if s.method == "free" else s.method
+    name = f"{method}_{label_of(s.model_name)}"
     data = s.data_dir if s.data_dir in NAMED else images.kind
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}", lock=team.first)
-    flags = run.result_flags(s, images=images.sha256()[:16], processes=team.size,
+    flags = run.result_flags(s, "classes", images=images.sha256()[:16], processes=team.size,
                              device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
-    if images.kind != "imagenet" or s.augment == "off":  # else decoded anew in every pass
+    if images.kind not in ("imagenet", "folder") or s.augment == "off":  # else decoded in each pass
         images = load(images, workers=s.workers)
     training = FreeTraining(s, images, team, device)
+    recipes.check_network(training.model, s, images.channels, device)
     training.resume(state, folder)
     if team.first:
         rounded = " (rounded up)" * bool(training.total % training.steps if s.weight_steps else
                                          s.method == "free" and s.epochs % s.replays)
-        print(f"{len(images)} images of {s.data_dir}, {s.model_name}, {s.method}: "
+        print(f"{len(images)} images of {s.data_dir} in {len(s.classes)} classes, {s.model_name}, "
+              f"{s.method}: "
               f"{training.passes} pass{'es' * (training.passes > 1)}{rounded}, {training.total} "
               "weight steps", flush=True)
     loop(training, training.passes, folder, flags, deterministic=s.deterministic)
@@ -260,8 +269,10 @@ def main(args):
 def finish(training, folder, name):
     """The network, its facts and its curve."""
     s, images = training.s, training.images
-    facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir),
-             "data_root": str(s.data_root), **run.result_flags(s), "passes": len(training.rows),
+    own = {"head": "own", "classes": s.classes} if images.kind in ("cifar100", "folder") else {}
+    facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir), **own,
+             "data_root": str(s.data_root), **run.result_flags(s, "classes"),
+             "passes": len(training.rows),
              "weight_steps": training.done, "processes": training.team.size,
              "given_images": s.num_images, "num_images": len(images),
              "images_sha256": images.sha256(),

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from attacks import apgd, cw_l2, fgsm, pgd, square, strongest, strongest_title
 from utils import measure, papers, report, report_gcm, run
 from utils.attack import balls
-from utils.cli import Parser, at_least, names, radius, run_script
+from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, paper_geometry
 from utils.defended import open_networks, open_targets
 from utils.defenses import adaptive, is_random
@@ -195,11 +195,9 @@ def save_report(folder, settings, found, networks, s):
 
 def get_args():
     parser = Parser("Robustness of networks behind a defence, under naive and adaptive attackers.")
-    parser.shared("data_dir", "data_root", "num_images")
+    parser.shared("data_dir", "data_root", "labels", "classes", "num_images")
     add = parser.add_argument
-    add("--model_name", type=names, nargs="+", help="networks; None: the data set's preset, on "
-        "ImageNet the paper's six")
-    parser.shared("weights", "geometry")
+    parser.shared("model_name", "weights", "geometry")
     add("--image_size", type=at_least(8), help="side in pixels, for all networks; None: 224, or as "
         "--geometry says; small images and networks trained here: their own")
     parser.shared("defense", "low", defense={"default": "gcm"})
@@ -259,7 +257,7 @@ def main(args):
     about, listed = run.provenance(device), next(iter(networks.values())).images
     settings, found = folder.load_cells({
         "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
-        "images_sha256": listed.sha256(), "stop_early": s.stop_early, "amp": s.amp,
+        "images_sha256": listed.sha256(images.geometry), "stop_early": s.stop_early, "amp": s.amp,
         "batch_size": s.batch_size, "seed": s.seed, "device": about["device"],
         "torch": about["torch"], **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}})

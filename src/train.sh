@@ -4,7 +4,7 @@
 #   DATA=/data/imagenet/train MODEL=vgg16 sh src/train.sh         the paper's setting
 #   DATA=imagenette sh src/train.sh --augment                     downloaded; ours, for few images
 set -eu
-DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder of class folders
+DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder (docs/data.md)
 MODEL=${MODEL:-}         # surrogate; empty: the data set's own (digits: cnn, ImageNet: vgg16)
 
 . "$(dirname "$0")/env.sh"

@@ -6,7 +6,7 @@
 #   DATA=cifar10 sh src/train_free.sh --schedule onecycle           PreActResNet-18; needs a GPU
 #   DATA=cifar10 METHODS="natural free pgd" sh src/train_free.sh --recipe free    WRN-32-10; the same
 set -eu
-DATA=${DATA:-digits}                         # digits, mnist, cifar10, or a folder of class folders
+DATA=${DATA:-digits}                         # digits, mnist, cifar10, cifar100, or a folder
 MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: mlp)
 METHODS=${METHODS:-natural free pgd fast}    # what to train
 REPLAYS=${REPLAYS:-8}                        # m of free; several, separated by spaces

@@ -5,7 +5,7 @@
     MixUp                                  terms; --w_mixup
     FGSM, untargeted and targeted          both_signs; --w_fgsm, --w_fgsm_target, --fgsm_eps
     augmentations, p of each               PRESETS in utils/augment.py; --augment
-    ConvNeXt-T, FC or ML-Decoder head      --model_name, --head; utils/nets.py
+    ConvNeXt-T, SE-ResNet; FC, ML-Decoder  --model_name, --head; utils/nets.py
     Adamax, two learning rates             --lr_head, --lr_backbone
     first stage, with FGSM                 --stage 1, behind GCM
     second, from the first, without FGSM   --stage 2, behind GCM and ResizePad
@@ -84,8 +84,8 @@ class ChallengeTraining(Trainer):
         self.generator = make_generator(s.seed)  # of all processes
         self.own_generator = make_generator(0)  # of this process: augmentations and ResizePad
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
-                                 head=s.head, classes=len(s.classes), data_dir=s.data_dir,
-                                 data_root=s.data_root)
+                                 head=s.head, classes=len(s.classes), image_size=s.image_size,
+                                 data_dir=s.data_dir, data_root=s.data_root)
         model = model.to(device, memory_format=torch.channels_last)
         self.model = joint_batch_norm(model, device, team)
         self.mean = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(s.ema),
@@ -212,14 +212,16 @@ class ChallengeTraining(Trainer):
 def get_args():
     parser = Parser("Train the challenge's classifier on any image folder.")
     add = parser.add_argument
-    parser.shared("data_dir", "data_root", "num_images", data_dir={
+    parser.shared("data_dir", "data_root", "labels", "classes", "num_images", data_dir={
         "help": "folder of class folders, an image list such as label.txt, or "
                 + ", ".join(data.NAMED)}, num_images={
         "type": at_least(4), "help": "training images, evenly over the classes; None: all"})
     add("--image_size", type=at_least(16), help="side in pixels; None: the network's, 224")
     add("--hold_out", type=at_least(0.001, float, 0.5), default=0.05, help="share of the training "
         "images that is held out to choose the best epoch")
-    add("--model_name", help="network; None: convnext_tiny, for small images that of the data set")
+    add("--model_name", help="network: torchvision's, timm/NAME (timm/seresnet50), "
+        "FILE.py:FUNCTION (run as it is), or one of utils/nets.py; None: convnext_tiny, for small "
+        "images that of the data set")
     add("--head", choices=nets.HEADS, help="own: the network's; None: that of --pretrained, or fc")
     add("--pretrained", help="weights to start from: V1 or another of torchvision's, the path of a "
         "state dict, or random; None: random, in stage 2 those in ../stage1 of the run folder")

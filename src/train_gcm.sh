@@ -5,8 +5,8 @@
 #   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, needs a GPU
 #   DATA=/data/photos PROCESSES=4 sh src/train_gcm.sh            four GPUs
 set -eu
-DATA=${DATA:-digits}         # digits, mnist, cifar10, a folder of class folders, or an image list
-MODEL=${MODEL:-}             # network; empty: convnext_tiny, for small images that of the data set
+DATA=${DATA:-digits}         # digits, mnist, cifar10, or a folder or list (docs/data.md)
+MODEL=${MODEL:-}             # network, timm/NAME too; empty: convnext_tiny, for small images that of the data set
 RUNS=${RUNS:-runs/challenge}  # a folder for the runs' folders
 EPOCHS2=${EPOCHS2:-}         # epochs of stage 2; empty: those of stage 1
 ATTACKED=${ATTACKED:-}       # test images of the robustness tables; empty: all
@@ -32,7 +32,7 @@ for stage in 1 2; do
         ${epochs:+--epochs "$epochs"} ${weights:+--pretrained "$weights"}
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
         model=${weights##*/stage"$stage"_}
-        "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --model_name "${model%.pth}" \
+        "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --model_name "${MODEL:-${model%.pth}}" \
             --weights "$weights" --defense $defense --save "$RUNS/stage$stage/gcm" \
             ${ATTACKED:+--num_images "$ATTACKED"}
     done

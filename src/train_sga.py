@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from utils import precision, run
 from utils.attack.balls import cut
-from utils.cli import Parser, at_least, names, radius, run_script
-from utils.data import NAMED, PRESETS, load, open_images, to_float
+from utils.cli import Parser, at_least, radius, run_script
+from utils.data import NAMED, PRESETS, load, opened, to_float
 from utils.defenses import adaptive, defend
 from utils.errors import UserError
 from utils.loop import Trainer, loop
@@ -224,10 +224,9 @@ class SgaTraining(Trainer):
 def get_args():
     parser = Parser("Make a universal adversarial perturbation.")
     add = parser.add_argument
-    parser.shared("data_dir", "data_root", "num_images", num_images={
+    parser.shared("data_dir", "data_root", "labels", "classes", "num_images", num_images={
         "help": "training images, evenly over the classes; None: preset, 10000 on ImageNet"})
-    add("--model_name", type=names, help="surrogates: a or a,b; None: preset, vgg16 on ImageNet")
-    parser.shared("weights", "defense")
+    parser.shared("model_name", "weights", "defense", model_name={"nargs": None})  # a or a,b
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd"), default="sga", help="spgd: no inner pre-search")
@@ -253,10 +252,11 @@ def get_args():
 
 def settle(args):
     """Settings with the data set's presets, images (names only), surrogates as Targets."""
-    images = open_images(args.data_dir, split="train", data_root=args.data_root)
-    preset, classes = PRESETS[images.kind], num_classes(images.kind)
+    images = opened(args, "train")
+    preset = PRESETS[images.kind]
     chosen = args.model_name or [preset.surrogate]
     surrogates = surrogates_of(chosen, sum(args.weights, []), images, args.image_size)
+    classes = len(surrogates[0].classes) or num_classes(images.kind)
     if args.target is not None and args.target >= classes:
         raise UserError(f"--target {args.target}: {images.kind} has classes 0 to {classes - 1}")
     if args.bpda and "gcm" not in args.defense:

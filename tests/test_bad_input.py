@@ -11,12 +11,14 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import subprocess
 import sys
 import warnings
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ import torch
 from conftest import SRC
 from PIL import Image
 
+from utils import named
 from utils.cli import run_script as entry
 from utils.nets import build_small
 
@@ -430,37 +433,54 @@ def call(folder, name, *args):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a finished run of every command."""
+    """A folder with a finished run of every command, and what is in it; digits are read once."""
     folder = tmp_path_factory.mktemp("finished")
-    for command in (again(FREE, "free"), again(SGA, "sga"), again(STAGE, "stage1"),
-                    again(TASK, "task"), again(UAP, "eval"),
-                    again(GCM, "gcm"), again(NETS, "nets")):
-        code, err, _ = call(folder, *command)
-        assert code == 0, err
-    (folder / "list/images").mkdir(parents=True)
-    for i in range(2):
-        Image.new("RGB", (40, 40)).save(folder / f"list/images/{i}.jpg")
-    os.mkfifo(folder / "list/images/pipe.jpg")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(named, "_digits", cache(named._digits))
+        for command in (again(FREE, "free"), again(SGA, "sga"), again(STAGE, "stage1"),
+                        again(TASK, "task"), again(UAP, "eval"),
+                        again(GCM, "gcm"), again(NETS, "nets")):
+            code, err, _ = call(folder, *command)
+            assert code == 0, err
+        (folder / "list/images").mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 40)).save(folder / f"list/images/{i}.jpg")
+        os.mkfifo(folder / "list/images/pipe.jpg")
+        yield folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
-def here(finished, tmp_path):
-    """Its copy, which a test may damage."""
-    for path in finished.rglob("*"):
-        copy = tmp_path / path.relative_to(finished)
-        if path.is_dir():
-            copy.mkdir(exist_ok=True)
-        elif path.is_file():
-            shutil.copyfile(path, copy)
-        else:
-            os.mkfifo(copy)
-    return tmp_path
+def here(finished):
+    """That folder, which a test may damage: it is as before for the next one."""
+    folder, contents = finished
+    before = state_of(folder)
+    yield folder
+    for lock in folder.rglob(".lock"):  # an error's traceback may still hold it
+        lock.unlink()
+    after = state_of(folder)
+    for path in sorted(after.keys() - before.keys(), reverse=True):  # what is in a folder first
+        path.rmdir() if stat.S_ISDIR(after[path][0]) else path.unlink()
+    for path in before:
+        if after.get(path) != before[path] and path in contents:
+            path.unlink(missing_ok=True)
+            path.write_bytes(contents[path])
 
 
-def content_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != ".lock" and "torch_home" not in path.parts}
+def state_of(folder):
+    """{path: mode, and of a file its number, time of change and size}; without locks."""
+    found = {}
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(root, name)
+            about = path.lstat()
+            found[path] = (about.st_mode,) if name in folders else (
+                about.st_mode, about.st_ino, about.st_mtime_ns, about.st_size)
+    return {path: about for path, about in found.items() if path.name != ".lock"}
+
+
+def written(folder):
+    """The same of files alone: a command may make its run folder before it stops."""
+    return {path: about for path, about in state_of(folder).items() if not stat.S_ISDIR(about[0])}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -473,23 +493,24 @@ def test_bad_input_is_one_clear_line_and_runs_and_writes_nothing(name, here):
             content(path)
         else:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-    before = content_of(here)
+    before = written(here)
     code, err, warned = call(here, *command)
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2, err[-2000:]
     assert len(lines) == 1 and lines[0].startswith("error: "), err[-2000:]
     assert not [word for word in words if word not in lines[0]], lines[0]
     assert not warned, warned[0]
-    assert content_of(here) == before
+    assert written(here) == before
     assert not list(here.rglob("ran"))
 
 
 @pytest.mark.parametrize("name", ["protocol 4 as uaps", "picture bomb to --augmentations"])
-def test_so_it_is_in_a_process_of_its_own(name, here, run_script, refused):
+def test_so_it_is_in_a_process_of_its_own(name, finished, tmp_path, run_script, refused):
     """With the warnings that Python prints there."""
     command, files, words = CASES[name]
+    shutil.copytree(finished[0] / "free", tmp_path / "free")
     for file, content in files.items():
-        (here / file).write_bytes(content)
+        (tmp_path / file).write_bytes(content)
     lines = refused(run_script(*command), *words)
     assert "Warning" not in lines
 

@@ -18,7 +18,6 @@ WRONG = {  # name: (arguments, words of the line)
     "a file": (["--data_dir", "file.txt"], ["file.txt"]),
     "empty folder": (["--data_dir", "empty"], ["empty", "no images", "class folders"]),
     "no images": (["--data_dir", "texts"], ["texts", "no images"]),
-    "flat folder": (["--data_dir", "flat"], ["flat", "class folders", "flat folder"]),
     "all corrupt": (["--data_dir", "corrupt", "--model_name", "squeezenet1_1"],
                     ["corrupt", "none of its 1 images"]),
     "unknown data": (["--data_dir", "digit"], ["digit", "did you mean digits?"]),
@@ -68,19 +67,19 @@ class Bomb:
 @pytest.fixture
 def here(tmp_path, picture):
     """What the wrong arguments name."""
-    for folder in ("empty", "texts/class", "flat", "corrupt/class"):
+    for folder in ("empty", "texts/class", "corrupt/class"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "file.txt").write_text("")
     (tmp_path / "texts" / "class" / "a.txt").write_text("")
     (tmp_path / "corrupt" / "class" / "a.jpg").write_text("")
-    picture(tmp_path / "flat" / "a.jpg")
     picture(tmp_path / "good" / "class" / "a.jpg")
     save_pth(tmp_path / "cnn.pth", build_small("cnn", 1, 28).state_dict())
     save_pth(tmp_path / "nan.pth", {name: value * float("nan") for name, value in
                                     build_small("cnn", 1, 28).state_dict().items()})
     torch.save({"weight": Bomb()}, tmp_path / "bomb.pth")
     save_pth(tmp_path / "ours.pth", {})
-    (tmp_path / "ours.json").write_text('{"image_size": 96}')  # as after a training at that size
+    (tmp_path / "ours.json").write_text(  # as after a training at that size
+        '{"image_size": 96, "head": "own", "classes": ["class"]}')
     return tmp_path
 
 

@@ -33,9 +33,9 @@ from utils.errors import UserError
 from utils.lists import read_list
 from utils.measure import share
 from utils.models import load_model, trainable
-from utils.nets import RECIPE_VERSION, build_small
+from utils.nets import HEADS, RECIPE_VERSION, build_small, head_parameters
 from utils.report_nets import Measured, columns_of
-from utils.run import load_json, make_generator
+from utils.run import RunFolder, load_json, make_generator
 from utils.team import Team
 
 SMALL = ("--num_images", 80, "--epochs", 2, "--batch_size", 38, "--device", "cpu", "--workers", 0)
@@ -643,6 +643,47 @@ def test_photographs_train_a_convnext_unless_another_network_is_given(monkeypatc
     assert all(moved)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_se_resnet_of_timm_trains_with_every_head(monkeypatch, tmp_path, picture, head):
+    pytest.importorskip("timm")
+    class_folders(tmp_path, picture)
+    training = built(monkeypatch, tmp_path, "--data_dir", "own", *OWN[4:], *PLAIN, "--batch_size",
+                     4, "--model_name", "timm/seresnet18", "--head", head, "--image_size", 64)
+    x, last = torch.rand(4, 3, 64, 64), head_parameters(training.model[1])
+    found = training.optimizer.param_groups[0]["params"]
+    assert [id(p) for p in found] == [id(p) for p in last] and len(last) == (
+        2 if head == "own" else len(list(training.model[1][1].parameters())))
+    before = {name: p.clone() for name, p in training.model.named_parameters()}
+    for _ in range(2):  # in the first one timm's residual branches are multiplied by zero
+        training.step(x, torch.tensor([0, 1, 0, 1]), 4)
+    assert not [name for name, p in training.model.named_parameters()
+                if torch.equal(p, before[name])]
+    training.best = {"net": training.model[1].state_dict(), "epoch": 1, "score": 0.5}
+    training.rows = [{"epoch": 1, "loss": 1.0, "train_acc": 0.5, "val_acc": 0.5, "val_aug_acc": 0.5,
+                      "seconds": 1.0}]
+    path = challenge.finish(training, RunFolder(tmp_path / "run"))
+    assert path.name == "stage1_seresnet18.pth"
+    again = load_model("timm/seresnet18", weights=str(path), kind="folder")
+    with torch.no_grad():
+        assert torch.allclose(again(x), training.model.eval()(x), rtol=1e-4, atol=1e-4)
+        if head != "own":  # the map is what timm computes before it pools
+            whole = again[1][0].net
+            seen = whole.forward_features(again[0](x))
+            assert seen.shape == (4, 512, 2, 2) and torch.equal(again[1][1](seen), again(x))
+        assert again(x).shape == (4, 2)
+    assert any("SEModule" in type(layer).__name__ for layer in again.modules())
+
+
+def test_without_timm_its_networks_are_refused_in_one_line(run_here, refused, monkeypatch, tmp_path,
+                                                           picture):
+    class_folders(tmp_path, picture)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for script in ("train_gcm.py", "free_at.py"):
+        refused(run_here(script, "--data_dir", "own", "--model_name", "timm/seresnet50", "--save",
+                         "run"), "timm/seresnet50", "timm is not installed", "pip install timm")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("name", "text", "classes"), [
     ("label.txt", "0.jpg 1\n10.jpg 0\n", ("0", "1")),
     ("label.txt", "images/0.jpg wolf\n\nimages/10.jpg ape\n", ("ape", "wolf")),
@@ -730,7 +771,7 @@ def test_every_process_decodes_held_out_images_of_its_own(monkeypatch, tmp_path,
                      "gcm+resizepad")
     monkeypatch.setattr(train_gcm, "BLOCK", 2, raising=False)
     decoded, seen, real = [], [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path, *more: (
+    monkeypatch.setattr("utils.images.decode", lambda path, *more: (
         decoded.append(path.name) or real(path, *more)))
     training.model.register_forward_pre_hook(lambda model, x: seen.append(x[0].clone()))
 

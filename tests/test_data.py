@@ -313,12 +313,24 @@ def test_only_corrupt_images_are_an_error(tmp_path):
         load(images, workers=0)
 
 
-def test_the_list_of_images_is_relative_names_and_has_their_sha256(tmp_path, picture):
+def test_the_list_of_images_is_their_geometry_and_names_and_has_their_sha256(tmp_path, picture):
     for name in ("b/1.png", "a/2.png"):
         picture(tmp_path / name)
     images = open_images(tmp_path, split="train")
-    assert images.listing() == "a/2.png\nb/1.png\n"
-    assert images.sha256() == hashlib.sha256(b"a/2.png\nb/1.png\n").hexdigest()
+    read = "# shorter side to 256 (bilinear), centre crop 224\n"
+    assert images.listing() == read + "a/2.png\nb/1.png\n"
+    assert images.sha256() == hashlib.sha256(images.listing().encode()).hexdigest()
+
+
+def test_the_hash_of_the_list_changes_with_the_geometry(tmp_path, picture):
+    picture(tmp_path / "a/2.png")
+    images = open_images(tmp_path, split="train")
+    other, bicubic = Geometry(224, 232), Geometry(224, 256, "bicubic")
+    hashes = [images.prepared(one, None).sha256() for one in (paper_geometry(), other, bicubic, 64)]
+    assert len(set(hashes)) == 4 and hashes[0] == images.sha256()
+    assert images.sha256(other) == hashes[1]  # of a network that reads them so
+    assert images.sha256(other, paper_geometry()) == images.sha256(paper_geometry(), other)
+    assert images.sha256(other, paper_geometry()) not in hashes
 
 
 def test_a_run_on_photographs_skips_the_broken_ones_and_says_so_in_its_facts(
@@ -332,7 +344,7 @@ def test_a_run_on_photographs_skips_the_broken_ones_and_says_so_in_its_facts(
     assert facts["shape"] == [3, 32, 32] and facts["eps"] == pytest.approx(10 / 255)
     listing = (tmp_path / ".run" / "images.txt").read_bytes()
     assert facts["images_sha256"] == hashlib.sha256(listing).hexdigest()
-    assert len(listing.split()) == 67
+    assert listing.startswith(b"# 32 pixels\n") and len(listing.splitlines()) == 1 + 67
 
 
 def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_path, picture):

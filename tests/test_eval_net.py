@@ -207,7 +207,8 @@ def test_networks_whose_strongest_attacks_differ_have_a_column_each():
             attack.title: cell for attack in eval_net.linf_attacks(0.1, 5, classes).values()
             if "Square" in attack.title}, {}, {})
         for name, classes in (("two", 2), ("ten", 10))]).splitlines()
-    assert head == "| network | clean_acc | APGD-CE + Square 5 | APGD-CE + APGD-T + Square 5 |"
+    assert head == ("| network | clean_acc | APGD-CE + APGD-T (1 target, margin loss) + Square 5 "
+                    "| APGD-CE + APGD-T + Square 5 |")
     assert [line.split(" | ")[2:] for line in lines] == [
         ["25.0 (4.6-69.9)", "- |"], ["-", "25.0 (4.6-69.9) |"]]
 
@@ -546,11 +547,17 @@ def test_the_notes_of_all_networks_are_said_once(monkeypatch):
 
 
 def test_the_data_is_looked_for_where_the_training_found_it():
-    s = Namespace(data_dir=None, data_root=None)
+    none = {"data_dir": None, "data_root": None, "labels": None, "classes": None}
+    s, typed = Namespace(**none), Namespace(**{**none, "data_dir": "m", "data_root": "r"})
     facts = {"data_dir": "mnist", "data_root": "/data"}
-    assert eval_net.where(facts, s) == ("mnist", "/data")
-    assert eval_net.where({"data_dir": "mnist"}, s) == ("mnist", "data")
-    assert eval_net.where(facts, Namespace(data_dir="m", data_root="r")) == ("m", "r")
+    assert eval_net.where(facts, s) == ("mnist", "/data", None, None)
+    assert eval_net.where({"data_dir": "mnist"}, s) == ("mnist", "data", None, None)
+    assert eval_net.where(facts, typed) == ("m", "r", None, None)
+    flat = {"data_dir": "flat", "labels": "train.txt", "classes_are": "imagenet"}
+    assert eval_net.where(flat, s) == ("flat", "data", None, "imagenet")  # --labels: of training
+    assert eval_net.where(flat, typed) == ("m", "r", None, None)  # labels of other images
+    own = Namespace(**{**none, "labels": "b.txt"})
+    assert eval_net.where(flat, own) == ("flat", "data", "b.txt", "imagenet")
 
 
 def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here, tmp_path, picture):
@@ -721,7 +728,7 @@ def test_a_table_of_another_radius_network_or_perturbation_is_kept(
     (("--runs", "both"), ("--runs both", "2 networks", "natural_mlp.pth", "free8_mlp.pth")),
     (("--runs", "seeds"), ("--runs seeds", "2 networks", "seed0/fgs.pth", "seed1/fgs.pth")),
     (("--runs", "uap"), ("--runs uap", "no run there")),
-    (("--runs", "run", "mnist"), ("mnist", "MNIST is not in")),
+    (("--runs", "run", "mnist"), ("MNIST is not in", "--data_root")),
     (("--runs", "run", "own", "--num_images", 1), (
         "own is tested on 1 folder images", "355 other digits", "the same images")),
     (("--runs", "run", "far"), ("free8 has Linf eps 0.1, fast 0.3", "--eps")),

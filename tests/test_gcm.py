@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SRC
 
-from utils import data, measure, models, report_gcm
+from utils import data, measure, report_gcm
 from utils.data import paper_geometry
 from utils.run import save_pth
 
@@ -181,7 +181,7 @@ def photographs(tmp_path, picture, monkeypatch):
 
     for i in range(2):
         picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", 431, 500, seed=i)
-    monkeypatch.setattr(models.zoo, "get_model", lambda name, **options: Tiny())
+    monkeypatch.setattr("torchvision.models.get_model", lambda name, **options: Tiny())
     return ("--data_dir", tmp_path / "val", "--weights", "random", "--device", "cpu", "--workers",
             0, "--model_name")
 
@@ -231,7 +231,7 @@ def test_image_size_is_for_all_networks(run_here, photographs, tmp_path):
 
 def test_images_are_decoded_once_for_every_geometry(run_here, photographs, monkeypatch):
     decoded, real = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path, g: decoded.append(g) or real(path, g))
+    monkeypatch.setattr("utils.images.decode", lambda path, g: decoded.append(g) or real(path, g))
     flags = ("resnet50", "wide_resnet50_2", "swin_s", *ONE, "--geometry", "weights")
     assert run_here("gcm.py", *photographs, *flags).returncode == 0
     assert decoded == 2 * [data.Geometry(224, 256)] + 2 * [data.Geometry(224, 246, "bicubic")]

@@ -175,7 +175,7 @@ def test_a_network_of_a_fixed_size_refuses_others_in_one_line(photograph, monkey
         return torchvision.models.VisionTransformer(image_size=224, patch_size=112, num_layers=1,
                                                     num_heads=1, hidden_dim=8, mlp_dim=8)
 
-    monkeypatch.setattr(models.zoo, "get_model", tiny)
+    monkeypatch.setattr(torchvision.models, "get_model", tiny)
     images = photograph[1]
     more = {"data_dir": None, "data_root": None, "device": "cpu"}
     target_of(images, "vit_b_16", "random").load(images, **more)
@@ -253,7 +253,7 @@ def test_an_unknown_name_suggests_the_nearest(name, kind, near):
 
 
 def test_networks_that_are_not_classifiers_of_this_kind_are_unknown():
-    for name, kind in (("fcn_resnet50", "imagenet"), ("vgg16", "digits"), ("cnn", "imagenet")):
+    for name, kind in (("fcn_resnet50", "imagenet"), ("vgg16", "digits"), ("cnn_50", "imagenet")):
         with pytest.raises(UserError, match=name):
             load_model(name, weights="random", kind=kind)
 

@@ -23,6 +23,8 @@ CPU = torch.device("cpu")
 PUBLISHED = {  # data and --recipe: images, weight steps, passes, {weight step: learning rate}
     ("cifar10", "free"): (50_000, 80_000, 26, {
         0: 0.1, 39_999: 0.1, 40_000: 0.01, 59_999: 0.01, 60_000: 0.001, 79_999: 0.001}),
+    ("cifar100", "free"): (50_000, 80_000, 26, {
+        0: 0.1, 39_999: 0.1, 40_000: 0.01, 59_999: 0.01, 60_000: 0.001, 79_999: 0.001}),
     ("cifar10", "madry"): (50_000, 80_000, 205, {
         0: 0.1, 39_999: 0.1, 40_000: 0.01, 59_999: 0.01, 60_000: 0.001, 79_999: 0.001}),
     ("cifar10", "fast_adversarial"): (50_000, 10 * 391 * 8, 10, {
@@ -35,10 +37,12 @@ PUBLISHED = {  # data and --recipe: images, weight steps, passes, {weight step: 
 
 def named(kind, n):
     """n images of one kind in name alone."""
-    if kind == "imagenet":
-        return Images(kind, ("x",) * n, torch.zeros(n, dtype=torch.int64), imagenet_classes(),
-                      paper_geometry(224), root=Path("nowhere"))
-    return Images(kind, ("x",) * n, torch.zeros(n, dtype=torch.int64), CIFAR10, paper_geometry(32),
+    names, labels = ("x",) * n, torch.zeros(n, dtype=torch.int64)
+    if kind in ("imagenet", "folder"):
+        classes = imagenet_classes() if kind == "imagenet" else ("ape", "bee")
+        return Images(kind, names, labels, classes, paper_geometry(224), root=Path("nowhere"))
+    classes = CIFAR10 if kind == "cifar10" else tuple(map(str, range(100)))
+    return Images(kind, names, labels, classes, paper_geometry(32),
                   pixels=torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(n, -1, -1, -1))
 
 
@@ -49,7 +53,7 @@ def settle(monkeypatch):
         images = named(kind, n)
         monkeypatch.setattr(sys, "argv", ["free_at.py", "--data_dir", kind, "--amp", "off",
                                           *map(str, flags)])
-        monkeypatch.setattr(recipes, "open_images", lambda *args, **more: images)
+        monkeypatch.setattr(recipes, "opened", lambda *args: images)
         monkeypatch.setattr(recipes, "unseen", lambda *args, **more: (images, False))
         return recipes.settle(free_at.get_args(), Team(), CPU)
     return make
@@ -72,6 +76,9 @@ def test_steps_passes_and_learning_rates_are_the_published_ones(settle, monkeypa
         "model_name": "wrn_32_10", "method": "free", "replays": 8, "eps": 8 / 255,
         "alpha": 8 / 255, "batch_size": 128, "momentum": 0.9, "weight_decay": 2e-4,
         "decay": "weights", "clip_delta": "ball", "shift": 2, "epochs": None}),
+    ("cifar100", "free", {
+        "model_name": "wrn_32_10", "method": "free", "replays": 8, "eps": 8 / 255,
+        "alpha": 8 / 255, "batch_size": 128, "weight_decay": 2e-4, "decay": "weights", "shift": 2}),
     ("cifar10", "madry", {
         "model_name": "wrn_32_10", "method": "pgd", "steps": 7, "eps": 8 / 255, "alpha": 2 / 255,
         "batch_size": 128, "weight_decay": 2e-4, "decay": "weights"}),
@@ -112,9 +119,26 @@ def test_without_a_recipe_the_presets_are_as_before(settle):
         assert s.alpha == pytest.approx(alpha)
 
 
+def test_cifar100_has_the_preset_of_cifar10_and_class_folders_that_of_imagenet_on_resnet18(settle):
+    flags = ("eps", "alpha", "model_name", "epochs", "batch_size", "lr", "weight_decay", "replays")
+    (a, _), (b, _) = (settle(kind, 1000) for kind in ("cifar10", "cifar100"))
+    assert [getattr(a, flag) for flag in flags] == [getattr(b, flag) for flag in flags]
+    (own, images), (net, _) = (settle(kind, 1000) for kind in ("folder", "imagenet"))
+    assert (own.eps, own.alpha, own.epochs, own.weight_decay) == (
+        net.eps, net.alpha, net.epochs, net.weight_decay)
+    assert (own.model_name, own.image_size, images.size) == ("resnet18", 224, 224)
+    assert own.lr / own.batch_size == net.lr / net.batch_size
+
+
+def test_the_size_of_photographs_is_the_one_that_is_typed(settle):
+    for kind in ("folder", "imagenet"):
+        s, images = settle(kind, 1000, "--image_size", 64, "--model_name", "preact_resnet18")
+        assert (s.image_size, images.geometry) == (64, paper_geometry(64))
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (("--recipe", "madry"), ("--recipe madry", "published for cifar10, not for digits", "leave")),
-    (("--recipe", "free"), ("published for cifar10 and imagenet, not for digits", "--data_dir")),
+    (("--recipe", "free"), ("published for cifar10, cifar100, imagenet, not for digits",)),
     (("--recipe", "trades"), ("trades", "fast_adversarial")),
     (("--epochs", 2, "--weight_steps", 5), ("--epochs 2 --weight_steps 5", "one of the two"))],
     ids=str)

@@ -3,12 +3,15 @@
 import csv
 import gc
 import hashlib
+import io
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -20,7 +23,7 @@ from utils.data import PRESETS, open_images
 from utils.errors import UserError
 from utils.models import load_model
 from utils.nets import build_small
-from utils.run import RunFolder, save_pth, write_atomic
+from utils.run import RunFolder, load_pth, save_pth, write_atomic
 
 SCRIPT = "train_sga.py"
 TINY = ("--num_images", 60, "--epochs", 2, "--weights", "random", "--model_name", "mlp",
@@ -35,6 +38,29 @@ def rows(folder):
 def changed(args, **flags):
     """The command line with other values: an argument given twice counts the last time."""
     return (*args, *(part for name, value in flags.items() for part in (f"--{name}", value)))
+
+
+# ------------------------------------------------------------------------- what is refused
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_tar_file_of_old_is_refused_and_not_run(tmp_path):
+    """torch before 2.6 reads these files also where it was asked for nothing but weights."""
+    bomb, path = pickle.dumps(Bomb(str(tmp_path / "ran"))), tmp_path / "w.pth"
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "storages", "tensors", "pickle"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(bomb)
+            archive.addfile(entry, io.BytesIO(bomb))
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_pth(path)
+    assert not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------ same bytes
@@ -352,7 +378,8 @@ def test_the_facts_say_what_made_the_perturbation(made):
     assert {key: facts[key] for key in wanted} == wanted
     listing = (made / "images.txt").read_bytes()
     assert facts["images_sha256"] == hashlib.sha256(listing).hexdigest()
-    assert len(listing.split()) == 60
+    first, *names = listing.decode().splitlines()
+    assert first == "# 28 pixels" and len(names) == 60 and names[0] == "train/0"
     assert {"device", "seconds", "commit", "torchvision", "python"} <= facts.keys()
     assert facts["device"].startswith("cpu") and facts["seconds"] >= 0
     assert facts["on_training_images"]["mlp"]["fooling_ratio"]["n"] == 60

@@ -11,10 +11,12 @@ import torch
 
 from utils import draw, run
 from utils.augment import OPS, PRESETS
-from utils.data import NAMED, hold_out, open_images
+from utils.data import NAMED, hold_out, need_labels, opened
 from utils.errors import UserError
-from utils.models import check_name, head_of, input_size, weights_path
+from utils.models import check_name, input_size
 from utils.precision import training_amp
+from utils.sources import label_of
+from utils.weights import head_of, weights_path
 
 STAGES = {
     1: {"defense": "gcm", "augment": ["phase1"], "cutmix_prob": 0.3, "w_cutmix": 0.0,
@@ -32,7 +34,7 @@ DEFAULTS = {  # of these flags, by kind of data
                 "lr_backbone": 5e-3, "step_epochs": 20},
     "imagenet": {"model_name": "convnext_tiny", "epochs": 140, "batch_size": 320, "lr_head": 1e-3,
                  "lr_backbone": 1e-4, "step_epochs": 70}}
-DEFAULTS["folder"] = DEFAULTS["imagenet"]
+DEFAULTS |= {"cifar100": DEFAULTS["cifar10"], "folder": DEFAULTS["imagenet"]}
 
 
 def settle(args, team, device):
@@ -40,19 +42,20 @@ def settle(args, team, device):
 
     UserError: flags that cannot work.
     """
-    images = open_images(args.data_dir, split="train", data_root=args.data_root)
+    images = opened(args, "train")
+    need_labels(images, args.data_dir)
     preset = STAGES[args.stage] | DEFAULTS[images.kind]
     preset |= {flag: RATES[args.stage] * preset[flag] for flag in ("lr_head", "lr_backbone")}
     preset["p"] = 0.1
     s = run.settled(args, **{k: v for k, v in preset.items() if getattr(args, k) is None})
     check_name(s.model_name, images.kind)
     name = s.data_dir if s.data_dir in NAMED else images.kind
-    path = s.save or Path("runs") / f"gcm_{name}_{s.model_name}" / f"stage{s.stage}"
+    path = s.save or Path("runs") / f"gcm_{name}_{label_of(s.model_name)}" / f"stage{s.stage}"
     pretrained, head = _start(s, path)
     size = s.image_size or input_size(s.model_name, images.kind, images.size, pretrained)
     s = run.settled(s, save=path, pretrained=pretrained, head=head, image_size=size,
-                classes=list(images.classes), chances=_chances(s, args.p is not None),
-                amp=training_amp(s.amp, device))
+                classes=list(images.classes), classes_are=getattr(args, "classes", None),
+                chances=_chances(s, args.p is not None), amp=training_amp(s.amp, device))
     images = images.prepared(size, s.num_images)
     held = hold_out(images.labels, s.hold_out)
     _check(s, len(images), int(held.sum()), team)
@@ -61,7 +64,7 @@ def settle(args, team, device):
 
 def _start(s, path):
     """The weights and the head that a run in `path` starts from."""
-    first = path.parent / "stage1" / f"stage1_{s.model_name}.pth"
+    first = path.parent / "stage1" / f"stage1_{label_of(s.model_name)}.pth"
     if s.stage == 2 and s.pretrained is None and not first.is_file():
         raise UserError(f"--stage 2: no {first}; type --stage 1 first, or --pretrained PATH")
     pretrained = s.pretrained or (str(first) if s.stage == 2 else "random")
@@ -145,7 +148,7 @@ def tensorboard():
 
 def finish(training, folder):
     """Saves the network of the best epoch, what made it, and the curve. -> path of the network"""
-    s, name = training.s, f"stage{training.s.stage}_{training.s.model_name}"
+    s, name = training.s, f"stage{training.s.stage}_{label_of(training.s.model_name)}"
     facts = {"name": name, "kind": training.images.kind, "data_dir": str(s.data_dir),
              **run.result_flags(s, "num_images", "device", "tensorboard", "chances"),
              "given_images": s.num_images, "best_epoch": training.best["epoch"],

@@ -103,12 +103,21 @@ def names(text):
 # -------------------------------------------------------------------- shared flags
 
 SHARED = {
-    "data_dir": {"default": "digits", "help": "folder of class folders, or " + ", ".join(NAMED)},
+    "data_dir": {"default": "digits", "help": "folder of class folders, of images, of parquet "
+                 "shards, or an image list; or " + ", ".join(NAMED)},
     "data_root": {"default": "data", "help": "where named data sets are kept or downloaded to"},
+    "labels": {"help": "classes of a flat folder of images: val.txt with lines FILE CLASS, the "
+                       "devkit's ground truth beside its meta.mat, or LOC_val_solution.csv; None: "
+                       "the one beside the images"},
+    "classes": {"choices": ("imagenet",), "help": "imagenet: class folders, or the classes of a "
+                "list, are indices 0-999 or class names of ImageNet; None: by the folders' names"},
     "num_images": {"type": at_least(1), "help": "images, evenly over the classes; None: all"},
+    "model_name": {"type": names, "nargs": "+", "help": "networks: torchvision's, timm/NAME, "
+                   "FILE.py:FUNCTION (your own code, which is run), or those of utils/nets.py; "
+                   "None: the data set's preset"},
     "weights": {"type": names, "nargs": "+", "default": [["V1"]],
-                "help": "V1, V2, random, a .pth state dict or a folder with NAME.pth; one for all "
-                        "networks, or one for each"},
+                "help": "V1, V2, random, a state dict (.pth, .safetensors) or a folder with "
+                        "NAME.pth; one for all networks, or one for each"},
     "geometry": {"choices": ("paper", "weights"), "default": "paper",
                  "help": "of photographs: paper, shorter side to 256, centre crop 224, for all "
                          "networks; weights, as each network's weights were published"},

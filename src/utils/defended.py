@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import finished
 from utils.audit import twin_differences
-from utils.data import PRESETS, Images, load, open_images
+from utils.data import PRESETS, Images, load, opened
 from utils.defenses import defend, is_random
 from utils.errors import UserError
 from utils.measure import times_right_on
@@ -72,11 +72,11 @@ def open_targets(args, *, imagenet):
 
     imagenet: the networks on ImageNet if --model_name names none.
     """
-    images = open_images(args.data_dir, split="test", data_root=args.data_root)
+    images = opened(args, "test")
     preset = imagenet if images.kind == "imagenet" else PRESETS[images.kind].targets
     targets = targets_of(args.model_name, args.weights, preset, images, args.image_size,
                          args.geometry)
-    networks = finished.named(targets, args.data_dir, args.data_root)
+    networks = finished.named(targets, args.data_dir, args.data_root, *finished.labels_of(args))
     images, note = finished.images_for(networks)
     finished.check_images(networks, images, args.num_images)
     for target in targets:

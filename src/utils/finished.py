@@ -2,14 +2,24 @@
 says of them, and the images that they may be tested on.
 """
 
+import hashlib
 import math
 
-from utils.data import NAMED, PRESETS, hold_out, open_images, unseen
+from utils.data import (
+    NAMED,
+    NO_LABELS,
+    PRESETS,
+    hold_out,
+    need_labels,
+    open_images,
+    paper_geometry,
+    unseen,
+)
 from utils.defenses import DEFENSES
 from utils.errors import UserError
-from utils.models import trained, weights_path
 from utils.nets import HEADS
 from utils.run import load_json
+from utils.weights import trained, weights_path
 
 METHODS = ("natural", "free", "pgd", "fast")
 
@@ -42,8 +52,9 @@ VALID = {  # fact: whether its value can be used
     "eps": PIXELS, "alpha": _number(1e-12, 2), "alpha_fgs": PIXELS, "method": _one_of(METHODS),
     "replays": COUNT, "clip_delta": _one_of(("ball", "box")), "steps": COUNT, "weight_steps": COUNT,
     "seed": _number(0, 2 ** 62, int), "stage": COUNT, "head": _one_of(HEADS),
-    "classes": _are_texts, "defense": _one_of(DEFENSES), "low": _or_none(COUNT),
-    "augment": _are_texts, "w_fgsm": _number(0, 1e12),
+    "classes": _are_texts, "labels": _or_none(_is_text),
+    "classes_are": _or_none(_one_of(("imagenet",))), "defense": _one_of(DEFENSES),
+    "low": _or_none(COUNT), "augment": _are_texts, "w_fgsm": _number(0, 1e12),
     "w_fgsm_target": _number(0, 1e12),
     "hold_out": _or_none(_number(1e-3, 0.5)), "held_out": COUNT, "given_images": _or_none(COUNT)}
 NEEDED = {  # the fact by which a script's run is known: what else it must say
@@ -51,8 +62,9 @@ NEEDED = {  # the fact by which a script's run is known: what else it must say
     "hold_out": ("given_images", "classes", "head", "defense", "low", "image_size", "stage",
                  "augment", "w_fgsm"),
     "alpha_fgs": ()}
-ORIGIN = ("data_dir", "data_root", "hold_out", "given_images")  # what it was trained on
-OPTIONAL = {*ORIGIN, "held_out", "clip_delta", "seed", "w_fgsm_target"}  # not in older runs
+ORIGIN = ("data_dir", "data_root", "labels", "classes_are", "hold_out", "given_images")  # images
+OPTIONAL = {*ORIGIN, "held_out", "clip_delta", "seed", "w_fgsm_target",  # not in older runs
+            "head", "classes"}  # of class folders and cifar100
 
 
 # ---------------------------------------------------------------------- finding them
@@ -146,22 +158,40 @@ def origin(path):
     if not facts.keys() & NEEDED:
         return {}
     facts = checked(facts, path)
-    return facts if "stage" in facts else {key: facts[key] for key in ORIGIN if key in facts}
+    kept = facts if "stage" in facts else (*ORIGIN, "classes")
+    return {key: facts[key] for key in kept if key in facts}
 
 
-def named(targets, data_dir, data_root):
-    """What images_for takes, of networks that are given by name and --weights, [models.Target]."""
-    return [(target.name, origin(weights_path(target.name, target.weights)), data_dir, data_root)
-            for target in targets]
+def labels_of(args):
+    """--labels and --classes of a command, None where it lacks the flag."""
+    return getattr(args, "labels", None), getattr(args, "classes", None)
+
+
+def named(targets, *where):
+    """What images_for takes, of networks that are given by name and --weights, [models.Target].
+
+    where: data_dir, data_root, and if they were typed --labels and --classes.
+    """
+    return [(target.name, facts_of(target), *where) for target in targets]
+
+
+def facts_of(target):
+    """Of a models.Target: what decides on its images, and the classes of its outputs if these are
+    the folders of a data set with class names of its own.
+    """
+    found = origin(weights_path(target.typed, target.weights))
+    return found | ({"classes": list(target.classes)} if target.classes else {})
 
 
 def images_for(networks):
     """-> test images that no network was trained on, names only; what a reader must know, or ''.
 
-    networks: [(name, facts, data_dir, data_root)], facts {} of one that is no run of ours.
+    networks: [(name, facts, data_dir, data_root, labels, classes)], facts {} of one that is no run
+    of ours; the last two may be missing.
     UserError: there are none, or every network would get others.
     """
-    ours, opened = [network for network in networks if network[1]] or networks[:1], {}
+    ours = [network for network in networks if "data_dir" in network[1]] or networks[:1]
+    opened = {}
     for name, facts, *where in ours:
         key = str([where, *map(facts.get, (*ORIGIN, "held_out", "stage"))])
         images, _ = opened[key] = opened.get(key) or unseen_by(facts, *where)
@@ -173,16 +203,18 @@ def images_for(networks):
     return first, "; ".join(dict.fromkeys(note for _, note in opened.values() if note))
 
 
-def unseen_by(facts, data_dir, data_root):
+def unseen_by(facts, data_dir, data_root, labels=None, classes=None):
     """-> the test images, without those that the network was trained on; a note for the reader."""
-    images = open_images(data_dir, split="test", data_root=data_root)
-    if not facts or facts["data_dir"] in NAMED:  # these have test images
+    images = open_images(data_dir, split="test", data_root=data_root, labels=labels,
+                         classes=classes)
+    if "data_dir" not in facts or facts["data_dir"] in NAMED:  # these have test images
         return images, ""
     note = "held out of the training images" + (
         ", and the best epoch was chosen on them" * ("stage" in facts))
     train = _trained_on(facts)
     if train is None and facts.get("hold_out"):  # perhaps on these
-        images, held = unseen(data_dir, data_root, facts["hold_out"], facts.get("given_images"))
+        images, held = unseen(data_dir, data_root, facts["hold_out"], facts.get("given_images"),
+                              labels, classes)
         return images, note * held
     if train is None or None in (train.root, images.root) or (
             train.root.resolve() != images.root.resolve()):
@@ -204,8 +236,10 @@ def unseen_by(facts, data_dir, data_root):
 
 def _trained_on(facts):
     """The images that a run was given, for training and to hold out; None: they are gone."""
+    labels, classes = (facts.get(key) if VALID[key](facts.get(key)) else None
+                       for key in ("labels", "classes_are"))
     try:
-        return open_images(facts["data_dir"], split="train")
+        return open_images(facts["data_dir"], split="train", labels=labels, classes=classes)
     except UserError:
         return None
 
@@ -216,8 +250,8 @@ def said_of(uaps, images, num_images, note):
     images: the whole list, names only; num_images: how many of it are measured, or None.
     """
     measured = set(images.prepared(images.geometry, num_images).names)
-    opened, notes = {}, [note]
-    made_on = {uap.name: measured & set(_made_on(uap.facts, images, opened)) for uap in uaps}
+    opened, notes = {}, [note, NO_LABELS * (not images.has_labels)]
+    made_on = {uap.name: measured & set(_made_on(uap, images, opened)) for uap in uaps}
     for whole, start in ((True, "these"), (False, "some of these")):
         found = [name for name, common in made_on.items()
                  if common and (common == measured) is whole]
@@ -227,11 +261,12 @@ def said_of(uaps, images, num_images, note):
     return "; ".join(filter(None, notes))
 
 
-def _made_on(facts, images, opened):
+def _made_on(uap, images, opened):
     """The names of the images that a perturbation was made on, if they are of the same folder.
 
     opened {data_dir: Images} is added to.
     """
+    facts = uap.facts
     num, skipped, where = (facts.get(key) for key in ("num_images", "skipped", "data_dir"))
     if not COUNT(num):
         return ()
@@ -243,13 +278,17 @@ def _made_on(facts, images, opened):
     elif train.root.resolve() != images.root.resolve():
         return ()  # the files of train/ and val/ may have the same names
     skipped = list(map(str, skipped)) if isinstance(skipped, list) else []
-    taught = train.prepared(train.geometry, num + len(skipped)).without(skipped)
-    return taught.names if taught.sha256() == facts.get("images_sha256") else ()
+    geometry = train.geometry if train.root is None else paper_geometry(uap.delta.shape[-1])
+    taught = train.prepared(geometry, num + len(skipped)).without(skipped)
+    names_alone = "".join(f"{name}\n" for name in taught.names)  # what older versions hashed
+    hashes = taught.sha256(), hashlib.sha256(names_alone.encode()).hexdigest()
+    return taught.names if facts.get("images_sha256") in hashes else ()
 
 
 def check_images(networks, images, num_images):
     """UserError unless the labels are classes of the networks, and there are so many images."""
-    for _, facts, data_dir, _ in networks:
+    for _, facts, data_dir, *_ in networks:
+        need_labels(images, data_dir)
         if images.kind != facts.get("kind", images.kind):
             raise UserError(f"--data_dir {data_dir}: {images.kind} images; the network was trained "
                             f"on {facts['kind']}")

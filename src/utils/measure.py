@@ -163,7 +163,6 @@ def worst_of(cells):
 @dataclass
 class UapCounts:
     """Counts of one perturbation on one target, summed over batches."""
-    classes: int
     target: int = None              # class that a targeted perturbation steers to
     n: int = 0
     counts: dict = field(default_factory=dict)
@@ -187,7 +186,7 @@ class UapCounts:
             found["hit"] = found["others"] & (after == self.target)
         for key, value in found.items():
             self.counts[key] = self.counts.get(key, 0) + int(value.sum())
-        became = torch.bincount(after[fooled].cpu(), minlength=self.classes)
+        became = torch.bincount(after[fooled].cpu(), minlength=clean.shape[1])
         self.became = became if self.became is None else self.became + became
         self.n += len(y)
 
@@ -210,10 +209,15 @@ class UapCounts:
                 clean_acc_top5=share(c["clean_top5"], n), adv_acc_top5=share(c["adv_top5"], n))
         most = int(self.became.argmax())
         result["dominant_class"] = {
-            "class": most, "name": class_names[most],
+            "class": most, "name": class_name(class_names, most),
             **share(int(self.became[most]), c["fooled"])} if c["fooled"] else None
         result["fooling_ratio_rounded"] = share(c["fooled_rounded"], n)
         return result
+
+
+def class_name(names, k):
+    """Of class k; its number where it has no name."""
+    return names[k] if k < len(names) else str(k)
 
 
 def _top5(logits, y):

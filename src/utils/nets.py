@@ -17,6 +17,7 @@ Heads for the feature map of any convolutional network, with_head(net, head, cla
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from utils.loop import Trainer, loop
 RECIPES = {"digits": (12, 0, 0.1), "mnist": (3, 0, 0.1), "cifar10": (12, 4, 0.0)}
 RECIPE_VERSION = 1  # part of the cached file's name: a new recipe trains anew
 HEADS = ("own", "fc", "ml_decoder")
+ANOTHER = "type --head own, or another network, such as convnext_tiny, resnet50, cnn_bn"
 
 
 class Residual(nn.Module):
@@ -70,14 +72,14 @@ def _conv3(cin, cout, stride):
     return nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
 
 
-def _network(channels, first, widths, blocks):
+def _network(channels, first, widths, blocks, classes):
     layers, cin = [_conv3(channels, first, 1)], first
     for stage, width in enumerate(widths):
         for block in range(blocks):
             layers.append(PreAct(cin, width, 2 if stage and not block else 1))
             cin = width
     return nn.Sequential(*layers, nn.BatchNorm2d(cin), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(cin, 10))
+                         nn.Flatten(), nn.Linear(cin, classes))
 
 
 class WideUnit(nn.Module):
@@ -103,6 +105,18 @@ class WideUnit(nn.Module):
         return out + F.pad(x, (0, 0, 0, 0, self.more, self.more))
 
 
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, so that everything before it, eps too, is in [0, 1] pixels."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x):  # (N, C, H, W)
+        return (x - self.mean) / self.std
+
+
 class Standardize(nn.Module):
     """(x - mean) / max(std, 1 / sqrt(D)) of the D numbers of each image, on the scale of 0 to 255.
 
@@ -115,14 +129,14 @@ class Standardize(nn.Module):
         return x / x.square().mean((1, 2, 3), keepdim=True).clamp_min(1 / x[0].numel()).sqrt()
 
 
-def _wide(channels):
+def _wide(channels, classes):
     layers, cin = [_conv3(channels, 16, 1)], 16
     for stage, width in enumerate((160, 320, 640)):
         for unit in range(5):
             layers.append(WideUnit(cin, width, 2 if stage and not unit else 1, cin == 16))
             cin = width
     net = nn.Sequential(*layers, nn.BatchNorm2d(cin, eps=1e-3), nn.LeakyReLU(0.1),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 10))
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, classes))
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
@@ -131,14 +145,14 @@ def _wide(channels):
     return net
 
 
-def _lenet(channels, size, norm):
+def _lenet(channels, size, classes, norm):
     layers, widths = [], ((channels, 16), (16, 32))
     for cin, cout in widths:
         layers += [nn.Conv2d(cin, cout, 4, 2, 1), *([nn.BatchNorm2d(cout)] if norm else []),
                    nn.ReLU()]
     return nn.Sequential(
         *layers, nn.Flatten(), nn.Linear(32 * (size // 4) ** 2, 100),
-        *([nn.BatchNorm1d(100)] if norm else []), nn.ReLU(), nn.Linear(100, 10))
+        *([nn.BatchNorm1d(100)] if norm else []), nn.ReLU(), nn.Linear(100, classes))
 
 
 def _conv(cin, cout, *, norm, stride=1):
@@ -146,35 +160,36 @@ def _conv(cin, cout, *, norm, stride=1):
     return layers + ([nn.BatchNorm2d(cout)] if norm else []) + [nn.ReLU()]
 
 
-NETWORKS = {  # name: (channels, pixels) -> network of 10 classes
-    "lenet": lambda channels, size: _lenet(channels, size, norm=False),
-    "lenet_bn": lambda channels, size: _lenet(channels, size, norm=True),
-    "preact_resnet18": lambda channels, _: _network(channels, 64, (64, 128, 256, 512), 2),
-    "wrn_32_10": lambda channels, _: _wide(channels)}
+NETWORKS = {  # name: (channels, pixels, classes) -> network
+    "lenet": partial(_lenet, norm=False),
+    "lenet_bn": partial(_lenet, norm=True),
+    "preact_resnet18": lambda channels, _, classes: _network(channels, 64, (64, 128, 256, 512), 2,
+                                                             classes),
+    "wrn_32_10": lambda channels, _, classes: _wide(channels, classes)}
 
 
-def build_small(name, channels, size):
-    """A network of ours with random weights; 10 classes, (N, channels, size, size)."""
+def build_small(name, channels, size, classes=10):
+    """A network of ours with random weights, for images (N, channels, size, size)."""
     if name in NETWORKS:
-        return NETWORKS[name](channels, size)
+        return NETWORKS[name](channels, size, classes)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     if name == "cnn":
         layers = [*_conv(channels, 32, norm=False), nn.MaxPool2d(2), *_conv(32, 64, norm=False),
                   nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * (size // 4) ** 2, 128), nn.ReLU(),
-                  nn.Linear(128, 10)]
+                  nn.Linear(128, classes)]
     elif name == "cnn_bn":
         layers = [*_conv(channels, 32, norm=True), *_conv(32, 64, norm=True, stride=2),
-                  *_conv(64, 128, norm=True, stride=2), *pool, nn.Linear(128, 10)]
+                  *_conv(64, 128, norm=True, stride=2), *pool, nn.Linear(128, classes)]
     elif name == "mlp":
         layers = [nn.Flatten(), nn.Linear(channels * size * size, 256), nn.ReLU(),
-                  nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+                  nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, classes)]
     elif name == "vgg_small":
         layers = [*_conv(channels, 32, norm=False), *_conv(32, 32, norm=False), nn.MaxPool2d(2),
                   *_conv(32, 64, norm=False), *_conv(64, 64, norm=False), nn.MaxPool2d(2),
-                  *_conv(64, 128, norm=False), *pool, nn.Linear(128, 10)]
+                  *_conv(64, 128, norm=False), *pool, nn.Linear(128, classes)]
     else:
         layers = [*_conv(channels, 16, norm=True), Residual(16, 16, 1), Residual(16, 32, 2),
-                  Residual(32, 64, 2), *pool, nn.Linear(64, 10)]
+                  Residual(32, 64, 2), *pool, nn.Linear(64, classes)]
     return nn.Sequential(*layers)
 
 
@@ -296,6 +311,18 @@ def fc_head(channels, classes, dropout=0.2):
     return nn.Sequential(*layers, nn.Linear(channels, classes))
 
 
+class Features(nn.Module):
+    """What a network of timm computes before its head, a map (n, C, H, W) in most."""
+
+    def __init__(self, net):
+        super().__init__()
+        net.reset_classifier(0)
+        self.net = net
+
+    def forward(self, x):
+        return self.net.forward_features(x)
+
+
 class WithHead(nn.Sequential):
     """Sequential(body, head): the body's feature map has `channels` channels."""
 
@@ -310,8 +337,12 @@ def with_head(net, head, classes, name):
         if isinstance(net, WithHead):
             raise UserError(f"these weights of {name} have another head than its own; give others, "
                             "or leave out --head")
-        last, layer = _last(net)
-        if layer.weight.shape[0] != classes:
+        last, layer = last_layer(net)
+        if layer.weight.shape[0] == classes:
+            return net
+        if hasattr(net, "reset_classifier"):  # timm's
+            net.reset_classifier(classes)
+        else:
             setattr(net.get_submodule(last.rpartition(".")[0]), last.rpartition(".")[2],
                     _with_outputs(layer, classes))
         return net
@@ -322,13 +353,17 @@ def with_head(net, head, classes, name):
 
 def head_parameters(net):
     """The parameters of the head: of another one all, of the network's own the last layer's."""
-    return list((net[1] if isinstance(net, WithHead) else _last(net)[1]).parameters())
+    return list((net[1] if isinstance(net, WithHead) else last_layer(net)[1]).parameters())
 
 
-def _last(net):
+def last_layer(net):
     """Name and layer of the network's last linear layer, which in SqueezeNet is a convolution."""
-    return [(name, layer) for name, layer in net.named_modules()
-            if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+    layers = [(name, layer) for name, layer in net.named_modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise UserError("the network has no linear layer and no convolution to give other outputs")
+    named = net.get_classifier() if hasattr(net, "get_classifier") else None  # timm says which
+    return next((pair for pair in layers if pair[1] is named), layers[-1])
 
 
 def _with_outputs(layer, classes):
@@ -341,7 +376,9 @@ def _body(net, name):
     """What makes the feature map (n, C, H, W), and C; UserError where that is not known."""
     if isinstance(net, WithHead):
         return net[0], net.channels
-    if isinstance(net, zoo.ResNet):
+    if hasattr(net, "forward_features") and hasattr(net, "reset_classifier"):
+        body = Features(net)
+    elif isinstance(net, zoo.ResNet):
         body = nn.Sequential(*list(net.children())[:-2])
     elif isinstance(net, zoo.DenseNet):
         body = nn.Sequential(net.features, nn.ReLU())
@@ -351,17 +388,21 @@ def _body(net, name):
         pools = [i for i, layer in enumerate(net.children())
                  if isinstance(layer, nn.AdaptiveAvgPool2d)]
         if not isinstance(net, nn.Sequential) or not pools:
-            raise UserError(f"--head: {name} has no feature map that is known here; type --head "
-                            "own, or another network, such as convnext_tiny, resnet50, cnn_bn")
+            raise UserError(f"--head: {name} has no feature map that is known here; {ANOTHER}")
         body = net[:pools[0]]
-    return body, _channels(body)
+    return body, _channels(body, name)
 
 
-def _channels(body):
+def _channels(body, name):
     """Of the feature map, by looking at one."""
     first = next(layer for layer in body.modules() if isinstance(layer, nn.Conv2d))
     was = body.training
-    with torch.no_grad():
-        found = body.eval()(torch.zeros((1, first.in_channels, 64, 64))).shape[1]
+    try:
+        with torch.no_grad():
+            found = body.eval()(torch.zeros((1, first.in_channels, 64, 64)))
+    except (RuntimeError, AssertionError):  # a transformer's, which takes one size alone
+        found = None
+    if found is None or found.ndim != 4 or found.shape[2] != found.shape[3]:
+        raise UserError(f"--head: {name} has no feature map (n, C, H, W); {ANOTHER}")
     body.train(was)
-    return found
+    return found.shape[1]

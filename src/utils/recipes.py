@@ -1,21 +1,26 @@
 """What free_at.py trains with: presets of data sets, recipes of papers, learning rates.
 
     --recipe            published in                                  for
-    free                Shafahi et al. 2019, arXiv:1904.12843         cifar10, imagenet
+    free                Shafahi et al. 2019, arXiv:1904.12843         cifar10, cifar100, imagenet
     madry               Madry et al. 2018, arXiv:1706.06083           cifar10
     fast_adversarial    Wong et al. 2020, arXiv:2001.03994: their     cifar10
                         own free training, train_free.py
 
-A flag that is typed wins over the recipe, which wins over the data set's preset.
+A flag that is typed wins over the recipe, which wins over the data set's preset. Presets that no
+paper has: cifar100's is cifar10's; that of class folders is imagenet's on a smaller network, in
+minibatches of a quarter and steps of a quarter.
 """
 
 import math
 
-from utils.data import open_images, unseen
+import torch
+
+from utils.data import need_labels, opened, unseen
 from utils.errors import UserError
-from utils.models import check_name, input_size
+from utils.models import check_name, check_takes, input_size
 from utils.precision import training_amp
 from utils.run import settled
+from utils.weights import weights_path
 
 EVERYWHERE = {"method": "free", "replays": 8, "clip_delta": "ball", "steps": 7, "schedule": "step",
               "decay": "all", "shift": 4, "weight_steps": None}
@@ -28,10 +33,14 @@ FREE_PRESETS = {  # alpha: of pgd
                 "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
     "imagenet": {"eps": 4 / 255, "alpha": 1 / 255, "model_name": "resnet50", "epochs": 90,
                  "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4}}
+FREE_PRESETS["cifar100"] = FREE_PRESETS["cifar10"]
+FREE_PRESETS["folder"] = FREE_PRESETS["imagenet"] | {"model_name": "resnet18", "batch_size": 64,
+                                                     "lr": 0.025}
 TENSORFLOW = {"model_name": "wrn_32_10", "weight_steps": 80_000, "batch_size": 128, "lr": 0.1,
               "schedule": "step", "weight_decay": 2e-4, "decay": "weights", "shift": 2}
 OF_PAPERS = {  # what a recipe has in common with the data set's preset is not repeated
     "free": {"cifar10": {**TENSORFLOW, "method": "free", "replays": 8},
+             "cifar100": {**TENSORFLOW, "method": "free", "replays": 8},
              "imagenet": {"model_name": "resnet50", "method": "free", "replays": 4, "epochs": 90,
                           "batch_size": 256, "lr": 0.1, "schedule": "thirds",
                           "weight_decay": 1e-4}},
@@ -85,13 +94,15 @@ def settle(args, team, device):
 
     UserError: flags that cannot work.
     """
-    images = open_images(args.data_dir, split="train", data_root=args.data_root)
-    if not images.labelled:
-        raise UserError(f"--data_dir {args.data_dir}: its folders are not classes of the networks; "
-                        "wanted folders named by wnid, such as n01440764")
-    s = settled(args, **_filled(args, images.kind), amp=training_amp(args.amp, device))
+    images = opened(args, "train")
+    need_labels(images, args.data_dir)
+    s = settled(args, **_filled(args, images.kind), amp=training_amp(args.amp, device),
+                classes=list(images.classes), classes_are=getattr(args, "classes", None))
+    if len(s.classes) < 2:
+        raise UserError(f"--data_dir {args.data_dir}: one class, '{s.classes[0]}'; wanted a folder "
+                        "for each class, or an image list")
     check_name(s.model_name, images.kind)
-    size = input_size(s.model_name, images.kind, images.size, "random")
+    size = s.image_size or _own_size(s, images)
     images, held = held_out(images.prepared(size, args.num_images), args)
     if not team.size <= s.batch_size <= len(images):
         raise UserError(f"--batch_size {s.batch_size}: there are {len(images)} training images and "
@@ -103,11 +114,29 @@ def settle(args, team, device):
     return settled(s, image_size=size, hold_out=args.hold_out if held else None), images
 
 
+def _own_size(s, images):
+    """Side in pixels of the images that --pretrained was trained on, or the network's usual one."""
+    path = weights_path(s.model_name, s.pretrained, "--pretrained")
+    return input_size(s.model_name, images.kind, images.size, str(path or "random"))
+
+
+def check_network(model, s, channels, device):
+    """UserError unless the network gives a logit for every class, of images of this size."""
+    found = check_takes(model.eval(), s.model_name, channels, s.image_size, device)
+    if found != len(s.classes):
+        raise UserError(f"--model_name {s.model_name}: gives {found} numbers for an image; wanted "
+                        f"{len(s.classes)}, one for each class: give its function an argument "
+                        "num_classes, or make its last layer an nn.Linear")
+    if not model(torch.zeros((2, channels, *[s.image_size] * 2), device=device)).requires_grad:
+        raise UserError(f"--model_name {s.model_name}: its logits have no gradient, which training "
+                        "needs; wanted a network that does not run under torch.no_grad")
+
+
 def _filled(args, kind):
     """{flag: value} of the recipe and the presets, where nothing was typed."""
     recipe = OF_PAPERS.get(args.recipe, {kind: {}})
     if kind not in recipe:
-        raise UserError(f"--recipe {args.recipe}: published for {' and '.join(recipe)}, not for "
+        raise UserError(f"--recipe {args.recipe}: published for {', '.join(recipe)}, not for "
                         f"{kind}; leave it out, or type another --data_dir")
     if args.epochs and args.weight_steps:
         raise UserError(f"--epochs {args.epochs} --weight_steps {args.weight_steps}: type one of "
@@ -126,10 +155,11 @@ def held_out(images, args):
     if images.root is None:  # a named data set
         return images, 0
     try:
-        open_images(args.data_dir, split="test", data_root=args.data_root)
+        opened(args, "test")
     except UserError:  # there is one, which cannot be read yet
         return images, 0
-    held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images)
+    held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images,
+                         getattr(args, "labels", None), getattr(args, "classes", None))
     if apart and not len(held):
         raise UserError(f"--data_dir {args.data_dir}: no test split, and --hold_out "
                         f"{args.hold_out} is none of {len(images)} images; type more")

@@ -15,6 +15,7 @@ import pickletools
 import platform
 import re
 import subprocess
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -132,6 +133,8 @@ def load_pth(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of pickle protocols and deprecated formats
+            if _runs_anyway(path):
+                raise pickle.UnpicklingError("TorchScript")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on a broken file
         foreign = isinstance(error, pickle.UnpicklingError)
@@ -142,6 +145,14 @@ def load_pth(path):
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
         raise UserError(f"{path}: no .pth file; wanted tensors saved by torch.save" if foreign else
                         f"{path}: truncated, or no .pth file ({reason})") from None
+
+
+def _runs_anyway(path):
+    """Whether it is TorchScript or a tar file of 2016: torch before 2.6 opens them all the same."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return tarfile.is_tarfile(path)
 
 
 def _is_pickle(path):

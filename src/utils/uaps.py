@@ -31,6 +31,7 @@ from utils.run import (
     save_pth,
     write_atomic,
 )
+from utils.sources import label_of
 
 LARGEST = 4096  # pixels of a side
 TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, more than fp16 rounding needs
@@ -231,7 +232,8 @@ def uap_name(s):
     """
     extra = {"augment": s.augment, s.defense: s.defense != "none", "bpda": s.bpda,
              f"target{s.target}": s.target is not None}
-    return "_".join([s.method, "+".join(s.model_name), *(k for k, on in extra.items() if on)])
+    networks = "+".join(map(label_of, s.model_name))
+    return "_".join([s.method, networks, *(k for k, on in extra.items() if on)])
 
 
 def fooled(training, index=slice(None)):
@@ -259,8 +261,9 @@ def save_perturbation(training, folder, name):
     save_json(folder / f"{name}.json", {
         "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
         **{key: getattr(s, key) for key in MADE_BY}, "weights": s.weights_are,
-        "data_dir": str(s.data_dir), "num_images": len(images), "skipped": list(images.skipped),
-        "images_sha256": images.sha256(),
+        "data_dir": str(s.data_dir), "labels": getattr(s, "labels", None),
+        "classes_are": getattr(s, "classes", None), "num_images": len(images),
+        "skipped": list(images.skipped), "images_sha256": images.sha256(),
         "on_training_images": dict(zip(s.model_name, shares, strict=True)),
         "amp": training.amp, "layout": training.layout, "seconds": round(training.seconds, 1),
         **provenance(training.device, s.deterministic)})

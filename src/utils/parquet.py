@@ -1,0 +1,136 @@
+"""Hugging Face's parquet shards of an image data set: columns `image` (with bytes) and `label`.
+
+An image is named SHARD.parquet/ROW. Labels are read at once, images a row group at a time.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+from utils.errors import UserError
+
+# how the shards' names start; of several possibilities the first that there is
+SPLITS = {"train": (("train",),), "test": (("validation", "val"), ("test",))}
+
+
+def is_row(path):
+    """Whether this is the name of an image in a shard, not of a file."""
+    return path.parent.suffix == ".parquet"
+
+
+def shards(folder, split):
+    """The split's shards in a folder, or in data/ in it, as Hugging Face lays them out; sorted.
+
+    Without names that tell the splits apart, all of them. UserError: shards for testing alone.
+    """
+    found = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+    for starts in SPLITS[split]:
+        chosen = [path for path in found if path.name.startswith(starts)]
+        if chosen:
+            return chosen
+    if split == "train" and any(path.name.startswith(sum(SPLITS["test"], ())) for path in found):
+        raise UserError(f"{found[0].parent}: shards for testing alone, such as {found[0].name}; "
+                        "wanted train*.parquet to train on")
+    return found
+
+
+def read_shards(paths):
+    """-> names relative to the shards' folder, labels (-1: none), class names or None.
+
+    UserError: pyarrow is not installed, a truncated shard, other columns.
+    """
+    names, labels, classes = [], [], None
+    for path in paths:
+        found, own = _labels(path)
+        if path != paths[0] and own != classes:
+            raise UserError(f"{path}: other class names than in {paths[0].name}; wanted shards of "
+                            "one data set in a folder")
+        classes = own
+        names += [f"{path.name}/{row}" for row in range(len(found))]
+        labels += found
+    return names, labels, classes
+
+
+def image_bytes(path):
+    """The bytes of the image file in a row, such as 'shard.parquet/17'."""
+    shard, row, process = str(path.parent), int(path.name), os.getpid()
+    starts = _starts(shard, process)
+    group = bisect_right(starts, row) - 1
+    return _read_group(shard, group, process)[row - starts[group]].as_py()
+
+
+def _labels(path):
+    """Labels of all rows, class names or None."""
+    file = _open(path)
+    schema = file.schema_arrow
+    there = set(schema.names)
+    if "image" not in there or "bytes" not in {field.name for field in _fields(schema)}:
+        raise UserError(f"{path}: columns {', '.join(sorted(there))}; wanted Hugging Face's image "
+                        "(with bytes) and label")
+    if "label" not in there:
+        return [-1] * file.metadata.num_rows, None
+    try:
+        labels = file.read(["label"], use_threads=False)["label"].to_pylist()
+    except Exception as error:
+        raise _damaged(path, error) from None
+    if not all(isinstance(label, int) for label in labels if label is not None):
+        raise UserError(f"{path}: labels such as {labels[0]!r}; wanted class indices")
+    return [-1 if label is None else label for label in labels], _class_names(schema)
+
+
+def _fields(schema):
+    """The fields of the column `image`; none if it is no struct."""
+    kind = schema.field("image").type
+    return [kind.field(i) for i in range(kind.num_fields)]
+
+
+def _class_names(schema):
+    """The names that Hugging Face keeps with its labels, or None."""
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])
+        names = about["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _open(path):
+    try:
+        import pyarrow.parquet as pq  # optional, needed for these data alone
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow, which is not installed; type pip "
+                        "install pyarrow, or --data_dir with image files") from None
+    try:
+        return pq.ParquetFile(path)
+    except Exception as error:  # pyarrow's, of a file without its end
+        raise _damaged(path, error) from None
+
+
+def _damaged(path, error):
+    reason = str(error).strip().split("\n")[0][:80]
+    return UserError(f"{path}: truncated, or not a parquet file ({reason}); download it again")
+
+
+# The process is part of the key: a worker that was forked opens files of its own.
+
+@lru_cache(maxsize=1)
+def _file(path, process):
+    return _open(Path(path))
+
+
+@lru_cache(maxsize=1)
+def _starts(path, process):
+    """The first row of every row group."""
+    about = _file(path, process).metadata
+    rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    return list(accumulate(rows[:-1], initial=0))
+
+
+@lru_cache(maxsize=1)
+def _read_group(path, group, process):
+    """The images' bytes of one row group, the only one in memory."""
+    table = _file(path, process).read_row_group(group, ["image.bytes"], use_threads=False)
+    return table["image"].combine_chunks().field("bytes")

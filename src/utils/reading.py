@@ -1,0 +1,118 @@
+"""From files to pixels: uint8 on disk and in memory, float32 in [0, 1] on the device."""
+
+import io
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from utils import parquet
+from utils.errors import UserError
+
+THINNEST = 100  # longer side of a photograph, over the shorter one
+
+
+def read_image(path, *modes):
+    """An image file as a PIL image, in RGB or in one of these modes. UserError if it cannot be.
+
+    path: a file, or a row of a parquet file, 'shard.parquet/17'.
+    """
+    path = Path(path)
+    row = parquet.is_row(path)
+    if not row and not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of damaged EXIF data
+            with Image.open(io.BytesIO(parquet.image_bytes(path)) if row else path) as file:
+                image = file.convert(file.mode if file.mode in modes else "RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise UserError(f"{path}: truncated, or no image ({error})") from None
+    if max(image.size) > THINNEST * min(image.size):  # resized, it could fill the memory
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; wanted a picture, not a "
+                        "line")
+    return image
+
+
+def read_rgb(path):
+    """An image file as a PIL image in RGB, or None if it cannot be decoded."""
+    try:
+        return read_image(path)
+    except UserError:
+        return None
+
+
+def decode(path, geometry):
+    """An image file as (3, size, size) uint8, or None if it cannot be decoded."""
+    image = read_rgb(path)
+    if image is None:
+        return None
+    image = TF.resize(image, geometry.resize, TF.InterpolationMode(geometry.interpolation))
+    return TF.pil_to_tensor(TF.center_crop(image, geometry.size))
+
+
+def stack(items):
+    """A batch and the positions in it that could be decoded."""
+    good = [k for k, x in enumerate(items) if x is not None]
+    return good, torch.stack([items[k] for k in good]) if good else None
+
+
+def batches(images, batch_size, *, workers, skipped):
+    """Yields (index (n,), x (n, C, H, W) uint8) in order; decodes in `workers` processes.
+
+    A file that cannot be decoded is named on stderr, appended to the list `skipped` and left out.
+    UserError at the end if no file could be decoded.
+    """
+    loader = torch.utils.data.DataLoader(
+        images, batch_size, collate_fn=stack, num_workers=0 if images.pixels is not None
+        else workers, generator=torch.Generator())  # its own: the global one is not touched
+    for start, (good, x) in zip(range(0, len(images), batch_size), alive(loader), strict=True):
+        for k in sorted(set(range(min(batch_size, len(images) - start))) - set(good)):
+            skipped.append(images.names[start + k])
+            tqdm.write(f"warning: {images.root / images.names[start + k]}: cannot be decoded, "
+                       "skipped", file=sys.stderr)
+        if good:
+            yield start + torch.tensor(good), x
+    if len(skipped) == len(images):
+        raise UserError(f"{images.root}: none of its {len(images)} images can be decoded")
+
+
+def alive(loader):
+    """The loader's batches; UserError if a worker dies (a container with a small /dev/shm)."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise UserError(f"the processes that decode images died ({error}); type --workers 0, or "
+                        "give the container more shared memory") from None
+
+
+def load(images, *, workers):
+    """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), without broken files.
+    """
+    if images.pixels is not None:
+        return images
+    pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
+    keep, skipped = [], []
+    with tqdm(total=len(images), desc="decode", unit="img", disable=None) as bar:
+        for index, x in batches(images, 32, workers=workers, skipped=skipped):
+            pixels[len(keep):len(keep) + len(x)] = x  # in place: never twice in memory
+            keep += index.tolist()
+            bar.update(len(x))
+    return replace(images.select(keep), pixels=pixels[:len(keep)], skipped=tuple(skipped))
+
+
+def to_float(x):
+    """uint8 -> float32 in [0, 1], exactly k/255."""
+    return x.to(torch.float32).div_(255)
+
+
+def default_workers():
+    """One process for each processor that this one may use, at most eight."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return min(8, len(mine))
