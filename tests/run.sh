@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole suite, from nothing; flags of pytest pass through.
 #   sh tests/run.sh                        all of it, a process for each processor
-#   sh tests/run.sh -m quick               under a minute: starts no script, trains nothing
+#   sh tests/run.sh -m quick               a minute or two: starts no script, trains nothing
 #   sh tests/run.sh tests/test_sga.py      one file
 set -eu
 MODULES="pytest xdist ruff foolbox art pyautoattack torchattacks adv_lib timm safetensors pyarrow"
