@@ -206,9 +206,10 @@ class Timm(Source):
         try:
             return self.timm.create_model(self.name.removeprefix("timm/"), pretrained=True)
         except Exception as error:  # the hub's clients raise nearly anything without a connection
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
             raise UserError(f"{self.name}: its weights are not in the cache and cannot be "
-                            f"downloaded ({str(error).splitlines()[0][:120]}); type --weights PATH "
-                            "of a state dict or of safetensors, or --weights random") from None
+                            f"downloaded ({reason}); type --weights PATH of a state dict or of "
+                            "safetensors, or --weights random") from None
 
     def described(self, weights):
         if weights == "random":
