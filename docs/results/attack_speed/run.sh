@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/attack_speed}
 
 PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name squeezenet1_0 mobilenet_v2 \
-    --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --batch_size 20 \
+    --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --batch_size 10 \
     --steps 10 --binary_steps 2 --cw_steps 10 --results "$RUNS/results.json"
 PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name squeezenet1_0 --attacks cw_l2 \
     --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --turns 1 \
