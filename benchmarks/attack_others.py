@@ -58,6 +58,8 @@ def foolbox(model, x, y, *, name, eps=None, **settings):
 def torchattacks(model, x, y, *, name, **settings):
     import torchattacks as ta
 
+    if name == "PGDL2":  # it calls view() on the images, which refuses channels-last ones
+        x = x.contiguous()
     return getattr(ta, name)(model, **settings)(x, y)
 
 

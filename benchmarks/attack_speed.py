@@ -7,10 +7,11 @@
     PYTHONPATH=src python benchmarks/attack_speed.py \\
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
 
-Every implementation attacks three forms of the network, with images in its memory order: as it is
-loaded (float32, contiguous), and copies in float32 and bf16 in the layout that is faster here. The
-figure in brackets is the speed over that of the fastest other library in the same form that took
-every step. Nothing else may run on the machine meanwhile.
+Every implementation attacks three forms of the network: as it is loaded (float32, contiguous), and
+copies in float32 and bf16 in the layout that is faster here. The images are in the network's memory
+order; PGD in L2 of torchattacks takes contiguous ones only. The figure in brackets is
+the speed over that of the fastest other library in the same form that took every step. Nothing else
+may run on the machine meanwhile.
 
 All attack the same images, all of which the network gets right, and what they return is measured
 again by the float32 network. Images/s counts attacked images, passes counts forward passes of an

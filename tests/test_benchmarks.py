@@ -115,6 +115,21 @@ def test_every_library_attacks_the_same_three_forms_of_the_network(monkeypatch):
         assert (network is model) == ((precision, layout) == ("float32", "contiguous"))
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "pgd_linf", "pgd_l2", "cw_l2"])
+def test_every_library_takes_colour_images_in_channels_last_order(attack):
+    import attack_speed
+
+    from attack_others import ALPHA, EPS, installed
+    args = Namespace(eps=EPS, alpha=ALPHA, steps=2, binary_steps=1, cw_steps=2,
+                     installed=installed())
+    model = models.load_model("resnet_small", weights="random", kind="cifar10", data_dir="cifar10")
+    x = pictures(2, shape=(3, 32, 32)).contiguous(memory_format=torch.channels_last)
+    network, y = Fast(model, "off", "channels_last").eval(), predicted(model, x)
+    for name, attacks in attack_speed.others(args, 10).items():
+        if attack in attacks:
+            assert attacks[attack](network, x, y).shape == x.shape, name
+
+
 def row(implementation, precision, seconds, passes=20.0):
     return {"implementation": implementation, "precision": precision, "layout": "contiguous",
             "seconds": seconds, "passes": passes}
