@@ -58,8 +58,9 @@ def foolbox(model, x, y, *, name, eps=None, **settings):
 def torchattacks(model, x, y, *, name, **settings):
     import torchattacks as ta
 
-    if name == "PGDL2":  # it calls view() on the images, which refuses channels-last ones
-        x = x.contiguous()
+    if name == "PGDL2":  # it calls view() on images and gradients, which must be contiguous
+        x, shape = x.contiguous(), x.shape[1:]
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, shape), model)
     return getattr(ta, name)(model, **settings)(x, y)
 
 
