@@ -60,7 +60,7 @@ def torchattacks(model, x, y, *, name, **settings):
 
     if name == "PGDL2":  # it calls view() on images and gradients, which must be contiguous
         x, shape = x.contiguous(), x.shape[1:]
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, shape), model)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, shape), model).eval()
     return getattr(ta, name)(model, **settings)(x, y)
 
 

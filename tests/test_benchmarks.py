@@ -128,6 +128,7 @@ def test_every_library_takes_colour_images_in_channels_last_order(attack):
     for name, attacks in attack_speed.others(args, 10).items():
         if attack in attacks:
             assert attacks[attack](network, x, y).shape == x.shape, name
+            assert not any(part.training for part in network.modules()), name
 
 
 def row(implementation, precision, seconds, passes=20.0):
