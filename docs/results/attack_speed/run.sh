@@ -12,6 +12,3 @@ RUNS=${RUNS:-runs/attack_speed}
 PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name squeezenet1_0 mobilenet_v2 \
     --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --batch_size 10 \
     --steps 10 --binary_steps 2 --cw_steps 10 --results "$RUNS/results.json"
-PYTHONPATH=src "$PYTHON" benchmarks/attack_speed.py --model_name squeezenet1_0 --attacks cw_l2 \
-    --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --layout channels_last --turns 1 \
-    --batch_size 10 --binary_steps 4 --cw_steps 40 --results "$RUNS/cw_long.json"
