@@ -447,7 +447,7 @@ SCRIPTS = {
     "eval_net.py predict": ("--data_dir", "val", *NAMED, "--predict"),
     "gcm.py": ("--data_dir", "val", *NAMED, "--attacks", "fgsm", "--geometry", "weights"),
     "free_at.py": (*OWN, "--method", "natural", "--augment", "off", "--guard", "off", "--hold_out",
-                   0.5),
+                   0.25),
     "train_gcm.py": (*OWN, "--augment", "none", "--hold_out", 0.5, "--head", "own"),
     "train_gcm.py augmented": (*OWN, "--augment", "rain", "--hold_out", 0.5, "--head", "own"),
 }
