@@ -57,8 +57,9 @@ def accuracy_cell(model, images, operations, *, generator, batch_size, device, w
     """How many images are classified correctly: clean, and under each of {name: operation}."""
     right, n = dict.fromkeys(("clean", *operations), 0), 0
     with tqdm(total=len(images), desc="accuracy", unit="img", leave=False, disable=None) as bar:
-        for index, x in data.batches(images, batch_size, workers=workers, skipped=[]):
-            x, y = data.to_float(x.to(device)), images.labels[index].to(device)
+        for index, x in data.batches(images, batch_size, workers=workers, skipped=[],
+                                     device=device):
+            x, y = data.to_float(x), images.labels[index].to(device)
             for name in right:
                 z = x if name == "clean" else operations[name](x, generator=generator)
                 right[name] += int((model(z).argmax(1) == y).sum())
@@ -127,10 +128,10 @@ class Tested:
             desc=f"{self.name} {attack.title}")
 
 
-def missing_cells(net, images, in_memory, perturbations, done, s):
+def missing_cells(net, read_in, in_memory, perturbations, done, s):
     """Yields (key, cell) of what is not yet in {key: cell} `done`, where the caller puts it.
 
-    images: names only; in_memory(geometry): the same with their pixels.
+    read_in(geometry): the images, not in memory; in_memory(geometry): the same with their pixels.
     """
     own, at = f"{net.name} | ", net.target.geometry
     if s.attacks and "before" not in done.get(own + "clean", {}):
@@ -141,7 +142,7 @@ def missing_cells(net, images, in_memory, perturbations, done, s):
                                                done[own + "clean"]["before"], s)
     key = own + ("corruptions" if s.corruptions else "accuracy")
     if key not in done and (s.corruptions or not s.attacks):
-        shown = in_memory(at) if s.attacks or perturbations else images.prepared(at, None)
+        shown = in_memory(at) if s.attacks or perturbations else read_in(at)
         yield key, accuracy_cell(
             net.behind(make_generator(s.seed)), shown, OPS if s.corruptions else {},
             generator=make_generator(s.seed), batch_size=min(s.batch_size, AUGMENTED),
@@ -234,7 +235,7 @@ def get_args():
         "or folders that hold some")
     add("--predict", action="store_true", help="only write predictions.csv: the predicted class "
         "of every image, which needs no labels")
-    parser.shared("batch_size", "seed", "device", "workers", batch_size={"default": 250})
+    parser.shared("batch_size", "seed", "device", "workers", "cache", batch_size={"default": 250})
     add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
     parser.shared("overwrite", overwrite={"help": "measure again what is in --save"})
     return parser.parse_args()
@@ -282,9 +283,10 @@ def main(args):
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
     settings, done = (wanted, {}) if s.overwrite else folder.load_cells(wanted)
-    in_memory = cache(lambda at: data.load(images.prepared(at, None), workers=s.workers))
+    read_in = cache(lambda at: data.cached(images.prepared(at, None), s.cache, workers=s.workers))
+    in_memory = cache(lambda at: data.load(read_in(at), workers=s.workers))
     for net in networks:
-        for key, cell in missing_cells(net, images, in_memory, perturbations, done, s):
+        for key, cell in missing_cells(net, read_in, in_memory, perturbations, done, s):
             done[key] = cell | {"commit": run["commit"]}
             save_json(folder / "results.json", {"settings": settings, "cells": done})
             tqdm.write(f"{key}: {report_nets.headline(cell)}")

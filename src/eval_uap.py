@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils import defenses, draw, finished, run
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import PRESETS, batches, opened, to_float
+from utils.data import PRESETS, batches, cached, opened, to_float
 from utils.measure import UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
@@ -38,8 +38,9 @@ def count(models, deltas, images, aims, s, device):
              for u, delta in deltas.items()}
     skipped = []
     with tqdm(total=len(images), desc="evaluate", unit="img", disable=None) as bar:
-        for index, pixels in batches(images, s.batch_size, workers=s.workers, skipped=skipped):
-            x, y = to_float(pixels.to(device)), images.labels[index].to(device)
+        for index, pixels in batches(images, s.batch_size, workers=s.workers, skipped=skipped,
+                                     device=device):
+            x, y = to_float(pixels), images.labels[index].to(device)
             for m, model in models.items():
                 clean = model(x)
                 again = model(x) if defenses.is_random(s.defense) else None
@@ -55,10 +56,15 @@ def measure(s, images, networks, fitted, aims, device):
     """The counts of all networks {Geometry: {name: network}}; images are decoded once for each."""
     counts, skipped = {}, []
     for geometry, models in networks.items():
-        found, skipped = count(models, fitted[geometry.size], images.prepared(geometry, None),
+        found, skipped = count(models, fitted[geometry.size], read_in(geometry, images, s),
                                aims, s, device)
         counts |= found
     return counts, skipped  # the same images in every geometry
+
+
+def read_in(geometry, images, s):
+    """The images as they are read in this Geometry, from the cache if there is one."""
+    return cached(images.prepared(geometry, None), s.cache, workers=s.workers)
 
 
 @torch.no_grad()
@@ -95,7 +101,7 @@ def get_args():
         "pictures")
     add("--show", type=at_least(0), default=4, help="images in examples.png")
     add("--amp", choices=("off", "bf16"), default="off", help="off: float32, as published figures")
-    parser.shared("batch_size", "seed", "device", "workers")
+    parser.shared("batch_size", "seed", "device", "workers", "cache")
     return parser.parse_args()
 
 
@@ -183,7 +189,7 @@ def main(args):
                  target.classes or classes)} for uap in uaps for target in targets]
     about, first = facts(s, images, note, targets, skipped, device), targets[0]
     shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
-                     images.prepared(first.geometry, None), first.classes or classes, s.show,
+                     read_in(first.geometry, images, s), first.classes or classes, s.show,
                      device) if s.show else None
     text = report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {

@@ -30,7 +30,7 @@ from utils import draw, models, recipes, run
 from utils.attack.balls import cut
 from utils.attack.core import own_generators
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import NAMED, load, to_float
+from utils.data import NAMED, cached, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
 from utils.precision import Mixed
@@ -234,7 +234,9 @@ def get_args():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
         "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
+    parser.shared("seed", "device", "deterministic", "workers", "cache", "resume", "overwrite",
+                  cache={"help": "folder that keeps decoded photographs for the next command; with "
+                         "--augment off alone: random crops are cut from the files themselves"})
     return parser.parse_args()
 
 
@@ -249,7 +251,7 @@ def main(args):
                              device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
     if images.kind not in ("imagenet", "folder") or s.augment == "off":  # else decoded in each pass
-        images = load(images, workers=s.workers)
+        images = load(cached(images, s.cache, workers=s.workers), workers=s.workers)
     training = FreeTraining(s, images, team, device)
     recipes.check_network(training.model, s, images.channels, device)
     training.resume(state, folder)

@@ -222,7 +222,7 @@ def get_args():
         "attack than the published one, which judges the last step")
     add("--amp", choices=("off", "bf16"), default="off", help="precision of the attackers' "
         "gradients; their images are measured in float32")
-    parser.shared("batch_size", "seed", "device", "workers")
+    parser.shared("batch_size", "seed", "device", "workers", "cache")
     add("--save", "--results", type=Path, default=Path("runs/gcm"), help="output folder")
     return parser.parse_args()
 

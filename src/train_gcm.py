@@ -184,12 +184,13 @@ class ChallengeTraining(Trainer):
         mode, defended, right = model.training, self.behind_defense(model).eval(), [0, 0, 0]
         blocks = torch.arange(len(self.held)).split(BLOCK)[team.rank::team.size]
         held = self.held.select(torch.cat(blocks).tolist()) if blocks else ()
-        found = data.batches(held, BLOCK, workers=self.s.workers, skipped=[]) if blocks else ()
+        found = data.batches(held, BLOCK, workers=self.s.workers, skipped=[],
+                             device=self.device) if blocks else ()
         for index, x in found:
             block = team.rank + int(index[0]) // BLOCK * team.size
             generator.manual_seed(self.s.seed + block)
             self.own_generator.manual_seed(self.s.seed + block)
-            x = data.to_float(x.to(self.device))
+            x = data.to_float(x)
             y = held.labels[index].to(self.device)
             for k, z in enumerate((x, augment(x, PRESETS["released"], generator=generator))):
                 right[k] += int((defended(z).argmax(1) == y).sum())
@@ -260,7 +261,9 @@ def get_args():
         "training; auto: bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/gcm_DATA_MODEL/stage1 or stage2")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, if it is installed")
-    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
+    parser.shared("seed", "device", "deterministic", "workers", "cache", "resume", "overwrite",
+                  cache={"help": "folder that keeps decoded photographs: the held-out ones, with "
+                         "--augment none all; random crops are cut from the files themselves"})
     return parser.parse_args()
 
 
@@ -273,7 +276,8 @@ def main(args):
                              processes=team.size, device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
     if images.kind in nets.RECIPES or not s.chances:  # else every epoch has crops of its own
-        images = data.load(images, workers=s.workers)
+        images = data.load(data.cached(images, s.cache, workers=s.workers), workers=s.workers)
+    held = data.cached(held, s.cache, workers=s.workers)
     training = ChallengeTraining(s, images, held, team, device)
     models.check_takes(training.final().eval(), s.model_name, images.channels, s.image_size, device)
     training.resume(state, folder)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from utils import precision, run
 from utils.attack.balls import cut
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import NAMED, PRESETS, load, opened, to_float
+from utils.data import NAMED, PRESETS, cached, load, opened, to_float
 from utils.defenses import adaptive, defend
 from utils.errors import UserError
 from utils.loop import Trainer, loop
@@ -246,7 +246,7 @@ def get_args():
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="memory order of the images; auto: the faster by timing")
-    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
+    parser.shared("seed", "device", "deterministic", "workers", "cache", "resume", "overwrite")
     return parser.parse_args()
 
 
@@ -283,7 +283,7 @@ def main(args):
               for one in surrogates]
     print(f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
           f"{images.sha256()[:16]}; surrogate {', '.join(s.model_name)}", flush=True)
-    images = load(images, workers=s.workers)
+    images = load(cached(images, s.cache, workers=s.workers), workers=s.workers)
     training = SgaTraining(s, models, images, run.make_generator(s.seed), device)
     training.resume(saved, folder)
     if saved is None:

@@ -4,6 +4,7 @@
     images = images.prepared(224, 1000)                          # pixels, how many
     for index, x in batches(images, 100, workers=4, skipped=[]): ...  # x (n, C, H, W) uint8
     images = load(images, workers=4)                             # all in memory
+    images = cached(images, folder, workers=4)                   # before these two: decoded once
 
 Geometry of photographs: shorter side to 256 pixels (bilinear, PIL, antialiased), then the central
 224 x 224 crop, as in the papers' tables and in proportion at other sizes. Up to 64 pixels: shorter
@@ -13,8 +14,10 @@ The other modules of images are behind this one:
     images.py   what a list of images is        folders.py, lists.py   class folders, flat, lists
     reading.py  decoding                        labels.py, imagenet.py ground truth of ImageNet
     named.py    data sets by name               parquet.py             Hugging Face's shards
+    cache.py    decoded images on disk
 """
 
+from utils.cache import cached
 from utils.errors import UserError
 from utils.folders import open_path
 from utils.imagenet import imagenet_classes, wnids
@@ -44,8 +47,8 @@ from utils.reading import (
 
 __all__ = [  # what the other floors use, of whichever module
     "CIFAR10", "DIGITS", "NAMED", "NO_LABELS", "PRESETS", "SMALL", "Geometry", "Images", "Preset",
-    "alive", "batches", "decode", "default_workers", "hold_out", "imagenet_classes", "load",
-    "need_labels", "open_both", "open_images", "opened", "paper_geometry", "read_image",
+    "alive", "batches", "cached", "decode", "default_workers", "hold_out", "imagenet_classes",
+    "load", "need_labels", "open_both", "open_images", "opened", "paper_geometry", "read_image",
     "read_rgb", "spread", "stack", "to_float", "unseen", "wnids"]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import finished
 from utils.audit import twin_differences
-from utils.data import PRESETS, Images, load, opened
+from utils.data import PRESETS, Images, cached, load, opened
 from utils.defenses import defend, is_random
 from utils.errors import UserError
 from utils.measure import times_right_on
@@ -93,7 +93,8 @@ def open_networks(s, images, device):
     for target in s.targets:
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
         if target.geometry not in in_memory:
-            in_memory[target.geometry] = load(images.prepared(target.geometry, s.num_images),
+            shown = images.prepared(target.geometry, s.num_images)
+            in_memory[target.geometry] = load(cached(shown, s.cache, workers=s.workers),
                                               workers=s.workers)
         found[target.name] = Network(target.name, model, in_memory[target.geometry], target.size,
                                      s, device)

@@ -65,8 +65,9 @@ class Images(torch.utils.data.Dataset):
     classes: tuple                  # class names, by index
     geometry: Geometry              # in which files are read
     root: Path = None               # of the files, or
-    pixels: torch.Tensor = None     # (N, C, H, W) uint8, all in memory
+    pixels: torch.Tensor = None     # (N, C, H, W) uint8, all in memory, or mapped from a file
     skipped: tuple = ()             # names that could not be decoded
+    stored: object = None           # cache.Stored: where they are on disk, decoded in this geometry
 
     def __len__(self):
         return len(self.names)
@@ -74,6 +75,8 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if self.pixels is not None:
             return self.pixels[i]
+        if self.stored is not None:
+            return self.stored[i]
         return decode(self.root / self.names[i], self.geometry)
 
     @property
@@ -126,13 +129,13 @@ class Images(torch.utils.data.Dataset):
         if num is not None and num < len(self):
             images = self.select(spread(self.labels.tolist(), num) if self.has_labels
                                  else [j * len(self) // num for j in range(num)])
-        return replace(images, geometry=geometry)
+        return replace(images, geometry=geometry, stored=None)
 
     def taken_for(self, kind):
         """Images without labels as such of another kind, which a network was trained on."""
         if self.has_labels or kind in (None, self.kind):
             return self
-        return replace(self, kind=kind, geometry=paper_geometry(PRESETS[kind].size))
+        return replace(self, kind=kind, geometry=paper_geometry(PRESETS[kind].size), stored=None)
 
     def pixels_on(self, device):
         """The pixels, on a CUDA device if they take at most half of its free memory."""
@@ -147,7 +150,8 @@ class Images(torch.utils.data.Dataset):
 
     def select(self, index):
         return replace(self, names=tuple(self.names[i] for i in index), labels=self.labels[index],
-                       pixels=None if self.pixels is None else self.pixels[index])
+                       pixels=None if self.pixels is None else self.pixels[index],
+                       stored=None if self.stored is None else self.stored.select(index))
 
 
 def listed(kind, names, labels, classes, root):

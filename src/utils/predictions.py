@@ -3,7 +3,7 @@
 import torch
 from tqdm import tqdm
 
-from utils.data import CIFAR10, DIGITS, batches, open_images, to_float
+from utils.data import CIFAR10, DIGITS, batches, cached, open_images, to_float
 from utils.run import make_generator, save_csv
 
 NAMES = {"cifar10": CIFAR10, "mnist": DIGITS, "digits": DIGITS}  # of unlabelled images
@@ -22,8 +22,8 @@ def save_predictions(folder, networks, shown, s):
     """
     rows = []
     for net, images in zip(networks, shown, strict=True):
-        found = predicted(net.behind(make_generator(s.seed)),
-                          images.prepared(net.target.geometry, None), s, net.name)
+        read = cached(images.prepared(net.target.geometry, None), s.cache, workers=s.workers)
+        found = predicted(net.behind(make_generator(s.seed)), read, s, net.name)
         names = net.facts.get("classes") or net.target.classes or images.known_classes \
             or NAMES.get(images.kind, ())
         rows += rows_of(net.name, images, *found, names if len(names) == net.classes else ())
@@ -40,8 +40,9 @@ def predicted(model, images, s, desc):
     """
     classes, shares = torch.full((len(images),), -1), torch.zeros(len(images))
     with tqdm(total=len(images), desc=desc, unit="img", leave=False, disable=None) as bar:
-        for index, x in batches(images, s.batch_size, workers=s.workers, skipped=[]):
-            top = model(to_float(x.to(s.device))).softmax(1).max(1)
+        for index, x in batches(images, s.batch_size, workers=s.workers, skipped=[],
+                                device=s.device):
+            top = model(to_float(x)).softmax(1).max(1)
             classes[index], shares[index] = top.indices.cpu(), top.values.cpu()
             bar.update(len(index))
     return classes, shares

@@ -63,24 +63,47 @@ def stack(items):
     return good, torch.stack([items[k] for k in good]) if good else None
 
 
-def batches(images, batch_size, *, workers, skipped):
+def batches(images, batch_size, *, workers, skipped, device=None):
     """Yields (index (n,), x (n, C, H, W) uint8) in order; decodes in `workers` processes.
 
-    A file that cannot be decoded is named on stderr, appended to the list `skipped` and left out.
-    UserError at the end if no file could be decoded.
+    device: where x is wanted; None: the CPU. To a GPU it is copied from pinned memory, while the
+    processes decode the next batches. A file that cannot be decoded is named on stderr, appended to
+    the list `skipped` and left out. UserError at the end if no file could be decoded.
     """
-    loader = torch.utils.data.DataLoader(
-        images, batch_size, collate_fn=stack, num_workers=0 if images.pixels is not None
-        else workers, generator=torch.Generator())  # its own: the global one is not touched
-    for start, (good, x) in zip(range(0, len(images), batch_size), alive(loader), strict=True):
-        for k in sorted(set(range(min(batch_size, len(images) - start))) - set(good)):
-            skipped.append(images.names[start + k])
-            tqdm.write(f"warning: {images.root / images.names[start + k]}: cannot be decoded, "
-                       "skipped", file=sys.stderr)
-        if good:
-            yield start + torch.tensor(good), x
+    gpu = device is not None and device.type == "cuda"
+    for index, x, broken in decoded(images, batch_size, workers=workers, pinned=gpu):
+        skipped += warned(images, broken)
+        if x is not None:
+            yield index, x if device is None else x.to(device, non_blocking=gpu)
     if len(skipped) == len(images):
-        raise UserError(f"{images.root}: none of its {len(images)} images can be decoded")
+        raise none_decoded(images)
+
+
+def decoded(images, batch_size, *, workers, pinned=False):
+    """Yields (index (n,), x (n, C, H, W) uint8 or None, positions that cannot be decoded) in order.
+
+    A worker prepares two batches ahead, which is DataLoader's default.
+    """
+    there = images.pixels is not None or images.stored is not None
+    loader = torch.utils.data.DataLoader(
+        images, batch_size, collate_fn=stack, num_workers=0 if there else workers,
+        pin_memory=pinned and not there and workers > 0,
+        generator=torch.Generator())  # its own: the global one is not touched
+    for start, (good, x) in zip(range(0, len(images), batch_size), alive(loader), strict=True):
+        broken = set(range(min(batch_size, len(images) - start))) - set(good)
+        yield torch.tensor(good, dtype=torch.long) + start, x, [start + k for k in sorted(broken)]
+
+
+def warned(images, broken):
+    """The names of images that cannot be decoded, each of which is named on stderr."""
+    names = [images.names[i] for i in broken]
+    for name in names:
+        tqdm.write(f"warning: {images.root / name}: cannot be decoded, skipped", file=sys.stderr)
+    return names
+
+
+def none_decoded(images):
+    return UserError(f"{images.root}: none of its {len(images)} images can be decoded")
 
 
 def alive(loader):
@@ -94,9 +117,13 @@ def alive(loader):
 
 def load(images, *, workers):
     """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), without broken files.
+
+    Those of cache.cached stay on disk and are mapped.
     """
     if images.pixels is not None:
         return images
+    if images.stored is not None:
+        return _mapped(images)
     pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
     keep, skipped = [], []
     with tqdm(total=len(images), desc="decode", unit="img", disable=None) as bar:
@@ -107,12 +134,26 @@ def load(images, *, workers):
     return replace(images.select(keep), pixels=pixels[:len(keep)], skipped=tuple(skipped))
 
 
+def _mapped(images):
+    """Images that are stored on disk, without broken files, their pixels mapped."""
+    skipped = warned(images, (images.stored.rows < 0).nonzero()[:, 0].tolist())
+    if len(skipped) == len(images):
+        raise none_decoded(images)
+    images = images.select((images.stored.rows >= 0).nonzero()[:, 0].tolist())
+    return replace(images, pixels=images.stored.together(), stored=None, skipped=tuple(skipped))
+
+
 def to_float(x):
     """uint8 -> float32 in [0, 1], exactly k/255."""
     return x.to(torch.float32).div_(255)
 
 
 def default_workers():
-    """One process for each processor that this one may use, at most eight."""
+    """One process for each processor that this one may use, at most eight.
+
+    The processes that torchrun started on this machine share its processors.
+    """
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return min(8, len(mine))
+    started = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    sharing = max(1, int(started)) if started.isdecimal() else 1
+    return max(1, min(8, len(mine) // sharing))

@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import warnings
 import zipfile
+from contextlib import contextmanager
 from dataclasses import make_dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def result_flags(settings, *without, **more):
     without: flags besides the usual ones that decide nothing; more: what else decides it. With
     device="cuda" --deterministic does; on a CPU it changes nothing.
     """
-    without = {"data_dir", "data_root", "save", "workers", "resume", "overwrite", *without}
+    without = {"data_dir", "data_root", "save", "workers", "cache", "resume", "overwrite", *without}
     if more.get("device") != "cuda":
         without.add("deterministic")
     return {k: v for k, v in vars(settings).items() if k not in without} | more
@@ -91,8 +92,9 @@ def provenance(device, deterministic=True):
 
 # ---------------------------------------------------------------------- files
 
-def write_atomic(path, content):
-    """Writes the bytes next to `path`, flushes them to disk, renames: the old file or the new one.
+@contextmanager
+def whole_file(path):
+    """A binary file next to `path`, flushed to disk and renamed at the end: the old or the new one.
 
     OSError (disk full, no permission) leaves the old file as it was and no temporary file.
     """
@@ -100,7 +102,7 @@ def write_atomic(path, content):
     handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private, open() would not
@@ -109,6 +111,12 @@ def write_atomic(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def write_atomic(path, content):
+    """Writes the bytes as a whole_file."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def _umask():
