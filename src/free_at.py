@@ -29,7 +29,7 @@ from attacks import pgd
 from utils import draw, models, recipes, run
 from utils.attack.balls import cut
 from utils.attack.core import own_generators
-from utils.cli import Parser, at_least, radius, run_script
+from utils.cli import TRAINING, Parser, at_least, radius, run_script
 from utils.data import NAMED, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
@@ -98,9 +98,9 @@ class FreeTraining(Trainer):
         s = self.s
         self.net.train()
         self.bar, self.sums = bar, torch.zeros(3, device=self.device)  # loss, right, images
-        for joint, index, x in one_pass(self.images, s.batch_size, self.generator, self.team,
-                                        vary=s.augment == "auto", smallest=self.smallest,
-                                        workers=s.workers, shift=s.shift):
+        for joint, index, x in self.minibatches(one_pass(
+                self.images, s.batch_size, self.generator, self.team, vary=s.augment == "auto",
+                smallest=self.smallest, workers=s.workers, shift=s.shift, skip=self.skip)):
             if self.done == self.total:
                 break
             self.joint = joint  # images of the minibatch over all processes
@@ -234,7 +234,7 @@ def get_args():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
         "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    parser.shared("seed", "device", "deterministic", "workers", "resume", "overwrite")
+    parser.shared(*TRAINING)
     return parser.parse_args()
 
 
@@ -260,7 +260,8 @@ def main(args):
               f"{s.method}: "
               f"{training.passes} pass{'es' * (training.passes > 1)}{rounded}, {training.total} "
               "weight steps", flush=True)
-    loop(training, training.passes, folder, flags, deterministic=s.deterministic)
+    loop(training, training.passes, folder, flags, deterministic=s.deterministic,
+         minutes=s.checkpoint_minutes)
     if team.first:
         finish(training, folder, name)
     team.leave()

@@ -133,6 +133,10 @@ SHARED = {
                       "and the same kernels in every run, which is slower; on a CPU no change"},
     "workers": {"type": at_least(0), "default": default_workers(),
                 "help": "processes that decode images"},
+    "checkpoint_minutes": {"type": at_least(0, float), "default": 10.0, "help": "minutes between "
+                           "two checkpoints inside a pass; 0: only after each pass"},
     "resume": {"action": "store_true", "help": "continue the run in --save"},
     "overwrite": {"action": "store_true", "help": "start again over the run in --save"},
 }
+TRAINING = ("seed", "device", "deterministic", "workers", "checkpoint_minutes", "resume",
+            "overwrite")  # of the long trainings
