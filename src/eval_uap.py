@@ -21,6 +21,7 @@ from tqdm import tqdm
 from utils import defenses, draw, finished, run
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, batches, cached, opened, to_float
+from utils.halving import Halving
 from utils.measure import UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
@@ -133,9 +134,10 @@ def load_networks(s, targets, images, device):
     networks = {}
     for target in targets:
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
+        model = model if s.amp == "off" else Fast(model, s.amp, "contiguous")
         networks.setdefault(target.geometry, {})[target.name] = defenses.defend(
-            model if s.amp == "off" else Fast(model, s.amp, "contiguous"), s.defense,
-            size=target.size, generator=run.make_generator(s.seed))
+            Halving(model, target.name), s.defense, size=target.size,
+            generator=run.make_generator(s.seed))
     return networks
 
 

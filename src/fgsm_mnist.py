@@ -115,15 +115,14 @@ class ExerciseTraining(Trainer):
 
     def one_pass(self, bar):
         self.model.train()
-        total, steps = torch.zeros(2, device=self.device), 0
+        self.sums = torch.zeros(2, device=self.device)
         order = torch.randperm(len(self.images), generator=self.generator)
-        for index in order.split(self.s.batch_size):
-            if len(index) < 2:
-                continue  # BatchNorm has no statistics of one image
-            total += self.step(*batch(self.images, index, self.device))
-            steps += 1
+        parts = [index for index in order.split(self.s.batch_size)
+                 if len(index) > 1]  # BatchNorm has no statistics of one image
+        for index in self.minibatches(parts[self.skip:]):
+            self.sums += self.step(*batch(self.images, index, self.device))
             bar.update(len(index))
-        loss, loss_joined = (total / steps).tolist()
+        loss, loss_joined = (self.sums / len(parts)).tolist()
         return {"loss": loss, "loss_joined": loss_joined}
 
     def after(self):
@@ -225,7 +224,7 @@ def get_args():
     add("--summary", nargs="+", type=Path, help="train nothing; put these finished run folders "
         "into one table and two pictures, in --save")
     add("--save", type=Path, help="run folder; None: runs/DATA_TRAIN[_bn]")
-    shared("device", "resume", "overwrite")
+    shared("device", "checkpoint_minutes", "resume", "overwrite")
     return parser.parse_args()
 
 
@@ -254,7 +253,8 @@ def one_seed(s, seed, images, test, few, device):
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
     trainer = ExerciseTraining(s, images, test, seed, device)
     trainer.resume(state, folder)
-    loop(trainer, s.epochs, folder, flags, desc=f"{s.name}, seed {seed}, epoch")
+    loop(trainer, s.epochs, folder, flags, desc=f"{s.name}, seed {seed}, epoch",
+         minutes=s.checkpoint_minutes)
     model = models.freeze(trainer.model)
     found = accuracies(model, test, s, device) | stronger(model, few, s, device)
     save_pth(folder / f"{s.name}.pth", {k: v.cpu() for k, v in model[1].state_dict().items()})

@@ -20,16 +20,17 @@ was killed continues with --resume, on a CPU to the same bytes.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from attacks import pgd
-from utils import draw, models, recipes, run
+from utils import free_run, models, recipes, run
 from utils.attack.balls import cut
 from utils.attack.core import own_generators
-from utils.cli import Parser, at_least, radius, run_script
+from utils.cli import TRAINING, Parser, at_least, radius, run_script
 from utils.data import NAMED, cached, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
@@ -67,9 +68,11 @@ def fast_start(model, x, y, u, *, eps, alpha, loss=F.cross_entropy):
 
 
 class FreeTraining(Trainer):
-    """A network, its optimiser and delta; s: the settings that settle returns."""
+    """A network, its optimiser and delta; s: the settings that settle returns; held: the images
+    of --validate, in memory.
+    """
 
-    def __init__(self, s, images, team, device):
+    def __init__(self, s, images, team, device, held=None):
         if images.pixels is not None:
             images = replace(images, pixels=images.pixels_on(device))
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
@@ -92,15 +95,16 @@ class FreeTraining(Trainer):
         self.s, self.images, self.net = s, images, in_parallel(self.model, team)
         self.passes = recipes.passes(s, steps)
         self.done, self.total = 0, s.weight_steps or self.passes * steps  # weight steps
-        self.best = {"probe": 0.0, "net": None}  # of --guard
+        self.best, self.probed = {"probe": 0.0, "net": None}, None  # of --guard
+        self.held, self.chosen = held, {"score": [], "net": None}   # of --validate
 
     def one_pass(self, bar):
         s = self.s
         self.net.train()
         self.bar, self.sums = bar, torch.zeros(3, device=self.device)  # loss, right, images
-        for joint, index, x in one_pass(self.images, s.batch_size, self.generator, self.team,
-                                        vary=s.augment == "auto", smallest=self.smallest,
-                                        workers=s.workers, shift=s.shift):
+        for joint, index, x in self.minibatches(one_pass(
+                self.images, s.batch_size, self.generator, self.team, vary=s.augment == "auto",
+                smallest=self.smallest, workers=s.workers, shift=s.shift, skip=self.skip)):
             if self.done == self.total:
                 break
             self.joint = joint  # images of the minibatch over all processes
@@ -149,9 +153,10 @@ class FreeTraining(Trainer):
         return drawn[self.team.rank::self.team.size][:len(x)]
 
     def after(self):
-        """probe_adv_acc; --guard warns or stops when it falls below half of its best value."""
+        """--validate; --guard warns or stops when probe_adv_acc falls below half of its best."""
+        found = self.validate()
         if self.s.method == "natural" or self.s.guard == "off":
-            return {"probe_adv_acc": ""}
+            return {"probe_adv_acc": "", **found}
         value, best, stop = self.probe(), self.best["probe"], self.s.guard == "stop"
         net = self.model[1]
         if value >= best:
@@ -165,28 +170,42 @@ class FreeTraining(Trainer):
             if stop:
                 self.stopped = True
                 net.load_state_dict(self.best["net"])
-        return {"probe_adv_acc": value}
+        return {"probe_adv_acc": value, **found}
 
     def probe(self):
-        """Accuracy under PGD-10 on the same few training images; leaves the model in eval mode."""
-        s, right, count = self.s, 0, min(PROBED, len(self.images))
-        index = torch.linspace(0, len(self.images) - 1, count).long()
-        few = load(self.images.select(index), workers=0)
-        self.model.eval()
-        for k in torch.arange(len(few)).split(50):
-            x, y = to_float(few.pixels[k].to(self.device)), few.labels[k].to(self.device)
-            x_adv = pgd(self.model, x, y, eps=s.eps, alpha=s.eps / 4, steps=10, stop_early=True)
-            with torch.no_grad():
-                right += int((self.model(x_adv).argmax(1) == y).sum())
-        return right / len(few)
+        """Accuracy under PGD-10 on the same few training images."""
+        if self.probed is None:
+            count = min(PROBED, len(self.images))
+            index = torch.linspace(0, len(self.images) - 1, count).long()
+            self.probed = load(self.images.select(index), workers=0)
+        return self.measured(self.probed)[2]
+
+    def validate(self):
+        """Columns of --validate. The best network is kept: under PGD-10, then on clean images."""
+        if self.held is None:
+            return {}
+        (loss, clean, robust), natural = self.measured(self.held), self.s.method == "natural"
+        score = [clean] if natural else [robust, clean]
+        if score > self.chosen["score"]:
+            net = {k: v.cpu().clone() for k, v in self.model[1].state_dict().items()}
+            self.chosen = {"score": score, "pass": len(self.rows) + 1, "images": len(self.held),
+                           "net": net}
+        return {"val_loss": loss, "val_acc": clean, "val_adv_acc": "" if natural else robust}
+
+    def measured(self, images):
+        """Mean loss, accuracy, and accuracy under PGD-10, which natural training leaves out."""
+        attack = None if self.s.method == "natural" else partial(
+            pgd, eps=self.s.eps, alpha=self.s.eps / 4, steps=10, stop_early=True)
+        return free_run.measured(self.model, images, attack, self.team, self.device)
 
     def state(self):
-        return super().state() | {"done": self.done, "best": self.best,
+        return super().state() | {"done": self.done, "best": self.best, "chosen": self.chosen,
                                   "delta": self.team.gather(self.delta).cpu()}
 
     def restore(self, state):
         super().restore(state)
         self.done, self.best = state["done"], state["best"]
+        self.chosen = state.get("chosen", self.chosen)  # not in the checkpoints of older versions
         self.delta.copy_(state["delta"][self.team.rank::self.team.size])
 
 
@@ -229,14 +248,16 @@ def get_args():
         "pixels; None: 4")
     add("--hold_out", type=at_least(0.001, float, 0.5), default=0.1, help="share of the images "
         "that is kept for eval_net.py where there is no test split")
+    add("--validate", type=at_least(0), help="images that training does not see, measured after "
+        "each pass, with PGD-10 unless the training is natural; NAME_best.pth is the best network "
+        "by that; None: 500, at most a tenth of the training images")
     add("--guard", choices=("stop", "warn", "off"), default="warn", help="what to do when accuracy "
         "under PGD on training images collapses; stop: end with the best weights so far")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
         "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    parser.shared("seed", "device", "deterministic", "workers", "cache", "resume", "overwrite",
-                  cache={"help": "folder that keeps decoded photographs for the next command; with "
-                         "--augment off alone: random crops are cut from the files themselves"})
+    parser.shared(*TRAINING, "cache", cache={"help": "folder that keeps decoded photographs for the "
+        "next command; with --augment off alone: random crops are cut from the files themselves"})
     return parser.parse_args()
 
 
@@ -247,12 +268,13 @@ def main(args):
     name = f"{method}_{label_of(s.model_name)}"
     data = s.data_dir if s.data_dir in NAMED else images.kind
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}", lock=team.first)
-    flags = run.result_flags(s, "classes", images=images.sha256()[:16], processes=team.size,
-                             device=device.type)
+    flags = run.result_flags(s, "classes", "validate", images=images.sha256()[:16],
+                             processes=team.size, device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
     if images.kind not in ("imagenet", "folder") or s.augment == "off":  # else decoded in each pass
         images = load(cached(images, s.cache, workers=s.workers), workers=s.workers)
-    training = FreeTraining(s, images, team, device)
+    held = free_run.validation(s, images, team)
+    training = FreeTraining(s, images, team, device, held)
     recipes.check_network(training.model, s, images.channels, device)
     training.resume(state, folder)
     if team.first:
@@ -262,29 +284,11 @@ def main(args):
               f"{s.method}: "
               f"{training.passes} pass{'es' * (training.passes > 1)}{rounded}, {training.total} "
               "weight steps", flush=True)
-    loop(training, training.passes, folder, flags, deterministic=s.deterministic)
+    loop(training, training.passes, folder, flags, deterministic=s.deterministic,
+         minutes=s.checkpoint_minutes)
     if team.first:
-        finish(training, folder, name)
+        free_run.finish(training, folder, name)
     team.leave()
-
-
-def finish(training, folder, name):
-    """The network, its facts and its curve."""
-    s, images = training.s, training.images
-    own = {"head": "own", "classes": s.classes} if images.kind in ("cifar100", "folder") else {}
-    facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir), **own,
-             "data_root": str(s.data_root), **run.result_flags(s, "classes"),
-             "passes": len(training.rows),
-             "weight_steps": training.done, "processes": training.team.size,
-             "given_images": s.num_images, "num_images": len(images),
-             "images_sha256": images.sha256(),
-             "seconds": training.seconds, **run.provenance(training.device, s.deterministic)}
-    path, weights = folder / f"{name}.pth", training.model[1].state_dict()
-    run.save_pth(path, {k: v.cpu() for k, v in weights.items()})
-    run.save_json(folder / f"{name}.json", facts)
-    run.write_atomic(folder / "curve.png", draw.training(
-        training.rows, name, probe_adv_acc="PGD-10, some training images"))
-    print(f"saved {path}; python eval_net.py --runs {folder.path} attacks it")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ its head), NAME.json, log.csv, curve.png and checkpoint.pth. A run that was kill
 train_gcm.sh runs both stages and both scripts.
 """
 
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from attacks import fgs_step
 from utils import challenge, data, models, nets, passes, run
 from utils.attack import core
 from utils.augment import PRESETS, augment
-from utils.cli import Parser, at_least, names, run_script
+from utils.cli import TRAINING, Parser, at_least, names, run_script
 from utils.defenses import adaptive, defend
 from utils.loop import Trainer, loop
 from utils.precision import Mixed
@@ -103,6 +102,7 @@ class ChallengeTraining(Trainer):
         kept = {"net": self.model, "optimizer": self.optimizer, "generator": self.generator,
                 "mixed": self.mixed}
         super().__init__(device, team=team, steps=whole + (last >= self.smallest),
+                         own={"augmentations": self.own_generator},
                          keep=kept | ({"mean": self.mean} if s.ema else {}))
 
     def behind_defense(self, model):
@@ -140,7 +140,7 @@ class ChallengeTraining(Trainer):
 
     def one_pass(self, bar):
         """One epoch; each image is augmented anew. train_acc: on the images of the clean loss."""
-        s, start, sums = self.s, time.perf_counter(), torch.zeros(4, device=self.device)
+        s, self.sums = self.s, torch.zeros(4, device=self.device)
         self.parallel.train()
         seed = int(torch.randint(2 ** 62, (), generator=self.generator)) + self.team.rank
         self.own_generator.manual_seed(seed)
@@ -149,17 +149,17 @@ class ChallengeTraining(Trainer):
         head["lr"], body["lr"] = s.lr_head * factor, s.lr_backbone * factor
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)  # dropout, MixUp and CutMix take no generator
-            for joint, index, x in passes.one_pass(
+            for joint, index, x in self.minibatches(passes.one_pass(
                     self.images, s.batch_size, self.generator, self.team, workers=s.workers,
-                    vary=bool(s.chances), smallest=self.smallest):
+                    vary=bool(s.chances), smallest=self.smallest, skip=self.skip)):
                 x = augment(x.to(self.device), s.chances, generator=self.own_generator)
                 y = self.images.labels[index].to(self.device)
-                sums += self.step(data.to_float(x), y, joint)
+                self.sums += self.step(data.to_float(x), y, joint)
                 bar.update()
-        loss, right, clean, count = self.team.total(sums.tolist())
+        loss, right, clean, count = self.team.total(self.sums.tolist())
         return {"loss": loss / count, "train_acc": right / clean if clean else "",
                 "lr_head": head["lr"],
-                "images_per_s": len(self.images) / (time.perf_counter() - start)}
+                "images_per_s": len(self.images) / self.pass_seconds}
 
     def after(self):
         """Validation; the network of the best epoch is kept."""
@@ -261,9 +261,8 @@ def get_args():
         "training; auto: bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/gcm_DATA_MODEL/stage1 or stage2")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, if it is installed")
-    parser.shared("seed", "device", "deterministic", "workers", "cache", "resume", "overwrite",
-                  cache={"help": "folder that keeps decoded photographs: the held-out ones, with "
-                         "--augment none all; random crops are cut from the files themselves"})
+    parser.shared(*TRAINING, "cache", cache={"help": "folder that keeps decoded photographs: the "
+        "held-out ones, with --augment none all; random crops are cut from the files themselves"})
     return parser.parse_args()
 
 
@@ -286,7 +285,8 @@ def main(args):
               f"out; stage {s.stage}: {s.model_name}, head {s.head}, from {s.pretrained}, behind "
               f"{s.defense}", flush=True)
     board = writer(str(folder / "tensorboard")) if writer and team.first else None
-    loop(training, s.epochs, folder, flags, board=board, deterministic=s.deterministic)
+    loop(training, s.epochs, folder, flags, board=board, deterministic=s.deterministic,
+         minutes=s.checkpoint_minutes)
     if board:
         board.close()
     if team.first:

@@ -2,7 +2,7 @@
 
     paper                                   here
     labels f(x) of the clean images         SgaTraining.start, once per run
-    outer loop over large batches           large_batches, SgaTraining.one_pass
+    outer loop over large batches           SgaTraining.one_pass, large_batch
     inner pre-search, gradient aggregation  sga_gradient: `inner`, `total`; SPGD: spgd_gradient
     outer update of delta                   update
 
@@ -16,7 +16,6 @@ checkpoint.pth in its folder. A killed run continues with --resume and ends in t
 """
 
 import math
-import time
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 
 from utils import precision, run
 from utils.attack.balls import cut
-from utils.cli import Parser, at_least, radius, run_script
+from utils.cli import TRAINING, Parser, at_least, radius, run_script
 from utils.data import NAMED, PRESETS, cached, load, opened, to_float
 from utils.defenses import adaptive, defend
 from utils.errors import UserError
@@ -148,8 +147,8 @@ class SgaTraining(Trainer):
 
     def __init__(self, s, models, images, generator, device):
         parts = torch.arange(len(images)).split(s.batch_size)
-        steps = sum(len(index_draws(s, len(part), torch.Generator())) for part in parts)
-        super().__init__(device, steps=steps, keep={"generator": generator})
+        self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
+        super().__init__(device, steps=len(self.uses), keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
         self.behind = partial(defend, name=s.defense, size=s.image_size, generator=generator)
         self.measured = [self.behind(model) for model in models]
@@ -173,32 +172,32 @@ class SgaTraining(Trainer):
         return partial(input_gradient, [adaptive(model) for model in fast] if self.s.bpda else fast,
                        loss=self.loss)
 
-    def large_batches(self):
-        """Yields x (N, C, H, W), y (S, N), and indices and affine maps (or None) of each step."""
-        pixels, labels, generator = self.pixels, self.labels.to(self.device), self.generator
-        for index in torch.randperm(len(pixels), generator=generator).split(self.s.batch_size):
-            x = to_float(pixels[index.to(pixels.device)].to(self.device))
-            x = precision.to_layout(x, self.layout)
-            draws = index_draws(self.s, len(x), generator)
-            flat, sizes = torch.cat(list(draws)), [len(d) for d in draws]  # one copy to the device
-            maps = draw_maps(flat.shape, generator).to(x).split(sizes) if self.s.augment else None
-            yield x, labels[:, index.to(x.device)], flat.to(x.device).split(sizes), maps
+    def large_batch(self, index):
+        """x (N, C, H, W), y (S, N), and indices and affine maps (or None) of each step."""
+        x = to_float(self.pixels[index.to(self.pixels.device)].to(self.device))
+        x, y = precision.to_layout(x, self.layout), self.labels[:, index].to(self.device)
+        draws = index_draws(self.s, len(x), self.generator)
+        flat, sizes = torch.cat(list(draws)), [len(d) for d in draws]  # one copy to the device
+        maps = draw_maps(flat.shape, self.generator).to(x).split(sizes) if self.s.augment else None
+        return x, y, flat.to(x.device).split(sizes), maps
 
     def one_pass(self, bar):
         """One outer step for each large batch."""
-        s, losses, count, start = self.s, 0, 0, time.perf_counter()
+        s, self.sums = self.s, torch.zeros((), device=self.device)
         aggregate = sga_gradient if s.method == "sga" else spgd_gradient
-        delta, v = (precision.to_layout(t.to(self.device), self.layout)
-                    for t in (self.delta, self.v))
-        for x, y, draws, maps in self.large_batches():
-            loss, g = aggregate(self.gradient, x, y, delta, draws, eps=s.eps, alpha=s.alpha,
+        self.delta, self.v = (precision.to_layout(t.to(self.device), self.layout)
+                              for t in (self.delta, self.v))
+        order = torch.randperm(len(self.pixels), generator=self.generator).split(s.batch_size)
+        for index in self.minibatches(order[self.skip:]):
+            x, y, draws, maps = self.large_batch(index)
+            loss, g = aggregate(self.gradient, x, y, self.delta, draws, eps=s.eps, alpha=s.alpha,
                                 augment=maps, tick=bar.update)
-            delta, v = update(delta, g, v, eps=s.eps, alpha=s.alpha, mu=s.momentum)
-            losses = losses + loss * len(x)
-            count += sum(map(len, draws))
-        self.delta, self.v = delta.cpu(), v.cpu()
-        return {"loss": float(losses) / len(self.pixels),
-                "images_per_s": round(count / (time.perf_counter() - start), 1)}
+            self.delta, self.v = update(self.delta, g, self.v, eps=s.eps, alpha=s.alpha,
+                                        mu=s.momentum)
+            self.sums += loss * len(x)
+        self.delta, self.v = self.delta.cpu(), self.v.cpu()
+        return {"loss": float(self.sums) / len(self.pixels),
+                "images_per_s": round(sum(self.uses) / self.pass_seconds, 1)}
 
     def after(self):
         found = fooled(self, self.watched)  # for each surrogate
@@ -246,7 +245,7 @@ def get_args():
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="memory order of the images; auto: the faster by timing")
-    parser.shared("seed", "device", "deterministic", "workers", "cache", "resume", "overwrite")
+    parser.shared(*TRAINING, "cache")
     return parser.parse_args()
 
 
@@ -292,7 +291,8 @@ def main(args):
     print(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
           f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
           f"n={len(training.watched)} of these images", flush=True)
-    loop(training, s.epochs, folder, flags, deterministic=s.deterministic)
+    loop(training, s.epochs, folder, flags, deterministic=s.deterministic,
+         minutes=s.checkpoint_minutes)
     save_perturbation(training, folder, name)
 
 

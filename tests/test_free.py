@@ -336,8 +336,8 @@ def rows(path):
 
 
 def network_of(folder):
-    """The .pth of the one network in a run folder."""
-    path, = set(folder.glob("*.pth")) - {folder / "checkpoint.pth"}
+    """The .pth of the last network in a run folder."""
+    path, = set(folder.glob("*.pth")) - {folder / "checkpoint.pth", *folder.glob("*_best.pth")}
     return path
 
 
@@ -346,7 +346,8 @@ def network_of(folder):
 def test_a_run_leaves_a_network_that_every_script_takes_its_facts_and_its_curve(finished, method):
     folder, name = finished(method), {"free": "free2_mlp"}.get(method, f"{method}_mlp")
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
-        f"{name}.pth", f"{name}.json", "log.csv", "curve.png", "checkpoint.pth"}
+        f"{name}.pth", f"{name}.json", f"{name}_best.pth", f"{name}_best.json", "log.csv",
+        "curve.png", "checkpoint.pth"}
     facts = json.loads((folder / f"{name}.json").read_text())
     assert facts["method"] == method and facts["weight_steps"] == 4 * 3
     assert facts["passes"] == len(rows(folder / "log.csv")) == (2 if method == "free" else 4)
@@ -457,12 +458,13 @@ from torch import nn
 src, methods, flags = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 sys.path.insert(0, src)
 import free_at
+from utils import draw
 from utils.team import Team, join_team, joint_batch_norm
 
 team, cpu = join_team(torch.device("cpu"))
 leave, Team.leave = Team.leave, lambda self: None  # one group of processes for all runs
 free_at.join_team = lambda device: (team, device)
-free_at.draw.training = lambda *args, **more: b""  # takes longer than the training
+draw.training = lambda *args, **more: b""  # takes longer than the training
 
 
 def train(*more):

@@ -125,7 +125,8 @@ SHARED = {
     "defense": {"choices": DEFENSES, "default": "none", "help": "layers in front of every network"},
     "low": {"type": at_least(1), "help": "smallest side that resizepad draws, in pixels; None: 218 "
                                          "of 224"},
-    "batch_size": {"type": at_least(1), "default": 50, "help": "images at a time"},
+    "batch_size": {"type": at_least(1), "default": 50, "help": "images at a time; where memory "
+                   "runs out half as many, but for gradients"},
     "queries": {"type": at_least(1), "default": 1000, "help": "queries of the Square attack"},
     "seed": {"type": at_least(0, high=2 ** 62), "default": 0, "help": "fixes everything random"},
     "device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto",
@@ -136,6 +137,10 @@ SHARED = {
                 "help": "processes that decode images"},
     "cache": {"type": Path, "help": "folder that keeps decoded photographs (151 KB each at 224 "
               "pixels) for the next command with the same images; None: decoded every time"},
+    "checkpoint_minutes": {"type": at_least(0, float), "default": 10.0, "help": "minutes between "
+                            "two checkpoints inside a pass; 0: only after each pass"},
     "resume": {"action": "store_true", "help": "continue the run in --save"},
     "overwrite": {"action": "store_true", "help": "start again over the run in --save"},
 }
+TRAINING = ("seed", "device", "deterministic", "workers", "checkpoint_minutes", "resume",
+            "overwrite")  # of the long trainings

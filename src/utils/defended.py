@@ -11,6 +11,7 @@ from utils.audit import twin_differences
 from utils.data import PRESETS, Images, cached, load, opened
 from utils.defenses import defend, is_random
 from utils.errors import UserError
+from utils.halving import Halving
 from utils.measure import times_right_on
 from utils.models import targets_of
 from utils.precision import Fast
@@ -29,10 +30,10 @@ class Network:
     before: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.model = self.model.to(memory_format=torch.channels_last)  # faster on photographs
-        self.fast = self.model
+        net = self.model.to(memory_format=torch.channels_last)  # faster on photographs
+        self.model = self.fast = Halving(net, self.name)
         if self.s.amp != "off":
-            self.fast = Fast(self.model, self.s.amp, "channels_last")
+            self.fast = Halving(Fast(net, self.s.amp, "channels_last"), self.name)
 
     def behind(self, defense, w, generator=None, fast=False):
         """The network, or its fast copy, behind a defence that draws from the generator."""

@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.measure import share
 
 COLOURS = BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLACK = "#000000"
 
 
 def _figure(width, height):
@@ -86,7 +87,10 @@ def curves(rows, title):
 
 
 def training(rows, title, **also):
-    """Loss and accuracy over the epochs of a log.csv; also: a label for each further column."""
+    """Loss and accuracy over the epochs of a log.csv; also: a label for each further column.
+
+    Columns of older rows, and all but the loss, may be missing.
+    """
     figure = _figure(6, 3.4)
     left = figure.add_subplot()
     right = left.twinx()
@@ -94,10 +98,14 @@ def training(rows, title, **also):
     left.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker="o", ms=3)
     left.set(xlabel="epoch", title=title)
     left.set_ylabel("training loss", color=BLUE)
+    if "val_loss" in rows[-1]:
+        there = [(row["epoch"], row["val_loss"]) for row in rows if "val_loss" in row]
+        left.plot(*zip(*there, strict=True), color=BLUE, marker="o", ms=3, ls=":")
+        left.set_ylabel("training loss; dotted: held-out images", color=BLUE)
     columns = {"train_acc": "accuracy on the training batches", **also}
-    for (column, label), colour, marker in zip(columns.items(), (ORANGE, GREEN, PINK), "s^v",
+    for (column, label), colour, marker in zip(columns.items(), (*COLOURS[1:], BLACK), "s^vD",
                                                strict=False):
-        there = [(row["epoch"], 100 * row[column]) for row in rows if row[column] != ""]
+        there = [(row["epoch"], 100 * row[column]) for row in rows if row.get(column, "") != ""]
         if there:
             right.plot(*zip(*there, strict=True), color=colour, marker=marker, ms=3, label=label)
     right.set(ylim=(0, 100), ylabel="accuracy, %")

@@ -56,14 +56,17 @@ VALID = {  # fact: whether its value can be used
     "classes_are": _or_none(_one_of(("imagenet",))), "defense": _one_of(DEFENSES),
     "low": _or_none(COUNT), "augment": _are_texts, "w_fgsm": _number(0, 1e12),
     "w_fgsm_target": _number(0, 1e12),
-    "hold_out": _or_none(_number(1e-3, 0.5)), "held_out": COUNT, "given_images": _or_none(COUNT)}
+    "hold_out": _or_none(_number(1e-3, 0.5)), "held_out": COUNT, "validated": COUNT,
+    "best_pass": COUNT, "given_images": _or_none(COUNT)}
 NEEDED = {  # the fact by which a script's run is known: what else it must say
     "replays": ("method", "steps", "eps", "alpha", "weight_steps", "image_size"),
     "hold_out": ("given_images", "classes", "head", "defense", "low", "image_size", "stage",
                  "augment", "w_fgsm"),
     "alpha_fgs": ()}
-ORIGIN = ("data_dir", "data_root", "labels", "classes_are", "hold_out", "given_images")  # images
+ORIGIN = ("data_dir", "data_root", "labels", "classes_are", "hold_out", "given_images",
+          "validated")  # images
 OPTIONAL = {*ORIGIN, "held_out", "clip_delta", "seed", "w_fgsm_target",  # not in older runs
+            "best_pass",        # not of the last network
             "head", "classes"}  # of class folders and cifar100
 
 
@@ -87,7 +90,8 @@ def find_run(path):
         return path
     for pattern in ("*.json", "seed*/*.json"):
         found = [file.with_suffix(".pth") for file in sorted(path.glob(pattern))
-                 if file.with_suffix(".pth").is_file() and _of_network(file)]
+                 if file.with_suffix(".pth").is_file() and _of_network(file)
+                 and not _beside_the_last(file)]
         if len(found) > 1:
             raise UserError(f"--runs {path}: {len(found)} networks in it; name one of them: "
                             + ", ".join(str(file.relative_to(path)) for file in found))
@@ -95,6 +99,12 @@ def find_run(path):
             return found[0]
     raise UserError(f"--runs {path}: no run there; wanted a folder that free_at.py, train_gcm.py "
                     "or fgsm_mnist.py left, with NAME.pth and NAME.json in it")
+
+
+def _beside_the_last(path):
+    """Whether it is NAME_best.json beside NAME.pth, which stands for the run."""
+    name = path.stem.removesuffix("_best")
+    return name != path.stem and path.with_name(f"{name}.pth").is_file()
 
 
 def _of_network(path):
@@ -128,17 +138,19 @@ def checked(facts, path):
 
 
 def name_of(facts, folder):
-    """natural, free8, 'free8 (alpha 0.25 eps, box)', pgd, fast; of other runs the folder's name.
+    """natural, free8, 'free8 (alpha 0.25 eps, box)', 'pgd (best pass)'; of other runs the folder's
+    name.
     """
     if "replays" not in facts:
         folder = folder.resolve()
         seed = folder.name.removeprefix("seed").isdigit()
         return f"{folder.parent.name}/{folder.name}" if seed else folder.name
-    if facts["method"] != "free":
-        return facts["method"]
-    part, box = facts["alpha"] / facts["eps"], facts.get("clip_delta") == "box"
-    more = ", ".join([f"alpha {part:.3g} eps"] * (part != 1) + ["box"] * box)
-    return f"free{facts['replays']}" + f" ({more})" * bool(more)
+    name, more = facts["method"], ["best pass"] * ("best_pass" in facts)
+    if name == "free":
+        part, box = facts["alpha"] / facts["eps"], facts.get("clip_delta") == "box"
+        name = f"free{facts['replays']}"
+        more = [f"alpha {part:.3g} eps"] * (part != 1) + ["box"] * box + more
+    return name + f" ({', '.join(more)})" * bool(more)
 
 
 # ----------------------------------------------------------------- how they are tested
@@ -200,7 +212,10 @@ def images_for(networks):
             raise UserError(f"{name} is tested on {len(images)} {images.kind} images, "
                             f"{ours[0][0]} on {len(first)} other {first.kind} images; wanted "
                             "networks tested on the same images")
-    return first, "; ".join(dict.fromkeys(note for _, note in opened.values() if note))
+    notes = [note for _, note in opened.values() if note] + [
+        f"the pass of {name} was chosen on {facts['validated']} test or held-out images"
+        for name, facts, *_ in ours if "validated" in facts]
+    return first, "; ".join(dict.fromkeys(notes))
 
 
 def unseen_by(facts, data_dir, data_root, labels=None, classes=None):

@@ -2,11 +2,14 @@
 
     class Mine(Trainer):
         def __init__(self, ...):
-            super().__init__(device, steps=len(loader), keep={"net": net, "optimizer": optimizer})
+            super().__init__(device, steps=len(images) // 50, keep={
+                "net": net, "optimizer": optimizer, "generator": generator})
 
         def one_pass(self, bar):              # one epoch
-            for x, y in loader:
-                self.step(x, y)
+            self.sums = torch.zeros(1)
+            order = torch.randperm(len(images), generator=generator).split(50)
+            for index in self.minibatches(order[self.skip:]):
+                self.sums += self.step(index)
                 bar.update()
             return {"loss": ...}              # columns of log.csv
 
@@ -14,7 +17,11 @@
     loop(trainer, epochs, folder, flags)
 
 After each epoch the loop checks that nothing is NaN, replaces checkpoint.pth and log.csv, and
-prints a line. A run that is killed and resumed leaves the same bytes on a CPU.
+prints a line. With `minutes` it also replaces checkpoint.pth between two minibatches. Such a
+checkpoint holds the random numbers that the pass began with: a resumed one_pass draws from them all
+that it draws before its first minibatch, leaves out the minibatches that are done, and goes on with
+the sums and the random numbers of the checkpoint. A run that is killed and resumed leaves the same
+bytes on a CPU.
 """
 
 import math
@@ -28,22 +35,45 @@ from utils.precision import measuring, out_of_memory, synchronize, training
 from utils.run import save_csv, save_pth
 from utils.team import Team
 
+ASKED = 10  # minibatches after which several processes ask the first one for the time
+
 
 class Trainer:
     """What lives between two epochs.
 
     steps, unit: length and unit of the progress bar of an epoch. keep {name: module, optimizer or
-    generator}: what a checkpoint holds, besides the rows of log.csv. `stopped` ends the loop.
+    generator}: what a checkpoint holds, besides the rows of log.csv. own {name: generator}: those
+    in which the processes differ. `stopped` ends the loop.
     """
     advice = "the last checkpoint is kept; type a smaller --lr"  # when a loss is not finite
 
-    def __init__(self, device, *, steps, keep, team=None, unit="it"):
+    def __init__(self, device, *, steps, keep, own=None, team=None, unit="it"):
         self.device, self.team, self.steps, self.unit = device, team or Team(), steps, unit
-        self.keep, self.rows, self.stopped = keep, [], False
+        self.keep, self.own, self.rows, self.stopped = keep, own or {}, [], False
+        self.skip, self.inside = 0, None  # of a resumed pass: minibatches done, its checkpoint
+        self.between = lambda: None       # what the loop does between two minibatches
+        self.began = time.perf_counter()  # the pass; as if it had not been interrupted
 
     def one_pass(self, bar):
         """One epoch -> {column: number}, the loss first."""
         raise NotImplementedError
+
+    def minibatches(self, left):
+        """Yields the minibatches that are left of a pass, all but the first `skip`.
+
+        By then one_pass has drawn what it draws for the whole pass, and self.sums is zero.
+        """
+        self.at, self.skip = self.skip, 0
+        if self.inside is not None:
+            self.sums.copy_(self.inside["sums"])
+            self._set_random(self.inside["random"])
+            for name, state in self.inside["generators"].items():
+                self.keep[name].set_state(state)
+            self.inside = None
+        for one in left:
+            yield one
+            self.at += 1
+            self.between()
 
     def start(self):
         """What a new run decides before its first epoch."""
@@ -59,9 +89,10 @@ class Trainer:
 
     def state(self):
         """All that decides what comes next. Every process calls it, the first one saves it."""
-        return {"rows": self.rows, "stopped": self.stopped, **{
-            name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-            for name, part in self.keep.items()}}
+        return {"rows": self.rows, "stopped": self.stopped,
+                "random": self.team.each(self._random()), **{
+                    name: part.get_state() if isinstance(part, torch.Generator)
+                    else part.state_dict() for name, part in self.keep.items()}}
 
     def restore(self, state):
         self.rows = [dict(row) for row in state["rows"]]
@@ -69,6 +100,50 @@ class Trainer:
         for name, part in self.keep.items():
             restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
             restore(state[name])
+        if "random" in state:  # not in the checkpoints of older versions
+            self._set_random(state["random"][self.team.rank])
+        if "inside" in state:
+            self._restore_inside(state, state["inside"])
+
+    def begin(self):
+        """A pass begins, or goes on: its clock, and the random numbers that it begins with."""
+        self.began = time.perf_counter() - (self.inside["seconds"] if self.inside else 0)
+        self.begun = {name: generator.get_state() for name, generator in self._generators()}
+
+    def state_inside(self):
+        """The state inside a pass."""
+        return self.state() | {"inside": {
+            "at": self.at, "seconds": self.pass_seconds, "begun": self.begun,
+            "sums": self.team.each(self.sums.cpu())}}
+
+    def _restore_inside(self, state, inside):
+        at, seconds, sums = inside["at"], inside["seconds"], inside["sums"][self.team.rank]
+        if not (type(at) is int and at > 0 and seconds >= 0 and torch.is_tensor(sums)):
+            raise ValueError("not the middle of a pass")
+        self.skip, self.inside = at, {
+            "seconds": seconds, "sums": sums, "random": state["random"][self.team.rank],
+            "generators": {name: state[name] for name, _ in self._generators()}}
+        for name, generator in self._generators():
+            generator.set_state(inside["begun"][name])
+
+    def _generators(self):
+        return [(name, part) for name, part in self.keep.items()
+                if isinstance(part, torch.Generator)]
+
+    def _random(self):
+        """States of this process's own random numbers: `own`, and those that dropout draws."""
+        found = {name: generator.get_state() for name, generator in self.own.items()}
+        found["cpu"] = torch.get_rng_state()
+        if self.device.type != "cpu":
+            found[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        return found
+
+    def _set_random(self, states):
+        for name, generator in self.own.items():
+            generator.set_state(states[name])
+        torch.set_rng_state(states["cpu"])
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).set_rng_state(states[self.device.type])
 
     def resume(self, state, folder):
         """Continues from a checkpoint; None: starts, and deletes that of an overwritten run."""
@@ -93,26 +168,32 @@ class Trainer:
         """Of all epochs so far."""
         return round(sum(row["seconds"] for row in self.rows), 3)
 
+    @property
+    def pass_seconds(self):
+        """Of this pass so far."""
+        return time.perf_counter() - self.began
+
 
 def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None,
-         deterministic=True):
+         deterministic=True, minutes=0, clock=time.monotonic):
     """Epochs until log.csv has `epochs` rows or the trainer has stopped.
 
     folder, flags: a RunFolder and what decides the result; None: nothing is written or printed.
     board: a TensorBoard SummaryWriter. deterministic: no TF32 in one_pass, on a GPU; what
-    `after` measures never uses TF32. UserError where a loss or a weight is not finite.
+    `after` measures never uses TF32. minutes: between two checkpoints inside an epoch, 0: none.
+    UserError where a loss or a weight is not finite.
     """
-    first = trainer.team.first
+    first, between = trainer.team.first, Between(trainer, folder, flags, desc, minutes, clock)
     while len(trainer.rows) < epochs and not trainer.stopped:
         number = len(trainer.rows) + 1
         synchronize(trainer.device)
-        start = time.perf_counter()
+        trainer.begin()
         with (tqdm(total=trainer.steps, desc=f"{desc} {number}", unit=trainer.unit, leave=False,
                    disable=None if first else True) as bar,
               training(trainer.device, deterministic)):
             found = trainer.one_pass(bar)
         synchronize(trainer.device)
-        seconds = time.perf_counter() - start
+        seconds = trainer.pass_seconds
         _check_finite(trainer, f"{desc} {number}", found)
         with measuring():
             row = {"epoch": number, **found, "seconds": seconds, **trainer.after()}
@@ -122,8 +203,32 @@ def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None,
             state = trainer.state()
             if first:
                 _save(folder, {**state, "flags": flags}, trainer.rows, desc, epochs, board)
+        between.last = clock()
     if folder is not None and first:
         save_csv(folder / "log.csv", trainer.rows)  # a kill may have come after the checkpoint
+
+
+class Between:
+    """Called between two minibatches; the first call after `minutes` replaces the checkpoint."""
+
+    def __init__(self, trainer, folder, flags, desc, minutes, clock):
+        self.trainer, self.folder, self.flags, self.desc = trainer, folder, flags, desc
+        self.minutes, self.clock, self.last = minutes, clock, clock()
+        trainer.between = self if folder is not None and minutes else lambda: None
+
+    def __call__(self):
+        trainer, team = self.trainer, self.trainer.team
+        if trainer.at % (1 if team.size == 1 else ASKED):
+            return
+        if not team.first_says(self.clock() - self.last >= 60 * self.minutes):
+            return
+        start, state = time.perf_counter(), trainer.state_inside()
+        loss = float(sum(sums.flatten()[0] for sums in state["inside"]["sums"]))
+        _check_finite(trainer, f"{self.desc} {len(trainer.rows) + 1}", {"loss": loss})
+        if team.first:
+            save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
+        self.last = self.clock()
+        trainer.began += time.perf_counter() - start  # not of the pass
 
 
 def _check_finite(trainer, where, found):

@@ -14,8 +14,9 @@ from utils.data import Images, alive, read_rgb, stack
 from utils.errors import UserError
 
 
-def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4):
-    """Yields (n of the joint minibatch, index (m,) of this process's images, x (m, C, H, W) uint8).
+def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4, skip=0):
+    """Iterator over (n of the joint minibatch, index (m,) of this process's images,
+    x (m, C, H, W) uint8), of which the first `skip` are left out. All is drawn before the first.
 
     Process p takes images p, p + size, ... of every minibatch; a last minibatch of fewer than
     `smallest` images is left out. vary: photographs are cropped by RandomResizedCrop and mirrored,
@@ -25,15 +26,15 @@ def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, sh
     order = torch.randperm(len(images), generator=generator)
     u = torch.rand((3, len(images)), generator=generator)
     seeds = torch.randint(2 ** 62, (len(images),), generator=generator)
-    joint = [part for part in torch.arange(len(images)).split(batch_size) if len(part) >= smallest]
+    joint = [part for part in torch.arange(len(images)).split(batch_size)
+             if len(part) >= smallest][skip:]
     own = [part[team.rank::team.size] for part in joint]
     if images.pixels is None and vary:
         plan = [list(zip(order[p].tolist(), seeds[p].tolist(), strict=True)) for p in own]
         found = random_crops(images, plan, workers=workers)
     else:
         found = ((order[p], _pixels(images, order[p], u[:, p], vary, shift)) for p in own)
-    for part, (index, x) in zip(joint, found, strict=True):
-        yield len(part), index, x
+    return ((len(part), index, x) for part, (index, x) in zip(joint, found, strict=True))
 
 
 def _pixels(images, index, u, vary, shift):

@@ -46,7 +46,8 @@ def result_flags(settings, *without, **more):
     without: flags besides the usual ones that decide nothing; more: what else decides it. With
     device="cuda" --deterministic does; on a CPU it changes nothing.
     """
-    without = {"data_dir", "data_root", "save", "workers", "cache", "resume", "overwrite", *without}
+    without = {"data_dir", "data_root", "save", "workers", "cache", "checkpoint_minutes", "resume",
+               "overwrite", *without}
     if more.get("device") != "cuda":
         without.add("deterministic")
     return {k: v for k, v in vars(settings).items() if k not in without} | more
@@ -245,10 +246,12 @@ class RunFolder:
         saved = load_pth(path)
         if not isinstance(saved, dict) or not isinstance(saved.get("flags"), dict):
             raise UserError(f"{path}: not a checkpoint of this script; choose another folder")
-        done = len(saved["rows"]) if isinstance(saved.get("rows"), list) else 0
+        begun = "inside" in saved  # one more pass than there are rows
+        done = len(saved["rows"]) + begun if isinstance(saved.get("rows"), list) else 0
         if grows and flags["epochs"] < done:
-            raise UserError(f"--resume --epochs {flags['epochs']}: the run in {self.path} has done "
-                            f"{done}; type --epochs {done} or more, or choose another folder")
+            raise UserError(f"--resume --epochs {flags['epochs']}: the run in {self.path} has "
+                            f"{'begun' if begun else 'done'} {done}; type --epochs {done} or more, "
+                            "or choose another folder")
         either = sorted((flags.keys() | saved["flags"].keys()) - ({"epochs"} if grows else set()))
         # data_dir last: its image list changes with num_images too
         for name in sorted(either, key=lambda name: name == "data_dir"):

@@ -21,12 +21,19 @@ class Team:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    def each(self, value):
+        """[the value of every process, in order of rank]"""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def gather(self, x):
         """The tensors x (n, ...) of all processes, of which position p was held by p % size."""
         if self.size == 1:
             return x
-        parts = [None] * self.size
-        torch.distributed.all_gather_object(parts, x.cpu())
+        parts = self.each(x.cpu())
         whole = x.new_zeros((sum(map(len, parts)), *x.shape[1:]))
         for rank, part in enumerate(parts):
             whole[rank::self.size] = part.to(x)
@@ -34,11 +41,15 @@ class Team:
 
     def total(self, values):
         """The numbers of all processes, each summed."""
+        return [sum(column) for column in zip(*self.each(list(values)), strict=True)]
+
+    def first_says(self, flag):
+        """The flag of the first process, in every process."""
         if self.size == 1:
-            return values
-        parts = [None] * self.size
-        torch.distributed.all_gather_object(parts, list(values))
-        return [sum(column) for column in zip(*parts, strict=True)]
+            return flag
+        said = [flag]
+        torch.distributed.broadcast_object_list(said, src=0)
+        return said[0]
 
     def leave(self):
         """Ends the process group, if there is one."""

@@ -1,0 +1,87 @@
+"""Of free_at.py: the held-out images that validate a run, and what the run leaves."""
+
+import torch
+import torch.nn.functional as F
+
+from utils import draw, run
+from utils.data import load, to_float, unseen
+from utils.errors import UserError
+
+MOST, SHARE = 500, 10  # --validate: at most so many images, and a tenth of the training images
+BLOCK = 50             # images that are measured at once, with random numbers of their own
+
+
+def validation(s, images, team):
+    """The images of --validate, in memory; None: there are none, which the first process says.
+
+    Of the images that training does not see they are the last ones of each class, as evaluations
+    on a part of them take the first ones.
+    """
+    number = min(MOST, len(images) // SHARE) if s.validate is None else s.validate
+    if not number:
+        return None
+    try:
+        held, _ = unseen(s.data_dir, s.data_root, s.hold_out, s.num_images,
+                         getattr(s, "labels", None), s.classes_are)
+        if not held.has_labels or held.kind != images.kind or (
+                list(held.classes) != s.classes[:len(held.classes)]):
+            raise UserError("the test images have no labels, or other classes")
+        backwards = held.select(list(range(len(held)))[::-1])
+        held = load(backwards.prepared(s.image_size, number), workers=s.workers)
+    except UserError as error:
+        if team.first:
+            print(f"no validation: {error}", flush=True)
+        return None
+    if team.first:
+        print(f"validated after each pass on {len(held)} images that training does not see",
+              flush=True)
+    return held
+
+
+def measured(model, images, attack, team, device):
+    """Mean loss of images in memory, accuracy, and accuracy under attack(model, x, y), or None.
+
+    Every process takes blocks of the images. The model is in eval mode afterwards.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    for index in torch.arange(len(images)).split(BLOCK)[team.rank::team.size]:
+        x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
+        x_adv = attack(model, x, y) if attack else x
+        with torch.no_grad():
+            logits, after = model(x), model(x_adv)
+        sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"),
+                             (logits.argmax(1) == y).sum(), (after.argmax(1) == y).sum()]).cpu()
+    return [value / len(images) for value in team.total(sums.tolist())]
+
+
+def finish(training, folder, name):
+    """The network and the best one, with their facts, and the curve."""
+    s, images, best = training.s, training.images, training.chosen
+    own = {"head": "own", "classes": s.classes} if images.kind in ("cifar100", "folder") else {}
+    facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir), **own,
+             "data_root": str(s.data_root), **run.result_flags(s, "classes", "validate"),
+             "passes": len(training.rows),
+             "weight_steps": training.done, "processes": training.team.size,
+             "given_images": s.num_images, "num_images": len(images),
+             "images_sha256": images.sha256(),
+             "seconds": training.seconds, **run.provenance(training.device, s.deterministic)}
+    _save(folder, training.model[1].state_dict(), facts)
+    if best["net"]:
+        rows = training.rows[:best["pass"]]
+        _save(folder, best["net"], facts | {
+            "name": f"{name}_best", "best_pass": len(rows), "validated": best["images"],
+            "best_score": best["score"], "weight_steps": rows[-1]["weight_steps"],
+            "seconds": round(sum(row["seconds"] for row in rows), 3)})
+    for suffix in () if best["net"] else (".pth", ".json"):  # of a run that was overwritten
+        (folder / f"{name}_best{suffix}").unlink(missing_ok=True)
+    run.write_atomic(folder / "curve.png", draw.training(
+        training.rows, name, probe_adv_acc="PGD-10, some training images",
+        val_acc="held-out images", val_adv_acc="PGD-10, held-out images"))
+    print(f"saved {folder / name}.pth; python eval_net.py --runs {folder.path} attacks it")
+
+
+def _save(folder, weights, facts):
+    path = folder / f"{facts['name']}.pth"
+    run.save_pth(path, {k: v.cpu() for k, v in weights.items()})
+    run.save_json(path.with_suffix(".json"), facts)

@@ -1,0 +1,129 @@
+"""Where memory runs out a forward pass is taken in parts: the same figures, and one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from utils import halving, models
+from utils.defenses import defend
+from utils.errors import UserError
+from utils.halving import Halving
+from utils.run import make_generator, save_pth
+
+
+class Small(nn.Module):
+    """A network whose memory holds `room` images; `seen`: how many each forward pass was given."""
+
+    def __init__(self, room, net=None, error=None):
+        super().__init__()
+        self.net = net or nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        self.room, self.seen = room, []
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        if len(x) > self.room:
+            raise self.error
+        return self.net(x)
+
+
+def pictures(n=20):
+    return torch.rand((n, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("error", [
+    None, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(capsys, error):
+    small = Small(6, error=error)
+    model, x = Halving(small, "vgg16"), pictures()
+    with torch.no_grad():
+        assert torch.equal(model(x), small.net(x))
+        assert small.seen == [20, 10, 5, 5, 5, 5]
+        small.seen.clear()
+        assert torch.equal(model(x[:7]), small.net(x[:7])) and small.seen == [5, 2]
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines() == [
+        f"warning: vgg16: out of memory with {n} images at a time (--batch_size), {n // 2} from "
+        "here on" for n in (20, 10)]
+
+
+def test_what_fits_is_not_divided(capsys):
+    small = Small(20)
+    Halving(small, "vgg16")(pictures())
+    assert small.seen == [20] and not capsys.readouterr().err
+
+
+def test_one_image_that_does_not_fit_is_the_error_itself():
+    small = Small(0)
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        Halving(small, "vgg16")(pictures(3))
+    assert small.seen == [3, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), UserError("wrong")], ids=str)
+def test_another_error_is_not_taken_for_it(error):
+    with pytest.raises(type(error), match=str(error)), torch.no_grad():
+        Halving(Small(0, error=error), "vgg16")(pictures())
+
+
+def test_a_pass_whose_gradient_is_wanted_is_not_divided():
+    small = Small(6)
+    with pytest.raises(torch.OutOfMemoryError):
+        Halving(small, "vgg16")(pictures().requires_grad_())
+    assert small.seen == [20]
+
+
+def test_a_random_defence_in_front_draws_the_same_for_every_image():
+    def seen(room):
+        got = []
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3, bias=False))
+        nn.init.ones_(net[1].weight)
+        net.register_forward_pre_hook(lambda _, given: got.append(given[0]))
+        model = defend(Halving(Small(room, net), "vgg16"), "resizepad", size=8, low=4,
+                       generator=make_generator(3))
+        with torch.no_grad():
+            model(torch.rand((10, 3, 8, 8), generator=make_generator(0)))
+        return torch.cat(got)
+    assert torch.equal(seen(10), seen(3))
+
+
+# ------------------------------------------------------------------------- the scripts
+
+SCRIPTS = {
+    "eval_net.py": ("--model_name", "mlp", "--weights", "mlp.pth", "--attacks", "none", "--uaps",
+                    "u.pth"),
+    "eval_uap.py": ("--model_name", "mlp", "--weights", "mlp.pth", "--uaps", "u.pth", "--show", 0),
+    "gcm.py": ("--model_name", "mlp", "--weights", "mlp.pth", "--attacks", "square", "--queries",
+               3)}
+VARIES = {"seconds", "commit", "batch_size"}
+
+
+def plain(value):
+    """Of results.json: all that is counted."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items() if key not in VARIES}
+    return [plain(one) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_command_that_runs_out_of_memory_says_so_and_prints_the_same_figures(
+        run_here, tmp_path, monkeypatch, script):
+    torch.manual_seed(0)
+    save_pth(tmp_path / "mlp.pth", models.trainable("mlp", kind="digits")[1].state_dict())
+    save_pth(tmp_path / "u.pth", 0.1 * torch.randn((1, 28, 28)).sign())
+    flags = ("--num_images", 60, "--batch_size", 60, "--device", "cpu", "--save", "out",
+             *SCRIPTS[script])
+    found, real = {}, halving.Halving.__init__
+    for room in (10 ** 6, 8):
+        monkeypatch.setattr(halving.Halving, "__init__", lambda self, model, name, room=room: real(
+            self, Small(room, model), name))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        done = run_here(script, *flags)
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stderr.splitlines() if "out of memory" in line]
+        assert len(said) == (0 if room > 8 else 3)
+        found[room] = plain(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert found[8] == found[10 ** 6]
