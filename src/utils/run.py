@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import warnings
 import zipfile
+from contextlib import contextmanager
 from dataclasses import make_dataclass
 from pathlib import Path
 
@@ -109,6 +110,17 @@ def write_atomic(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path):
+    """Context for one process at a time, of those that make the file `path`; others wait."""
+    import fcntl  # POSIX, like the shell scripts
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f".{path.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _umask():
