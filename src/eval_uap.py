@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import defenses, draw, finished, run
+from utils import defenses, draw, finished, report_uaps, run
 from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, opened, to_float
 from utils.measure import UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
-from utils.report_uaps import flat, report
 from utils.team import join_to_count
 from utils.uaps import digest, find_uaps, fit_size, read_uaps, rounded
 
@@ -184,11 +183,11 @@ def save_pictures(folder, rows, uaps, targets, shown):
 
 def save(folder, rows, about, uaps, targets, images, networks, s):
     """Writes the tables and the list of images; -> the Markdown"""
-    text = report(rows, about, uaps, [target.name for target in targets])
+    text = report_uaps.report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
         uap.name: {"path": str(uap.path.resolve()), "scale": s.scale, "largest": uap.largest,
                    "facts": uap.facts} for uap in uaps}})
-    run.save_csv(folder / "results.csv", [flat(row) for row in rows])
+    run.save_csv(folder / "results.csv", [report_uaps.flat(row) for row in rows])
     run.write_atomic(folder / "results.md", text.encode())
     run.write_atomic(folder / "images.txt", images.listing(*networks).encode())
     return text
