@@ -15,7 +15,8 @@
 
 --runs takes what free_at.py, train_gcm.py and fgsm_mnist.py left: data, radius and defence are
 those of NAME.json. A network behind a defence is measured behind it and attacked by the adaptive
-attacker. Every cell is saved when it is done; the same command continues where it was stopped.
+attacker. Every cell is saved when it is done, and parts of it on the way; the same command
+continues where it was stopped. torchrun shares the images among processes.
 """
 
 from dataclasses import dataclass
@@ -27,13 +28,14 @@ from torch import nn
 from tqdm import tqdm
 
 import attacks
-from utils import data, finished, measure, models, predictions, report_nets, uaps
+from utils import data, finished, measure, models, predictions, report_nets, run, uaps
 from utils.augment import OPS
+from utils.cells import Progress, at_hand
 from utils.cli import Parser, at_least, radius, run_script
 from utils.defenses import adaptive, defend, describe, is_random
 from utils.errors import UserError
 from utils.halving import Halving
-from utils.run import RunFolder, make_generator, provenance, resolve_device, save_json, settled
+from utils.team import join_to_count
 
 ATTACKS = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest")
 AUGMENTED = 100  # images that are augmented at once: their random numbers depend on it
@@ -44,36 +46,13 @@ AUGMENTED = 100  # images that are augmented at once: their random numbers depen
 def linf_attacks(eps, queries, classes=10, random=False):
     """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random."""
     steps = partial(attacks.pgd, eps=eps, alpha=eps / 4, stop_early=not random)
-    runs = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
+    made = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
             "PGD-50-10": partial(steps, steps=50, restarts=10),
             "CW-50": partial(steps, steps=50, loss="margin"),
             attacks.strongest_title(classes, queries): partial(attacks.strongest, eps=eps,
                                                                queries=queries)}
-    return {name: measure.Attack(title, "linf", eps, run)
-            for name, (title, run) in zip(ATTACKS, runs.items(), strict=True)}
-
-
-@torch.no_grad()
-def accuracy_cell(model, images, operations, *, generator, batch_size, device, workers):
-    """How many images are classified correctly: clean, and under each of {name: operation}."""
-    right, n = dict.fromkeys(("clean", *operations), 0), 0
-    with tqdm(total=len(images), desc="accuracy", unit="img", leave=False, disable=None) as bar:
-        for index, x in data.batches(images, batch_size, workers=workers, skipped=[],
-                                     device=device):
-            x, y = data.to_float(x), images.labels[index].to(device)
-            for name in right:
-                z = x if name == "clean" else operations[name](x, generator=generator)
-                right[name] += int((model(z).argmax(1) == y).sum())
-            n += len(y)
-            bar.update(len(y))
-    return {"n": n, "right": right}
-
-
-def fooling_cell(model, images, delta, device):
-    """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
-    before, after = (measure.predictions([model], images.pixels, device, delta=d)
-                     for d in (None, delta))
-    return {"n": len(images), "fooled": int((after != before).sum())}
+    return {name: measure.Attack(title, "linf", eps, attack)
+            for name, (title, attack) in zip(ATTACKS, made.items(), strict=True)}
 
 
 # -------------------------------------------------------------------- the networks
@@ -112,46 +91,51 @@ class Tested:
         return (f"{self.target.name} ({self.target.described}) behind {front}, {self.draws(s)} "
                 "draws" + f", {self.target.geometry}" * (self.target.size > 64))
 
-    def clean_cell(self, images, s):
+    def clean_cell(self, images, s, progress):
         """The cell of no attack at all: in how many forward passes each image is right."""
+        generator = run.make_generator(s.seed)
         before = measure.times_right_on(
-            self.behind(make_generator(s.seed)), images, draws=self.draws(s),
-            batch_size=s.batch_size, device=s.device).tolist()
+            self.behind(generator), images, draws=self.draws(s), batch_size=s.batch_size,
+            device=s.device, workers=s.workers, generators=[generator], progress=progress,
+            cell=f"{self.name} clean").tolist()
         return {"n": len(images), "draws": self.draws(s), "before": before, "after": before}
 
-    def attack_cell(self, attack, images, before, s):
+    def attack_cell(self, attack, images, before, s, progress):
         """The cell of one attack by the adaptive attacker, measured behind the defence."""
-        generator = make_generator(s.seed)  # one for the attack and the defence
+        generator = run.make_generator(s.seed)  # one for the attack and the defence
         model = self.behind(generator)
         return measure.run_cell(
             attack, adaptive(model, s.draws), model, images, torch.tensor(before),
             draws=self.draws(s), batch_size=s.batch_size, generator=generator, device=s.device,
-            desc=f"{self.name} {attack.title}")
+            desc=f"{self.name} {attack.title}", workers=s.workers, progress=progress)
 
 
-def missing_cells(net, read_in, in_memory, perturbations, done, s):
+def missing_cells(net, read_in, ready, perturbations, done, s, progress):
     """Yields (key, cell) of what is not yet in {key: cell} `done`, where the caller puts it.
 
-    read_in(geometry): the images, not in memory; in_memory(geometry): the same with their pixels.
+    read_in(geometry): the images; ready(geometry): the same without broken files.
     """
     own, at = f"{net.name} | ", net.target.geometry
     if s.attacks and "before" not in done.get(own + "clean", {}):
-        yield own + "clean", net.clean_cell(in_memory(at), s)
+        yield own + "clean", net.clean_cell(ready(at), s, progress)
     for title, attack in net.attacks(s).items():
         if own + title not in done:
-            yield own + title, net.attack_cell(attack, in_memory(at),
-                                               done[own + "clean"]["before"], s)
+            yield own + title, net.attack_cell(attack, ready(at), done[own + "clean"]["before"],
+                                               s, progress)
     key = own + ("corruptions" if s.corruptions else "accuracy")
     if key not in done and (s.corruptions or not s.attacks):
-        shown = in_memory(at) if s.attacks or perturbations else read_in(at)
-        yield key, accuracy_cell(
-            net.behind(make_generator(s.seed)), shown, OPS if s.corruptions else {},
-            generator=make_generator(s.seed), batch_size=min(s.batch_size, AUGMENTED),
-            device=s.device, workers=s.workers)
+        shown = ready(at) if s.attacks or perturbations else read_in(at)
+        generator = run.make_generator(s.seed)
+        yield key, measure.accuracy_cell(
+            net.behind(generator), shown, OPS if s.corruptions else {}, generator=generator,
+            batch_size=min(s.batch_size, AUGMENTED), device=s.device, workers=s.workers,
+            progress=progress, cell=key)
     for uap in perturbations:
-        if own + f"uap {uap.name}" not in done:
-            yield own + f"uap {uap.name}", fooling_cell(net.behind(make_generator(s.seed)),
-                                                        in_memory(at), uap.delta, s.device)
+        if (key := own + f"uap {uap.name}") not in done:
+            generator = run.make_generator(s.seed)
+            yield key, measure.fooling_cell(
+                net.behind(generator), ready(at), uap.delta, s.device, generators=[generator],
+                workers=s.workers, progress=progress, cell=key)
 
 
 def named_networks(s):
@@ -188,7 +172,7 @@ def open_all(named, images, s):
         facts = facts if folder else {}
         tested = Tested(name, target, model, model(zero).shape[1],
                         s.eps or finished.linf_radius(facts, images.kind), facts, folder)
-        tested.behind(make_generator(s.seed))  # says now if the defence cannot be built
+        tested.behind(run.make_generator(s.seed))  # says now if the defence cannot be built
         networks.append(tested)
     return networks
 
@@ -242,7 +226,7 @@ def get_args():
     return parser.parse_args()
 
 
-def settle(args):
+def settle(args, device):
     """The flags, filled in. UserError: flags that contradict each other."""
     if args.runs and (args.model_name or args.weights):
         raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
@@ -251,21 +235,25 @@ def settle(args):
         raise UserError("--predict with --corruptions or --uaps: type it alone")
     if "none" in args.attacks and len(set(args.attacks)) > 1:
         raise UserError(f"--attacks {' '.join(args.attacks)}: type none alone, or leave it out")
-    return settled(args, device=resolve_device(args.device),
-                   attacks=[name for name in ATTACKS if name in args.attacks],
-                   data_dir=args.data_dir or (None if args.runs else "digits"))
+    return run.settled(args, device=device,
+                       attacks=[name for name in ATTACKS if name in args.attacks],
+                       data_dir=args.data_dir or (None if args.runs else "digits"))
 
 
 def main(args):
-    s = settle(args)
-    named, folder = named_networks(s), RunFolder(s.save)
+    team, device = join_to_count(run.resolve_device(args.device))
+    s = settle(args, device)
+    named = team.in_turn(lambda: named_networks(s))
+    folder = team.in_turn(lambda: run.RunFolder(s.save, lock=team.first))
     asked = [(name, facts, *where(facts, s)) for name, _, _, facts, _ in named]
     if s.predict:
-        shown = [predictions.images_of(*network[1:], s.num_images) for network in asked]
+        shown = team.in_turn(lambda: [predictions.images_of(*network[1:], s.num_images)
+                                      for network in asked])
         networks = [open_all([one], x, s)[0] for one, x in zip(named, shown, strict=True)]
-        predictions.save_predictions(folder, networks, shown, s)
+        predictions.save_predictions(folder, networks, shown, s, team)
+        team.leave()
         return
-    images, note = finished.images_for(asked)
+    images, note = team.in_turn(lambda: finished.images_for(asked))
     finished.check_images(asked, images, s.num_images)
     perturbations = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
     networks = open_all(named, images, s)  # trains the small ones that are asked for by name
@@ -275,24 +263,33 @@ def main(args):
         raise UserError(f"{networks[0].name} has Linf eps {networks[0].eps:.4g}, {other.name} "
                         f"{other.eps:.4g}; type --eps to attack them at one radius")
     shown = finished.said_of(perturbations, images, s.num_images, note)
-    images, run = images.prepared(images.size, s.num_images), provenance(s.device)
+    images, about = images.prepared(images.size, s.num_images), run.provenance(s.device)
     wanted = {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
         "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
-        "batch_size": s.batch_size, "device": run["device"], "torch": run["torch"],
+        "batch_size": s.batch_size, "device": about["device"], "torch": about["torch"],
         **({"eps": networks[0].eps} if s.attacks else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
-    settings, done = (wanted, {}) if s.overwrite else folder.load_cells(wanted)
+    settings, done = (wanted, {}) if s.overwrite else team.from_first(
+        lambda: folder.load_cells(wanted))
+    progress = Progress(team, folder / "partial.json", wanted | {
+        "commit": about["commit"], "labels": uaps.digest(images.labels)})
+    if s.overwrite:
+        progress.clear()
     read_in = cache(lambda at: data.cached(images.prepared(at, None), s.cache, workers=s.workers))
-    in_memory = cache(lambda at: data.load(read_in(at), workers=s.workers))
+    ready = cache(lambda at: at_hand(read_in(at), workers=s.workers, team=team))
     for net in networks:
-        for key, cell in missing_cells(net, read_in, in_memory, perturbations, done, s):
-            done[key] = cell | {"commit": run["commit"]}
-            save_json(folder / "results.json", {"settings": settings, "cells": done})
+        for key, cell in missing_cells(net, read_in, ready, perturbations, done, s, progress):
+            done[key] = cell | {"commit": about["commit"], "processes": team.size}
+            if team.first:
+                run.save_json(folder / "results.json", {"settings": settings, "cells": done})
+            progress.clear()
             tqdm.write(f"{key}: {report_nets.headline(cell)}")
-    text = report_nets.save_tables(folder, networks, wanted | {"note": shown}, done, s)  # of --uaps
-    print("\n" + text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
+    if team.first:
+        text = report_nets.save_tables(folder, networks, wanted | {"note": shown}, done, s)
+        print(f"\n{text}saved {folder.path}/results.json (.csv, .md)", flush=True)
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 Each image is decoded once and each target's clean prediction computed once, however many
 perturbations there are. Metrics: utils/measure.py. Perturbation files are never unpickled. A run
 leaves results.json, results.csv, results.md, images.txt, heatmap.png (for two perturbations or
-more), and examples.npz and examples.png: images before and after the first perturbation.
+more), and examples.npz and examples.png: images before and after the first perturbation. The same
+command continues a run that was stopped. torchrun shares the images among processes.
 """
 
 import io
@@ -16,51 +17,54 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils import defenses, draw, finished, run
+from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import PRESETS, batches, cached, opened, to_float
+from utils.data import PRESETS, cached, opened, to_float
 from utils.halving import Halving
 from utils.measure import UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.report_uaps import flat, report
-from utils.uaps import find_uaps, fit_size, read_uaps, rounded
+from utils.team import join_to_count
+from utils.uaps import digest, find_uaps, fit_size, read_uaps, rounded
 
 
 @torch.no_grad()
-def count(models, deltas, images, aims, s, device):
+def count(models, deltas, images, aims, s, device, progress, generators):
     """One pass over the images. models {name: network}, deltas {name: perturbation (C, H, W)}, aims
-    {name: class it steers to, or None} -> {(perturbation, network): UapCounts}, skipped images
+    {name: class it steers to, or None} -> {(perturbation, network): UapCounts}
     """
-    counts = {(u, m): UapCounts(aims[u]) for u in deltas for m in models}
     pairs = {u: [None if d is None else d.to(device) for d in (delta, rounded(delta))]
              for u, delta in deltas.items()}
-    skipped = []
-    with tqdm(total=len(images), desc="evaluate", unit="img", disable=None) as bar:
-        for index, pixels in batches(images, s.batch_size, workers=s.workers, skipped=skipped,
-                                     device=device):
-            x, y = to_float(pixels), images.labels[index].to(device)
-            for m, model in models.items():
-                clean = model(x)
-                again = model(x) if defenses.is_random(s.defense) else None
-                for u, (delta, delta8) in pairs.items():
-                    adv = model((x + delta).clamp_(0, 1))
-                    adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
-                    counts[u, m].add(clean, adv, adv8, y, again)
-            bar.update(len(x))
-    return counts, skipped
+
+    def counted(index, x):
+        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        found = {u: {m: UapCounts(aims[u]) for m in models} for u in deltas}
+        for m, model in models.items():
+            clean = model(x)
+            again = model(x) if defenses.is_random(s.defense) else None
+            for u, (delta, delta8) in pairs.items():
+                adv = model((x + delta).clamp_(0, 1))
+                adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
+                found[u][m].add(clean, adv, adv8, y, again)
+        return {u: {m: counts.state() for m, counts in own.items()} for u, own in found.items()}
+    state = progress.count(
+        images, torch.arange(len(images)).split(s.batch_size), counted, cell=str(images.geometry),
+        workers=s.workers, generators=generators, desc="evaluate", whole=False)
+    return {(u, m): UapCounts(aims[u], **state[u][m]) for u in deltas for m in models}
 
 
-def measure(s, images, networks, fitted, aims, device):
-    """The counts of all networks {Geometry: {name: network}}; images are decoded once for each."""
-    counts, skipped = {}, []
+def measure(s, images, networks, fitted, aims, device, progress=None, generators=()):
+    """The counts of all networks {Geometry: {name: network}}; images are decoded once for each.
+    -> {(perturbation, network): UapCounts}, names of skipped images
+    """
+    counts, progress = {}, progress or Progress()
     for geometry, models in networks.items():
-        found, skipped = count(models, fitted[geometry.size], read_in(geometry, images, s),
-                               aims, s, device)
-        counts |= found
-    return counts, skipped  # the same images in every geometry
+        counts |= count(models, fitted[geometry.size], images.prepared(geometry, None), aims, s,
+                        device, progress, generators)
+    return counts, [images.names[i] for i in progress.skipped]  # the same in every geometry
 
 
 def read_in(geometry, images, s):
@@ -129,15 +133,14 @@ def settle(args):
     return s, images, note, targets, uaps, fitted
 
 
-def load_networks(s, targets, images, device):
-    """{Geometry: {name: network behind its defence}}"""
+def load_networks(s, targets, images, generators, device):
+    """{Geometry: {name: network behind its defence}}; each has a generator."""
     networks = {}
-    for target in targets:
+    for target, generator in zip(targets, generators, strict=True):
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
         model = model if s.amp == "off" else Fast(model, s.amp, "contiguous")
         networks.setdefault(target.geometry, {})[target.name] = defenses.defend(
-            Halving(model, target.name), s.defense, size=target.size,
-            generator=run.make_generator(s.seed))
+            Halving(model, target.name), s.defense, size=target.size, generator=generator)
     return networks
 
 
@@ -147,11 +150,11 @@ def aim(uap, kind):
     return target if type(target) is int and 0 <= target < num_classes(kind) else None
 
 
-def facts(s, images, note, targets, skipped, device):
+def facts(s, images, note, targets, device):
     """What all figures depend on; most of it is printed once above the tables."""
     sizes = sorted({target.size for target in targets})
     return {
-        "data": str(s.data_dir), "n": len(images) - len(skipped), "skipped": skipped,
+        "data": str(s.data_dir), "n": len(images), "skipped": [],
         **({"note": note} if note else {}),
         "images_sha256": images.sha256(*(target.geometry for target in targets)),
         "clamp": "x + delta to [0, 1]",
@@ -159,6 +162,14 @@ def facts(s, images, note, targets, skipped, device):
         "sizes": sizes, "geometry": describe_geometry(targets), "eps": s.eps,
         "precision": "float32" if s.amp == "off" else s.amp,
         "targets": {target.name: target.described for target in targets}, **run.provenance(device)}
+
+
+def depends(s, about, images, fitted, aims):
+    """What else the counts depend on, so that parts of other ones are never added to them."""
+    return about | {
+        "seed": s.seed, "batch_size": s.batch_size, "labels": digest(images.labels), "aims": aims,
+        "uaps": {f"{name} {size}": digest(delta) for size, deltas in fitted.items()
+                 for name, delta in deltas.items()}}
 
 
 def save_pictures(folder, rows, uaps, targets, shown):
@@ -177,22 +188,8 @@ def save_pictures(folder, rows, uaps, targets, shown):
              for uap in uaps], [uap.name for uap in uaps], [target.name for target in targets]))
 
 
-def main(args):
-    device = run.resolve_device(args.device)
-    s, images, note, targets, uaps, fitted = settle(args)
-    folder = run.RunFolder(s.save)
-    networks = load_networks(s, targets, images, device)
-    counts, skipped = measure(s, images, networks, fitted,
-                              {uap.name: aim(uap, images.kind) for uap in uaps}, device)
-    classes = images.known_classes
-    rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,
-             **counts[uap.name, target.name].figures(
-                 images.has_labels and bool(images.labelled or target.classes),
-                 target.classes or classes)} for uap in uaps for target in targets]
-    about, first = facts(s, images, note, targets, skipped, device), targets[0]
-    shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
-                     read_in(first.geometry, images, s), first.classes or classes, s.show,
-                     device) if s.show else None
+def save(folder, rows, about, uaps, targets, images, networks, s):
+    """Writes the tables and the list of images; -> the Markdown"""
     text = report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
         uap.name: {"path": str(uap.path.resolve()), "scale": s.scale, "largest": uap.largest,
@@ -200,8 +197,34 @@ def main(args):
     run.save_csv(folder / "results.csv", [flat(row) for row in rows])
     run.write_atomic(folder / "results.md", text.encode())
     run.write_atomic(folder / "images.txt", images.listing(*networks).encode())
-    save_pictures(folder, rows, uaps, targets, shown)
-    print(text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
+    return text
+
+
+def main(args):
+    team, device = join_to_count(run.resolve_device(args.device))
+    s, images, note, targets, uaps, fitted = team.in_turn(lambda: settle(args))
+    folder = team.in_turn(lambda: run.RunFolder(s.save, lock=team.first))
+    generators = [run.make_generator(s.seed) for _ in targets]
+    networks = load_networks(s, targets, images, generators, device)
+    about, aims = facts(s, images, note, targets, device), {
+        uap.name: aim(uap, images.kind) for uap in uaps}
+    progress = Progress(team, folder / "partial.json", depends(s, about, images, fitted, aims))
+    counts, skipped = measure(s, images, networks, fitted, aims, device, progress, generators)
+    about |= {"n": len(images) - len(skipped), "skipped": skipped, "processes": team.size}
+    classes, first = images.known_classes, targets[0]
+    rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,
+             **counts[uap.name, target.name].figures(
+                 images.has_labels and bool(images.labelled or target.classes),
+                 target.classes or classes)} for uap in uaps for target in targets]
+    if team.first:
+        shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
+                         read_in(first.geometry, images, s), first.classes or classes, s.show,
+                         device) if s.show else None
+        text = save(folder, rows, about, uaps, targets, images, networks, s)
+        save_pictures(folder, rows, uaps, targets, shown)
+        progress.clear()
+        print(text + f"saved {folder.path}/results.json (.csv, .md)", flush=True)
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -256,8 +256,9 @@ def get_args():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
         "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    parser.shared(*TRAINING, "cache", cache={"help": "folder that keeps decoded photographs for the "
-        "next command; with --augment off alone: random crops are cut from the files themselves"})
+    parser.shared(*TRAINING, "cache", cache={
+        "help": "folder that keeps decoded photographs for the next command; with --augment off "
+        "alone: random crops are cut from the files themselves"})
     return parser.parse_args()
 
 

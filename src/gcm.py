@@ -20,8 +20,8 @@ The attacks are those of RobustART, whose columns the paper prints: FGSM, and PG
 3/40 eps from a random start, on 224 x 224 pixels. No source gives the settings of "C&W" with a
 radius eps: here it is PGD on C&W's margin. `cw_l2` (--attacks) is C&W's own search; it fails where
 its norm is above eps. The paper's rows show only figures of the same attack at the same size.
-Every cell (network, row, attack) is saved when it is done; the same command continues where it was
-stopped.
+Every cell (network, row, attack) is saved when it is done, and parts of it on the way; the same
+command continues where it was stopped. torchrun shares the images among processes.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,11 +34,13 @@ from tqdm import tqdm
 from attacks import apgd, cw_l2, fgsm, pgd, square, strongest, strongest_title
 from utils import measure, papers, report, report_gcm, run
 from utils.attack import balls
+from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, paper_geometry
 from utils.defended import open_networks, open_targets
 from utils.defenses import adaptive, is_random
 from utils.errors import UserError
+from utils.team import join_to_count
 
 # --------------------------------------------------------- naive and adaptive attackers
 
@@ -79,7 +81,7 @@ class Cell:
         return " ".join(words)
 
 
-def measure_cell(cell, network, s):
+def measure_cell(cell, network, s, progress):
     """Attacks `network` (utils/defended.py) as the cell says; -> what results.json keeps of it.
 
     The published protocol has naive attackers only; for the others, fooled images leave PGD.
@@ -93,7 +95,8 @@ def measure_cell(cell, network, s):
     counts = measure.run_cell(
         attack, seen_by(cell.attacker, fast, network.fast, s.draws), defended, network.images,
         network.right(cell.defense, cell.w), draws=network.draws(cell.defense),
-        batch_size=s.batch_size, generator=generator, device=network.device, desc=cell.key(s))
+        batch_size=s.batch_size, generator=generator, device=network.device, desc=cell.key(s),
+        workers=s.workers, progress=progress)
     return {**asdict(cell), "title": attack.title, **counts}
 
 
@@ -182,11 +185,13 @@ def save_report(folder, settings, found, networks, s):
     """Writes the tables that this command makes of its cells; -> the Markdown"""
     head = report.protocol(report_gcm.facts(settings, s, STEPS))
     cells = {cell: found.get(cell.key(s)) for name in networks for cell in cells_of(s, name)}
+    twins = {name: network.differences(s.defense, s.w) for name, network in networks.items()
+             } if s.audit and s.defense != "none" else {}  # by all processes
+    if not s.team.first:
+        return ""
     if s.w_sweep:
         return report_gcm.save_sweep(folder, head, cells, s)
     if s.audit:
-        twins = {} if s.defense == "none" else {
-            name: network.differences(s.defense, s.w) for name, network in networks.items()}
         return report_gcm.save_audit(folder, head, cells, twins, s)
     return report_gcm.save_table(folder, head, cells, s)
 
@@ -227,7 +232,7 @@ def get_args():
     return parser.parse_args()
 
 
-def settle(args):
+def settle(args, team):
     """The settings, and the images (names only); refuses what cannot work."""
     targets, images, note = open_targets(args, imagenet=papers.GCM_TABLE)
     if args.audit and args.w_sweep:
@@ -238,7 +243,8 @@ def settle(args):
     if args.w_sweep and "gcm" not in args.defense:
         raise UserError(f"--w_sweep --defense {args.defense}: there is no w; type --defense gcm")
     attacks = [name for name in (*papers.GCM_COLUMNS, *MORE) if name in args.attacks]
-    return run.settled(args, targets=targets, attacks=attacks, kind=images.kind, note=note), images
+    return run.settled(args, targets=targets, attacks=attacks, kind=images.kind, note=note,
+                       team=team), images
 
 
 def stated(target, images, s):
@@ -251,29 +257,36 @@ def stated(target, images, s):
 
 
 def main(args):
-    device = run.resolve_device(args.device)
-    (s, images), folder = settle(args), run.RunFolder(args.save)
+    team, device = join_to_count(run.resolve_device(args.device))
+    s, images = team.in_turn(lambda: settle(args, team))
+    folder = team.in_turn(lambda: run.RunFolder(args.save, lock=team.first))
     networks = open_networks(s, images, device)
     about, listed = run.provenance(device), next(iter(networks.values())).images
-    settings, found = folder.load_cells({
+    wanted = {
         "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
         "images_sha256": listed.sha256(images.geometry), "stop_early": s.stop_early, "amp": s.amp,
         "batch_size": s.batch_size, "seed": s.seed, "device": about["device"],
         "torch": about["torch"], **({"note": s.note} if s.note else {}),
-        **{f"network {target.name}": stated(target, images, s) for target in s.targets}})
+        **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
+    settings, found = team.from_first(lambda: folder.load_cells(wanted))
+    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})
     head = report.protocol(report_gcm.facts(settings, s, STEPS))
     print(head, flush=True)
     for name, network in networks.items():
         for cell in cells_of(s, name):
             if (key := cell.key(s)) in found:
                 continue
-            found[key] = measure_cell(cell, network, s) | {"commit": about["commit"]}
-            run.save_json(folder / "results.json", {"settings": settings, "cells": found})
+            found[key] = measure_cell(cell, network, s, progress) | {
+                "commit": about["commit"], "processes": team.size}
+            if team.first:
+                run.save_json(folder / "results.json", {"settings": settings, "cells": found})
+            progress.clear()
             if not (s.audit or s.w_sweep):
                 save_report(folder, settings, found, networks, s)
             tqdm.write(report_gcm.line(found[key]))
     text = save_report(folder, settings, found, networks, s)
     print(f"{text.removeprefix(head)}saved {folder.path}/results.json (and .csv, .md)", flush=True)
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from PIL import Image
 import attacks
 import eval_net
 from attack_toys import pictures, toy
-from utils import augment, finished, report_nets
+from utils import augment, finished, measure, report_nets
+from utils.cells import GOLDEN
 from utils.data import load, open_images, to_float
 from utils.defenses import defend
 from utils.errors import UserError
@@ -157,10 +158,11 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
 def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
     operations = {name: augment.OPS[name] for name in TWO}
     images, model = open_images("digits", split="test").prepared(28, 130), network
-    found = eval_net.accuracy_cell(model, images, operations, generator=make_generator(4),
-                                   batch_size=100, device=CPU, workers=0)
-    generator, right = make_generator(4), {"clean": 0, "rain": 0, "rotation": 0}
-    for part in torch.arange(130).split(100):
+    found = measure.accuracy_cell(model, images, operations, generator=make_generator(4),
+                                  batch_size=100, device=CPU, workers=0)
+    right = {"clean": 0, "rain": 0, "rotation": 0}
+    for b, part in enumerate(torch.arange(130).split(100)):
+        generator = make_generator((4 + b * GOLDEN) % 2 ** 63)  # a seed for each batch
         x, y = to_float(images.pixels[part]), images.labels[part]
         for name in right:
             z = x if name == "clean" else augment.OPS[name](x, generator=generator)
@@ -182,7 +184,7 @@ def test_the_fooling_ratio_counts_changed_predictions_right_or_wrong(network):
     x = to_float(images.pixels)
     changed = sum(int(model(one[None]).argmax()) != int(model((one + delta).clamp(0, 1)[None])
                                                         .argmax()) for one in x)
-    assert eval_net.fooling_cell(model, images, delta, CPU) == {"n": 40, "fooled": changed}
+    assert measure.fooling_cell(model, images, delta, CPU) == {"n": 40, "fooled": changed}
     assert 0 < changed < 40
 
 

@@ -10,6 +10,7 @@ import torch
 
 from utils.attack.balls import norm_of
 from utils.attack.core import Tally, cross_entropy, forward, gradient
+from utils.cells import Progress
 from utils.data import to_float
 
 POINTS = 0.05      # by how much of attack_robustness one attack must beat another
@@ -24,37 +25,41 @@ VERDICTS = ("no sign of gradient masking", "one sign of gradient masking: look c
             "gradient masking")
 
 
-def ascent(losses):
-    """Net rise over total variation, mean over images: 1 always uphill, 0 a random walk.
+def ascents(losses):
+    """Net rise over total variation of each image (N,): 1 always uphill, 0 a random walk.
 
     losses (steps, N) along the attack; images whose loss never changes count as 0.
     """
     change = losses.diff(dim=0)
-    return (change.sum(0) / change.abs().sum(0).clamp_min(1e-30)).mean().item()
+    return change.sum(0) / change.abs().sum(0).clamp_min(1e-30)
 
 
-def twin_differences(model, twin, images, batch_size, device):
+def twin_differences(model, twin, images, batch_size, device, *, workers=0, generators=(),
+                     progress=None):
     """Forward passes and input gradients of a defended network and its undefended twin, compared.
 
     -> {changed: share of predictions that differ, logits: largest difference of a logit,
     agree: share of equal gradient signs where both are nonzero, mean over images, factor: ratio of
     the largest gradient entries, median over images}
     """
-    changed, logits, agree, factor = 0, 0.0, [], []
-    for index in torch.arange(len(images)).split(batch_size):
-        x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
+    def compared(index, x):
+        x, y = to_float(x.to(device)), images.labels[index].to(device)
         with torch.no_grad():
             ours, theirs = forward(model, x, y), forward(twin, x, y)
-        changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
-        logits = max(logits, (ours - theirs).abs().max().item())
         g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]
                 for each in (model, twin))
         both = ((g != 0) & (h != 0)).flatten(1)
         same = (both & (g.sign() == h.sign()).flatten(1)).sum(1) / both.sum(1).clamp_min(1)
-        agree += same.tolist()
-        factor.append(norm_of(g, "linf") / norm_of(h, "linf").clamp_min(1e-38))
-    return {"changed": changed / len(images), "logits": logits, "agree": sum(agree) / len(agree),
-            "factor": torch.cat(factor).median().item()}
+        factor = norm_of(g, "linf") / norm_of(h, "linf").clamp_min(1e-38)
+        return {"changed": int((ours.argmax(1) != theirs.argmax(1)).sum()),
+                "largest": (ours - theirs).abs().max().item(), "agree": same.tolist(),
+                "factor": factor.tolist()}
+    found = (progress or Progress()).count(
+        images, torch.arange(len(images)).split(batch_size), compared, workers=workers,
+        generators=generators, desc="twin")
+    return {"changed": found["changed"] / len(images), "logits": found["largest"],
+            "agree": sum(found["agree"]) / len(images),
+            "factor": torch.tensor(found["factor"]).median().item()}
 
 
 def checklist(ar, *, radii, queries, losses, blind, twin):

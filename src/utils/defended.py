@@ -1,4 +1,4 @@
-"""Networks with their images in memory, to be put behind defences and attacked."""
+"""Networks with their images, to be put behind defences and attacked."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +8,8 @@ from torch import nn
 
 from utils import finished
 from utils.audit import twin_differences
-from utils.data import PRESETS, Images, cached, load, opened
+from utils.cells import Progress, at_hand
+from utils.data import PRESETS, Images, cached, opened
 from utils.defenses import defend, is_random
 from utils.errors import UserError
 from utils.halving import Halving
@@ -35,11 +36,10 @@ class Network:
         if self.s.amp != "off":
             self.fast = Halving(Fast(net, self.s.amp, "channels_last"), self.name)
 
-    def behind(self, defense, w, generator=None, fast=False):
+    def behind(self, defense, w, generator, fast=False):
         """The network, or its fast copy, behind a defence that draws from the generator."""
         return defend(self.fast if fast else self.model, defense, size=self.size, w=w,
-                      generator=generator or make_generator(self.s.seed), epsilon=self.s.epsilon,
-                      low=self.s.low)
+                      generator=generator, epsilon=self.s.epsilon, low=self.s.low)
 
     @cached_property
     def classes(self):
@@ -56,15 +56,20 @@ class Network:
         """In how many of the draws the defended network is right about a clean image, (N,) int64.
         """
         if (defense, w) not in self.before:
+            generator = make_generator(self.s.seed)
             self.before[defense, w] = times_right_on(
-                self.behind(defense, w), self.images, draws=self.draws(defense),
-                batch_size=self.s.batch_size, device=self.device)
+                self.behind(defense, w, generator), self.images, draws=self.draws(defense),
+                batch_size=self.s.batch_size, device=self.device, workers=self.s.workers,
+                generators=[generator], progress=Progress(self.s.team))
         return self.before[defense, w]
 
     def differences(self, defense, w):
         """What the defence changes in forward passes and gradients: of twin_differences."""
-        return twin_differences(self.behind(defense, w), self.model, self.images,
-                                self.s.batch_size, self.device)
+        generator = make_generator(self.s.seed)
+        return twin_differences(
+            self.behind(defense, w, generator), self.model, self.images, self.s.batch_size,
+            self.device, workers=self.s.workers, generators=[generator],
+            progress=Progress(self.s.team))
 
 
 def open_targets(args, *, imagenet):
@@ -89,14 +94,16 @@ def open_targets(args, *, imagenet):
 
 
 def open_networks(s, images, device):
-    """{name: Network} of the run's targets; images are decoded once for every geometry."""
+    """{name: Network} of the run's targets; images that stay in memory are decoded once for every
+    geometry.
+    """
     found, in_memory = {}, {}
     for target in s.targets:
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
         if target.geometry not in in_memory:
             shown = images.prepared(target.geometry, s.num_images)
-            in_memory[target.geometry] = load(cached(shown, s.cache, workers=s.workers),
-                                              workers=s.workers)
+            in_memory[target.geometry] = at_hand(cached(shown, s.cache, workers=s.workers),
+                                                 workers=s.workers, team=s.team)
         found[target.name] = Network(target.name, model, in_memory[target.geometry], target.size,
                                      s, device)
         if not found[target.name].right("none", s.w).any():

@@ -90,7 +90,7 @@ class Trainer:
     def state(self):
         """All that decides what comes next. Every process calls it, the first one saves it."""
         return {"rows": self.rows, "stopped": self.stopped,
-                "random": self.team.each(self._random()), **{
+                "random": self.team.everyone(self._random()), **{
                     name: part.get_state() if isinstance(part, torch.Generator)
                     else part.state_dict() for name, part in self.keep.items()}}
 
@@ -114,7 +114,7 @@ class Trainer:
         """The state inside a pass."""
         return self.state() | {"inside": {
             "at": self.at, "seconds": self.pass_seconds, "begun": self.begun,
-            "sums": self.team.each(self.sums.cpu())}}
+            "sums": self.team.everyone(self.sums.cpu())}}
 
     def _restore_inside(self, state, inside):
         at, seconds, sums = inside["at"], inside["seconds"], inside["sums"][self.team.rank]

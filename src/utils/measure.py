@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from tqdm import tqdm
 
 from utils.attack.balls import norm_of
-from utils.audit import ascent
+from utils.audit import ascents
+from utils.cells import Progress
 from utils.data import to_float
 from utils.precision import synchronize
 
@@ -81,46 +81,94 @@ def times_right(model, x, y, draws):
     return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
 
 
-def times_right_on(model, images, *, draws, batch_size, device):
-    """The same for all images in memory, (N,)."""
-    return torch.cat([
-        times_right(model, to_float(images.pixels[index].to(device)),
-                    images.labels[index].to(device), draws)
-        for index in torch.arange(len(images)).split(batch_size)])
+def times_right_on(model, images, *, draws, batch_size, device, workers=0, generators=(),
+                   progress=None, cell=None):
+    """The same for all images, (N,). generators: of a random model; progress: of utils/cells.py,
+    which keeps what is done of the `cell`.
+    """
+    def counted(index, x):
+        y = images.labels[index].to(device)
+        return {"right": times_right(model, to_float(x.to(device)), y, draws).tolist()}
+    return torch.tensor((progress or Progress()).count(
+        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
+        generators=generators, desc="clean")["right"])
 
 
 def run_cell(attack, attacker, model, images, before, *, draws, batch_size, generator, device,
-             desc):
+             desc, workers=0, progress=None):
     """The attack on `attacker`, measured on `model`, for the images with before (N,) > 0.
 
+    generator: of attack and model; its seed decides. progress: of utils/cells.py, which keeps what
+    is done of this cell, `desc`.
     -> what results.json keeps: before and after as lists of counts, seconds of the attack alone,
-    the reports' counts, the largest norm and how many images were not allowed (they count as not
-    attacked), and the loss over the steps if the attack is to be followed.
+    summed over processes, the reports' counts, the largest norm and how many images were not
+    allowed (they count as not attacked), and the loss over the steps if the attack is to be
+    followed.
     """
-    after, seconds, losses = torch.zeros_like(before), 0.0, []
-    audit, counts = {"largest": 0.0, "outside": 0}, dict.fromkeys(COUNTED, 0)
-    with tqdm(total=int((before > 0).sum()), desc=desc, unit="img", leave=False,
-              disable=None) as bar:
-        for index in (before > 0).nonzero()[:, 0].split(batch_size) if before.any() else ():
-            x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
-            report = {}
-            synchronize(device)
-            start = time.perf_counter()
-            x_adv = attack.run(attacker, x, y, generator=generator, report=report)
-            synchronize(device)
-            seconds += time.perf_counter() - start
-            allowed = in_ball(x, x_adv, attack, audit)
-            after[index] = torch.where(allowed, times_right(model, x_adv, y, draws), before[index])
-            for key in COUNTED:
-                counts[key] += int(torch.as_tensor(report.get(key, 0)).sum())
-            if attack.follow and "losses" in report:
-                losses.append(torch.stack(report["losses"]).cpu())
-            bar.update(len(index))
-    followed = torch.cat(losses, 1) if losses else None  # (steps, images)
+    def attacked(index, x):
+        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        report, audit = {}, {"largest": 0.0, "outside": 0}
+        synchronize(device)
+        start = time.perf_counter()
+        x_adv = attack.run(attacker, x, y, generator=generator, report=report)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        allowed = in_ball(x, x_adv, attack, audit)
+        after = torch.where(allowed, times_right(model, x_adv, y, draws), before[index])
+        return {"after": after.tolist(), "seconds": seconds, **audit,
+                **{key: int(torch.as_tensor(report.get(key, 0)).sum()) for key in COUNTED},
+                **(_followed(report) if attack.follow and "losses" in report else {})}
+    tried = before > 0
+    found = {"after": [], "seconds": 0.0, "largest": 0.0, "outside": 0, **dict.fromkeys(COUNTED, 0),
+             **(progress or Progress()).count(
+                images, tried.nonzero()[:, 0].split(batch_size) if tried.any() else (), attacked,
+                cell=[desc, before.tolist()], workers=workers, generators=[generator], desc=desc)}
+    after = torch.zeros_like(before)
+    after[tried] = torch.tensor(found["after"], dtype=after.dtype)
     return {"norm": attack.norm, "eps": attack.eps, "n": len(before), "draws": draws,
-            "before": before.tolist(), "after": after.tolist(), "seconds": seconds, **counts,
-            **audit, **({} if followed is None else {
-                "losses": followed.mean(1).tolist(), "ascent": ascent(followed)})}
+            "before": before.tolist(), "after": after.tolist(), "seconds": found["seconds"],
+            **{key: found[key] for key in (*COUNTED, "largest", "outside")},
+            **({} if "losses" not in found else {
+                "losses": [value / found["followed"] for value in found["losses"].values()],
+                "ascent": found["ascents"] / found["followed"]})}
+
+
+def _followed(report):
+    """Sums over the images of a batch: of their losses at each step, and of their ascents."""
+    losses = torch.stack(report["losses"]).cpu()  # (steps, images)
+    return {"losses": {str(k): value for k, value in enumerate(losses.double().sum(1).tolist())},
+            "ascents": ascents(losses).double().sum().item(), "followed": losses.shape[1]}
+
+
+@torch.no_grad()
+def accuracy_cell(model, images, operations, *, generator, batch_size, device, workers,
+                  progress=None, cell=None):
+    """How many images are classified correctly: clean, and under each of {name: operation}."""
+    def counted(index, x):
+        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        right = dict.fromkeys(("clean", *operations), 0)
+        for name in right:
+            z = x if name == "clean" else operations[name](x, generator=generator)
+            right[name] += int((model(z).argmax(1) == y).sum())
+        return {"n": len(y), "right": right}
+    return (progress or Progress()).count(
+        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
+        generators=[generator], desc="accuracy", whole=False)
+
+
+@torch.no_grad()
+def fooling_cell(model, images, delta, device, *, generators=(), workers=0, progress=None,
+                 cell=None):
+    """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
+    delta = delta.to(device)
+
+    def counted(index, x):
+        x = to_float(x.to(device))
+        before, after = (model(z).argmax(1) for z in (x, (x + delta).clamp_(0, 1)))
+        return {"n": len(x), "fooled": int((after != before).sum())}
+    return (progress or Progress()).count(
+        images, torch.arange(len(images)).split(50), counted, cell=cell, workers=workers,
+        generators=generators, desc="fooling")
 
 
 def in_ball(x, x_adv, attack, audit):
@@ -166,7 +214,7 @@ class UapCounts:
     target: int = None              # class that a targeted perturbation steers to
     n: int = 0
     counts: dict = field(default_factory=dict)
-    became: torch.Tensor = None     # how often a fooled image became each class
+    became: dict = field(default_factory=dict)  # {class as text: how many fooled images became it}
 
     def add(self, clean, adv, adv8, y, again=None):
         """Logits (N, K) before, after, and after 8-bit rounding (None: same); labels (N,).
@@ -186,9 +234,13 @@ class UapCounts:
             found["hit"] = found["others"] & (after == self.target)
         for key, value in found.items():
             self.counts[key] = self.counts.get(key, 0) + int(value.sum())
-        became = torch.bincount(after[fooled].cpu(), minlength=clean.shape[1])
-        self.became = became if self.became is None else self.became + became
+        for k, count in zip(*after[fooled].unique(return_counts=True), strict=True):
+            self.became[str(int(k))] = self.became.get(str(int(k)), 0) + int(count)
         self.n += len(y)
+
+    def state(self):
+        """What UapCounts(target, **state) is made of again; such dicts can be added."""
+        return {"n": self.n, "counts": self.counts, "became": self.became}
 
     def figures(self, labelled, class_names):
         """{metric: share}; accuracies only where the labels mean something to the target.
@@ -207,10 +259,10 @@ class UapCounts:
                 robust_acc=share(c["both"], n),
                 attack_robustness=share(c["both"], c["clean"]),
                 clean_acc_top5=share(c["clean_top5"], n), adv_acc_top5=share(c["adv_top5"], n))
-        most = int(self.became.argmax())
+        most = min(map(int, self.became), key=lambda k: (-self.became[str(k)], k), default=None)
         result["dominant_class"] = {
             "class": most, "name": class_name(class_names, most),
-            **share(int(self.became[most]), c["fooled"])} if c["fooled"] else None
+            **share(self.became[str(most)], c["fooled"])} if c["fooled"] else None
         result["fooling_ratio_rounded"] = share(c["fooled_rounded"], n)
         return result
 

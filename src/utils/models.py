@@ -21,7 +21,7 @@ from torch import nn
 from utils.data import PRESETS, Geometry, paper_geometry
 from utils.errors import DAMAGE, UserError
 from utils.nets import RECIPE_VERSION, RECIPES, Normalize, train_small, with_head
-from utils.run import save_pth
+from utils.run import alone, save_pth
 from utils.sources import Factory, Ours, source
 from utils.weights import described, fit, head_of, image_size_of, trained, weights_path
 
@@ -307,10 +307,11 @@ def _trained_here(origin, data_dir, data_root, device):
     cached = (Path(torch.hub.get_dir()) / "small"
               / f"{origin.kind}_{origin.name}_{RECIPE_VERSION}.pth")
     net = origin.build()
-    if cached.is_file():
-        return fit(net, cached, origin.name)[0]
-    model = nn.Sequential(origin.first_layer(net, "V1"), net).to(device)
-    train_small(model, origin.name, origin.kind, data_dir, data_root)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    save_pth(cached, copy.deepcopy(net).cpu().state_dict())
-    return net
+    if not cached.is_file():
+        with alone(cached):  # of several processes one trains it, the others wait
+            if not cached.is_file():
+                model = nn.Sequential(origin.first_layer(net, "V1"), net).to(device)
+                train_small(model, origin.name, origin.kind, data_dir, data_root)
+                save_pth(cached, copy.deepcopy(net).cpu().state_dict())
+                return net
+    return fit(net, cached, origin.name)[0]

@@ -1,9 +1,9 @@
 """What networks say of every image, labelled or not: predictions.csv of eval_net.py --predict."""
 
 import torch
-from tqdm import tqdm
 
-from utils.data import CIFAR10, DIGITS, batches, cached, open_images, to_float
+from utils.cells import Progress
+from utils.data import CIFAR10, DIGITS, cached, open_images, to_float
 from utils.run import make_generator, save_csv
 
 NAMES = {"cifar10": CIFAR10, "mnist": DIGITS, "digits": DIGITS}  # of unlabelled images
@@ -16,35 +16,40 @@ def images_of(facts, data_dir, data_root, labels, classes, num):
     return images.prepared(images.geometry, num)
 
 
-def save_predictions(folder, networks, shown, s):
+def save_predictions(folder, networks, shown, s, team):
     """predictions.csv in the folder, a row for each network, an eval_net.Tested, and each of its
     images, which stand in the list `shown`.
     """
     rows = []
     for net, images in zip(networks, shown, strict=True):
         read = cached(images.prepared(net.target.geometry, None), s.cache, workers=s.workers)
-        found = predicted(net.behind(make_generator(s.seed)), read, s, net.name)
+        generator = make_generator(s.seed)
+        found = predicted(net.behind(generator), read, s, net.name, generator, team)
         names = net.facts.get("classes") or net.target.classes or images.known_classes \
             or NAMES.get(images.kind, ())
         rows += rows_of(net.name, images, *found, names if len(names) == net.classes else ())
-    save_csv(folder / "predictions.csv", rows)
+    if team.first:
+        save_csv(folder / "predictions.csv", rows)
     print(f"saved {folder.path}/predictions.csv: {len(rows)} predictions by "
           + ", ".join(net.name for net in networks), flush=True)
 
 
 @torch.no_grad()
-def predicted(model, images, s, desc):
+def predicted(model, images, s, desc, generator, team):
     """Class (N,) int64 and its probability (N,) of every image; -1 where it cannot be decoded.
 
-    s: batch_size, workers, device.
+    s: batch_size, workers, device; generator: of a random model.
     """
+    def top(index, x):
+        found = model(to_float(x.to(s.device))).softmax(1).max(1)
+        return {"index": index.tolist(), "classes": found.indices.tolist(),
+                "shares": found.values.tolist()}
+    found = Progress(team).count(
+        images, torch.arange(len(images)).split(s.batch_size), top, workers=s.workers,
+        generators=[generator], desc=desc, whole=False)
     classes, shares = torch.full((len(images),), -1), torch.zeros(len(images))
-    with tqdm(total=len(images), desc=desc, unit="img", leave=False, disable=None) as bar:
-        for index, x in batches(images, s.batch_size, workers=s.workers, skipped=[],
-                                device=s.device):
-            top = model(to_float(x)).softmax(1).max(1)
-            classes[index], shares[index] = top.indices.cpu(), top.values.cpu()
-            bar.update(len(index))
+    classes[found["index"]] = torch.tensor(found["classes"])
+    shares[found["index"]] = torch.tensor(found["shares"])
     return classes, shares
 
 

@@ -90,7 +90,8 @@ def save_table(folder, head, cells, s):
             papers, reasons = paper_rows(targets[model], own["vanilla"], s)
             lines, missing = lines + papers, missing | reasons
     text = (f"{head}\n{s.metric}, % (95 % Wilson interval); clean_acc of all images; worst case "
-            "over the columns, image by image; s: seconds of the row's attacks\n\n" + markdown(
+            "over the columns, image by image; s: seconds of computing in the row's attacks\n\n"
+            + markdown(
                 ["network", "row", "clean_acc",
                  *(" / ".join(titles.get(name, [name])) for name in s.attacks), WORST, "s"], lines))
     if missing:

@@ -120,6 +120,17 @@ def write_atomic(path, content):
         file.write(content)
 
 
+@contextmanager
+def alone(path):
+    """Context for one process at a time, of those that make the file `path`; others wait."""
+    import fcntl  # POSIX, like the shell scripts
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f".{path.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)

@@ -2,12 +2,21 @@
 
 import inspect
 import os
+import signal
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+DIED = "a process of this run died; what was saved is kept, the same command continues"
+LONGEST = timedelta(days=1)  # for which evaluations wait for the slowest process
 
 
 @dataclass(frozen=True)
@@ -21,19 +30,11 @@ class Team:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def each(self, value):
-        """[the value of every process, in order of rank]"""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
     def gather(self, x):
         """The tensors x (n, ...) of all processes, of which position p was held by p % size."""
         if self.size == 1:
             return x
-        parts = self.each(x.cpu())
+        parts = self.everyone(x.cpu())
         whole = x.new_zeros((sum(map(len, parts)), *x.shape[1:]))
         for rank, part in enumerate(parts):
             whole[rank::self.size] = part.to(x)
@@ -41,15 +42,47 @@ class Team:
 
     def total(self, values):
         """The numbers of all processes, each summed."""
-        return [sum(column) for column in zip(*self.each(list(values)), strict=True)]
+        return [sum(column) for column in zip(*self.everyone(list(values)), strict=True)]
 
     def first_says(self, flag):
         """The flag of the first process, in every process."""
+        return self.everyone(flag)[0]
+
+    def everyone(self, value):
+        """The values of all processes, in their order; UserError if one of them has died."""
+        parts = [value] * self.size
+        if self.size > 1:
+            try:
+                torch.distributed.all_gather_object(parts, value)
+            except RuntimeError as error:
+                raise UserError(DIED) from error
+        return parts
+
+    def from_first(self, make):
+        """What make() returns in the first process, in all of them; so with its UserError."""
         if self.size == 1:
-            return flag
-        said = [flag]
-        torch.distributed.broadcast_object_list(said, src=0)
-        return said[0]
+            return make()
+        try:
+            found = (make() if self.first else None), None
+        except UserError as error:
+            found = None, str(error)
+        value, error = self.everyone(found)[0]
+        if error:
+            raise UserError(error)
+        return value
+
+    def in_turn(self, make):
+        """What make() returns, in the first process and then in the others: what it downloads is
+        there by then.
+        """
+        found = []
+        self.from_first(lambda: found.append(make()))
+        return found[0] if self.first else make()
+
+    def bar(self, total, desc, initial=0):
+        """A progress bar over images, which the first process shows."""
+        return tqdm(total=total, desc=desc, initial=initial, unit="img", leave=False,
+                    disable=None if self.first else True)
 
     def leave(self):
         """Ends the process group, if there is one."""
@@ -57,17 +90,35 @@ class Team:
             torch.distributed.destroy_process_group()
 
 
-def join_team(device):
-    """Team, and the device of this process."""
+def join_team(device, backend=None, timeout=None):
+    """Team, and the device of this process. backend, timeout: None, those of torch."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Team(), device
     rank = int(os.environ["RANK"])
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group(backend, timeout=timeout)
     return Team(rank, size), device
+
+
+def join_to_count(device):
+    """join_team for evaluations: what they gather are counts, on any device over gloo, which sees
+    at once that a process died. The first process alone prints.
+    """
+    team, device = join_team(device, "gloo", LONGEST)
+    if team.size > 1:
+        signal.signal(signal.SIGTERM, _stopped)  # torchrun's, when another process died
+    if not team.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    return team, device
+
+
+def _stopped(*_):
+    raise UserError(DIED)
 
 
 class JointSum(torch.autograd.Function):

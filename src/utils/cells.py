@@ -1,0 +1,207 @@
+"""Passes over images: shared by any number of processes, streamed, continued where they stopped.
+
+    progress = Progress(team, folder / "partial.json", settings)
+    state = progress.count(images, parts, work, cell=key)       # of all batches, in every process
+    progress.clear()                                            # when the result is saved
+
+Batch b is the work of process b % size; what is random in it is decided by the seed and b. So every
+batch holds the same images and draws the same numbers whatever the number of processes, and their
+results are added in the order of the batches: the sums are the same, to the last bit. The processes
+work in rounds. After a round every process has the results of all of them, and the first one saves
+the sum so far, from which the same command goes on, also with another number of processes.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from utils.errors import UserError
+from utils.reading import alive, load, none_decoded, stack, warned
+from utils.run import write_atomic
+from utils.team import Team
+
+ROUND = 200                         # images that a process works on before results are gathered
+EVERY = 5.0                         # seconds from one save to the next, at least
+IN_MEMORY = 10_000 * 3 * 224 * 224  # bytes of pixels; longer lists are decoded in every pass
+GOLDEN = 0x9E3779B97F4A7C15         # odd: seeds of different batches differ
+
+
+def at_batch(generator, seed, b):
+    """From here on the generator draws the numbers of batch b, whatever was drawn before."""
+    generator.manual_seed((seed + b * GOLDEN) % 2 ** 63)
+
+
+def added(total, part):
+    """Numbers are summed, lists continued, dicts added by their keys; `largest` is the largest."""
+    if not isinstance(part, dict):
+        return total + part
+    return total | {key: value if key not in total else max(total[key], value)
+                    if key == "largest" else added(total[key], value)
+                    for key, value in part.items()}
+
+
+# ------------------------------------------------------------------- the images of a pass
+
+def pixels_of(images, parts, *, workers):
+    """Yields (positions (n,), x (n, C, H, W) uint8) for every tensor of positions in `parts`,
+    without those whose files cannot be decoded; x is None where none can.
+    """
+    if images.pixels is not None:
+        yield from ((index, images.pixels[index]) for index in parts)
+        return
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=[index.tolist() for index in parts], collate_fn=stack,
+        num_workers=workers, generator=torch.Generator())  # its own: the global one is not touched
+    for index, (good, x) in zip(parts, alive(loader), strict=True):
+        yield index[good], x
+
+
+def shared(images, parts, work, *, team, workers=0, first=0, each=1):
+    """Yields (positions that cannot be decoded, work(b, index, x)) of every batch from `first` on,
+    in order, in every process; None where nothing of a batch can be decoded.
+
+    parts: tensors of positions; each: batches of a process in a round.
+    """
+    todo = range(first, len(parts))
+    own = todo[team.rank::team.size]
+    made = (_worked(b, parts[b], index, x, work) for b, (index, x) in zip(
+        own, pixels_of(images, [parts[b] for b in own], workers=workers), strict=True))
+    for start in range(0, len(todo), each * team.size):
+        found = team.everyone(list(islice(made, each)))
+        for k in range(min(each * team.size, len(todo) - start)):
+            yield found[k % team.size][k // team.size]
+
+
+def _worked(b, wanted, index, x, work):
+    broken = sorted(set(wanted.tolist()) - set(index.tolist()))
+    return broken, None if x is None else work(b, index, x)
+
+
+def at_hand(images, *, workers, team):
+    """The same list without broken files: all pixels in memory, or, where there are more of them
+    than IN_MEMORY, checked once and decoded again in every pass. Processes share this work.
+    """
+    shape = (len(images), 3, images.size, images.size)
+    small = torch.Size(shape).numel() <= IN_MEMORY
+    if images.pixels is not None or images.stored is not None or (small and team.size == 1):
+        return load(images, workers=workers)
+    if not small and team.first:
+        print(f"{len(images)} images of {images.size} pixels do not stay in memory: they are "
+              "checked now and decoded again in every pass", flush=True)
+    pixels = torch.empty(shape if small else 0, dtype=torch.uint8)
+    keep, skipped, parts = [], [], torch.arange(len(images)).split(32)
+    with team.bar(len(images), "decode") as bar:
+        for part, (broken, x) in zip(parts, shared(
+                images, parts, lambda b, index, x: x if small else (), team=team,
+                workers=workers), strict=True):
+            if team.first:
+                warned(images, broken)
+            skipped += broken
+            good = [i for i in part.tolist() if i not in broken]
+            if small and good:
+                pixels[len(keep):len(keep) + len(good)] = x
+            keep += good
+            bar.update(len(part))
+    if not keep:
+        raise none_decoded(images)
+    return replace(images.select(keep), pixels=pixels[:len(keep)] if small else None,
+                   skipped=tuple(images.names[i] for i in skipped))
+
+
+# ------------------------------------------------------------------------ passes
+
+class Progress:
+    """The passes of a run. What is done of a pass is kept in a file until clear().
+
+    path, settings: that file, and what all passes depend on; without them nothing is kept.
+    skipped: positions of the last pass whose files could not be decoded.
+    """
+
+    def __init__(self, team=None, path=None, settings=None):
+        self.team, self.path, self.settings, self.kept = team or Team(), path, None, {}
+        if path is not None:  # of the first: a device may be called otherwise elsewhere
+            self.settings, self.kept = self.team.from_first(lambda: (settings, self._read()))
+        self.skipped, self.saved = [], time.monotonic()
+
+    def count(self, images, parts, work, *, cell=None, workers=0, generators=(), desc="",
+              whole=True):
+        """The sum, by `added`, of work(index, x) over the batches `parts`, tensors of positions.
+
+        work: gets positions (n,) and pixels (n, C, H, W) uint8 and gives a dict that JSON can hold.
+        cell: what the pass depends on besides the settings; None: it is not kept. generators: drawn
+        from in `work`; their seeds decide. whole: a file that cannot be decoded is a UserError.
+        """
+        seeds = [generator.initial_seed() for generator in generators]
+
+        def seeded(b, index, x):
+            for generator, seed in zip(generators, seeds, strict=True):
+                at_batch(generator, seed, b)
+            return work(index, x)
+
+        key, sizes = self._key(cell), [len(index) for index in parts]
+        now = self.kept.get(key, {"batches": 0, "skipped": [], "state": {}})
+        with self.team.bar(sum(sizes), desc, sum(sizes[:now["batches"]])) as bar:
+            for broken, found in shared(
+                    images, parts, seeded, team=self.team, workers=workers, first=now["batches"],
+                    each=max(1, ROUND // max([1, *sizes])) if self.team.size > 1 else 1):
+                self._check(images, broken, whole)
+                bar.update(sizes[now["batches"]])
+                now = {"batches": now["batches"] + 1, "skipped": now["skipped"] + broken,
+                       "state": now["state"] if found is None else added(now["state"], found)}
+                self._keep(key, now)
+        for generator, seed in zip(generators, seeds, strict=True):
+            generator.manual_seed(seed)
+        self.skipped = now["skipped"]
+        if len(self.skipped) == len(images):
+            raise none_decoded(images)
+        return now["state"]
+
+    def clear(self):
+        """Forgets what is kept: the result that it was for is saved."""
+        self.kept = {}
+        if self.path is not None and self.team.first:
+            self.path.unlink(missing_ok=True)
+
+    def _check(self, images, broken, whole):
+        if broken and whole:
+            raise UserError(f"{images.root / images.names[broken[0]]}: could be decoded when this "
+                            "command started, and cannot now; the same command goes on without it")
+        if self.team.first:
+            warned(images, broken)
+
+    def _key(self, cell):
+        """Of a pass in the file: a hash of all that it depends on."""
+        if self.path is None or cell is None:
+            return None
+        text = json.dumps([self.settings, cell], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _keep(self, key, now):
+        if key is None:
+            return
+        self.kept[key] = now
+        if self.team.first and time.monotonic() - self.saved >= EVERY:
+            text = json.dumps(self.kept)
+            write_atomic(self.path, f'{{"sha256": "{_hash(text)}", "kept": {text}}}\n'.encode())
+            self.saved = time.monotonic()
+
+    def _read(self):
+        """What an earlier run left; {} if there is nothing, or if it is damaged, which is said."""
+        if not self.path.is_file():
+            return {}
+        try:
+            found = json.loads(self.path.read_bytes())
+            if found["sha256"] == _hash(json.dumps(found["kept"])):
+                return found["kept"]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            pass
+        print(f"{self.path}: damaged; what it held is measured again", flush=True)
+        return {}
+
+
+def _hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()

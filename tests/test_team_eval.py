@@ -1,0 +1,522 @@
+"""Evaluations by several processes: the same results as one, also when killed and continued."""
+
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from multiprocessing import get_context
+
+import pytest
+import torch
+from conftest import SRC
+
+from utils import cells, measure, models
+from utils.cells import Progress, added, at_batch, at_hand, shared
+from utils.data import open_images
+from utils.errors import UserError
+from utils.reading import stack
+from utils.run import save_pth
+from utils.team import Team
+
+CPU = torch.device("cpu")
+JOBS = {  # folder: script and flags; 5 batches, 4, 4, 5, one alone, and 4 in two geometries
+    "gcm": ("gcm.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 7, "--attacks",
+            "fgsm", "pgd_linf", "--defense", "gcm+resizepad", "--draws", 2),
+    "audit": ("gcm.py", "--model_name", "mlp", "--num_images", 16, "--batch_size", 5, "--audit",
+              "--queries", 20),
+    "net": ("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--batch_size", 6,
+            "--attacks", "fgsm", "pgd20", "strongest", "--queries", 10, "--uaps", "a.pth"),
+    "predict": ("eval_net.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 7,
+                "--predict"),
+    "one batch": ("gcm.py", "--model_name", "mlp", "--num_images", 8, "--attacks", "pgd_linf"),
+    "uap": ("eval_uap.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 8,
+            "--defense", "resizepad", "--uaps", "a.pth", "b.pth"),
+}
+KILLED = {"gcm": 9, "net": 7, "uap": 2}  # after how many batches that are kept
+VARIES = ("seconds", "commit", "processes")  # between two runs of the same
+
+# What the processes of one launch do: every job of a list, one after another.
+TOGETHER = """
+import gc, importlib, json, sys, threading
+import torch
+
+src, jobs = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, src)
+from utils.team import Team, join_to_count
+
+team, cpu = join_to_count(torch.device("cpu"))
+leave, Team.leave = Team.leave, lambda self: None  # one group of processes for all jobs
+for name, (script, *flags) in jobs.items():
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.join_to_count = lambda device: (team, device)
+    sys.argv = [script, *flags, "--save", name]
+    module.main(module.get_args())
+    gc.collect()
+    torch.distributed.barrier()
+leave(team)
+"""
+
+
+def text(job):
+    return [*map(str, job), "--device", "cpu", "--workers", "0"]
+
+
+def leave_uaps(folder):
+    for seed, name in enumerate("ab"):
+        noise = torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(seed))
+        save_pth(folder / f"{name}.pth", 0.4 * (noise - 0.5))
+
+
+def launch(folder, processes, jobs):
+    """The jobs by torchrun, in the folder."""
+    (folder / "together.py").write_text(TOGETHER)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+         str(processes), "together.py", str(SRC),
+         json.dumps({name: text(job) for name, job in jobs.items()})],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def bare(value):
+    """A value of results.json without what differs between two runs of the same."""
+    if isinstance(value, dict):
+        return {key: bare(part) for key, part in value.items() if key not in VARIES}
+    return [bare(part) for part in value] if isinstance(value, list) else value
+
+
+def left(folder):
+    """{file: what it holds} of an evaluation; only gcm.py's tables hold seconds."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            found[path.name] = bare(json.loads(path.read_text()))
+        elif path.suffix in (".md", ".csv", ".txt", ".npz"):
+            found[path.name] = path.read_bytes()
+    if "cells" in found.get("results.json", {}) and "results.csv" in found:
+        lines = (folder / "results.csv").read_text().splitlines()
+        head = lines[0].split(",")
+        if "seconds" in head:
+            at = head.index("seconds")
+            found["results.csv"] = [line.split(",")[:at] + line.split(",")[at + 1:]
+                                    for line in lines]
+            found["results.md"] = [line.rpartition(" | ")[0] if line.startswith("| mlp") else line
+                                   for line in (folder / "results.md").read_text().splitlines()]
+    return found
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script may catch it."""
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Folder with the results of one process, and of runs that were killed in their middle."""
+    from utils.cli import run_script as entry
+
+    folder, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
+    leave_uaps(folder)
+    patch.chdir(folder)
+    for name, job in JOBS.items():
+        _run(patch, entry, job, name)
+    patch.setattr(cells, "EVERY", 0)
+    real = Progress._keep
+    for name, after in KILLED.items():
+        kept = []
+
+        def killing(self, key, now, after=after, kept=kept):
+            real(self, key, now)
+            kept.append(key)
+            if len(kept) - kept.count(None) == after:
+                raise Killed
+        patch.setattr(Progress, "_keep", killing)
+        with pytest.raises(Killed):
+            _run(patch, entry, JOBS[name], f"killed {name}")
+        assert (folder / f"killed {name}" / "partial.json").is_file()
+    patch.undo()
+    return folder
+
+
+def _run(patch, entry, job, save):
+    import importlib
+
+    script, *flags = text(job)
+    module = importlib.import_module(script.removesuffix(".py"))
+    patch.setattr(sys, "argv", [script, *flags, "--save", save])
+    try:
+        entry(module.get_args, module.main)
+    finally:
+        gc.collect()  # a folder's lock goes with the objects of the run
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def many(request, one, tmp_path_factory):
+    """The same by two and three processes, which also continue the killed runs of one."""
+    folder = tmp_path_factory.mktemp(f"by{request.param}")
+    leave_uaps(folder)
+    for name in KILLED:
+        shutil.copytree(one / f"killed {name}", folder / f"killed {name}")
+    done = launch(folder, request.param, JOBS | {f"killed {k}": JOBS[k] for k in KILLED})
+    return folder, done, request.param
+
+
+# ------------------------------------------------------------------ the same results
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_several_processes_leave_the_results_of_one(one, many, name):
+    folder, _, _ = many
+    assert left(folder / name) == left(one / name)
+    assert {path.name for path in (folder / name).iterdir()} == {
+        path.name for path in (one / name).iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED)
+def test_a_run_of_one_process_is_continued_by_several(one, many, name):
+    folder, _, _ = many
+    assert left(folder / f"killed {name}") == left(one / name)
+    assert not (folder / f"killed {name}" / "partial.json").exists()
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_is_kept_and_only_the_first_prints(many):
+    folder, done, processes = many
+    for cell in json.loads((folder / "gcm" / "results.json").read_text())["cells"].values():
+        assert cell["processes"] == processes
+    about = json.loads((folder / "uap" / "results.json").read_text())["protocol"]
+    assert about["processes"] == processes
+    for name in JOBS:
+        assert done.stdout.count(f"saved {name}/") == 1
+
+
+@pytest.mark.slow
+def test_the_comparison_says_something(one):
+    found = json.loads((one / "gcm" / "results.json").read_text())["cells"]
+    assert len(found) == 6
+    assert any(0 < sum(cell["after"]) < sum(cell["before"]) for cell in found.values())
+    assert {0, 1, 2} == {right for cell in found.values() for right in cell["before"]}
+    row = json.loads((one / "uap" / "results.json").read_text())["rows"][0]
+    assert 0 < row["fooling_ratio"]["k"] < 30 and row["changed_by_chance"]["k"] < 30
+
+
+# ------------------------------------------------------------------ killed and continued
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED)
+def test_a_run_that_was_killed_in_its_middle_goes_on_there_to_the_same_results(
+        one, name, tmp_path, monkeypatch):
+    from utils.cli import run_script as entry
+
+    shutil.copytree(one / f"killed {name}", tmp_path / name)
+    leave_uaps(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    counted, real = [], Progress._keep
+    monkeypatch.setattr(Progress, "_keep", lambda self, key, now: counted.append(key)
+                        or real(self, key, now))
+    _run(monkeypatch, entry, JOBS[name], name)
+    assert left(tmp_path / name) == left(one / name)
+    assert not (tmp_path / name / "partial.json").exists()
+    again = len(counted) - counted.count(None)
+    counted.clear()
+    _run(monkeypatch, entry, JOBS[name], "anew")
+    assert again + KILLED[name] == len(counted) - counted.count(None)
+
+
+@pytest.mark.slow
+def test_what_is_left_of_other_perturbations_is_not_continued(one, tmp_path, monkeypatch):
+    from utils.cli import run_script as entry
+
+    shutil.copytree(one / "killed uap", tmp_path / "uap")
+    leave_uaps(tmp_path)
+    shutil.copy(tmp_path / "a.pth", tmp_path / "b.pth")
+    monkeypatch.chdir(tmp_path)
+    _run(monkeypatch, entry, JOBS["uap"], "uap")
+    _run(monkeypatch, entry, JOBS["uap"], "anew")
+    assert left(tmp_path / "uap") == left(tmp_path / "anew")
+
+
+# What one of two processes does: it dies at its sixth batch, in the second cell for the second one.
+DYING = """
+import os, sys
+
+sys.path.insert(0, sys.argv[1])
+from utils import cells
+import gcm
+from utils.cli import run_script
+
+cells.EVERY, cells.ROUND, real, worked = 0, 1, cells._worked, []
+
+
+def dying(*args):
+    worked.append(1)
+    if len(worked) == 6 and os.environ["RANK"] == sys.argv[2]:
+        os._exit(9)
+    return real(*args)
+
+
+cells._worked = dying
+sys.argv = ["gcm.py", *sys.argv[3:]]
+run_script(gcm.get_args, gcm.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_when_a_process_dies_the_others_say_so_in_one_line_and_the_same_command_continues(
+        one, tmp_path, monkeypatch, who):
+    from utils.cli import run_script as entry
+
+    (tmp_path / "dying.py").write_text(DYING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    jobs = [subprocess.Popen(
+        [sys.executable, "dying.py", str(SRC), str(who), *text(JOBS["gcm"])[1:], "--save", "gcm"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
+    said = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [9 if rank == who else 2 for rank in range(2)]
+    lines = [line for line in said[1 - who][1].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "a process of this run died" in lines[0]
+    assert "Traceback" not in said[1 - who][1]
+    assert (tmp_path / "gcm" / "partial.json").is_file()
+    if who == 1:  # it died in the second cell; the first is whole
+        assert len(json.loads((tmp_path / "gcm" / "results.json").read_text())["cells"]) == 1
+    monkeypatch.chdir(tmp_path)
+    _run(monkeypatch, entry, JOBS["gcm"], "gcm")
+    assert left(tmp_path / "gcm") == left(one / "gcm")
+
+
+def test_a_damaged_partial_file_is_measured_again_and_said_to_be(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cells, "EVERY", 0)
+    images, parts, path = Numbers(6), torch.arange(6).split(2), tmp_path / "partial.json"
+
+    def work(index, x):
+        return {"sum": int(x.sum())}
+    Progress(path=path, settings={}).count(images, parts, work, cell="a")
+    whole = path.read_text()
+    for text_ in (whole.replace('"sum": ', '"sum": 1'), whole[:-9], "[]", "{}", "\\xff",
+                  whole.replace('"batches"', '"batch"')):
+        path.write_text(text_)
+        assert Progress(path=path, settings={}).kept == {}
+        assert "partial.json: damaged" in capsys.readouterr().out
+    path.write_text(whole)
+    assert Progress(path=path, settings={}).count(images, parts, None, cell="a") == {"sum": 15}
+    for other in (Progress(path=path, settings={"seed": 1}), Progress(path=path, settings={})):
+        key = "a" if other.settings else "b"
+        assert other.count(images, parts, work, cell=key) == {"sum": 15}  # work is called
+    Progress(path=path, settings={}).clear()
+    assert not path.exists()
+
+
+# ------------------------------------------------------------------ one round after another
+
+class Numbers:
+    """n images of one pixel, whose value is their position; files of those in `broken` are not
+    decoded.
+    """
+    size, geometry, skipped, root, labels = 1, None, (), SRC, torch.zeros(99, dtype=torch.int64)
+
+    def __init__(self, n, broken=()):
+        self.n, self.broken = n, broken
+        self.pixels = None if broken else torch.arange(n, dtype=torch.uint8)[:, None, None, None]
+        self.names = list(map(str, range(n)))
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return None if i in self.broken else torch.full((1, 1, 1), i, dtype=torch.uint8)
+
+
+class Threads(Team):
+    """Processes of a team that are threads of this one."""
+
+    def everyone(self, value):
+        said, barrier = self.__dict__["shared"]
+        said[self.rank] = value
+        barrier.wait(10)
+        found = list(said)
+        barrier.wait(10)
+        return found
+
+
+def together(size, task):
+    """What task(team) gives in every one of `size` threads."""
+    state, found = ([None] * size, threading.Barrier(size)), [None] * size
+
+    def work(rank):
+        team = Threads(rank, size)
+        team.__dict__["shared"] = state
+        found[rank] = task(team)
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return found
+
+
+def named(b, index, x):
+    return b, index.tolist(), int(x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_every_process_gets_the_results_of_all_batches_in_order(size, each):
+    for n in (1, 6, 7, 12, 15):
+        for first in (0, 1, n // 2):
+            def task(team, n=n, first=first):
+                return list(shared(Numbers(n), torch.arange(n).split(1), named, team=team,
+                                   first=first, each=each))
+            found = together(size, task)
+            assert found == [[([], (b, [b], b)) for b in range(first, n)]] * size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_files_that_cannot_be_decoded_are_known_to_every_process(size, capsys):
+    images, parts = Numbers(7, broken=(1, 2, 3)), torch.arange(7).split(2)
+
+    def counted(team):
+        progress = Progress(team)
+        found = progress.count(images, parts, lambda index, x: {"x": x.flatten().tolist()},
+                               whole=False)
+        return found["x"], progress.skipped
+    assert together(size, counted) == [([0, 4, 5, 6], [1, 2, 3])] * size
+    assert capsys.readouterr().err.count("cannot be decoded, skipped") == 3
+    with pytest.raises(UserError, match="cannot now"):
+        Progress().count(images, parts, lambda index, x: {})
+    with pytest.raises(UserError, match="none of its 2 images"):
+        Progress().count(Numbers(2, broken=(0, 1)), torch.arange(2).split(2), None, whole=False)
+
+
+def test_what_is_random_belongs_to_the_batch():
+    images, parts = Numbers(6), torch.arange(6).split(2)
+    generator = torch.Generator().manual_seed(7)
+
+    def drawn(index, x):
+        return {"u": torch.rand(2, generator=generator).tolist()}
+    whole = Progress().count(images, parts, drawn, generators=[generator])["u"]
+    assert whole[:2] == torch.rand(2, generator=torch.Generator().manual_seed(7)).tolist()
+    assert len(set(whole)) == 6  # batches differ
+    assert generator.initial_seed() == 7
+    for b in range(3):
+        at_batch(generator, 7, b)
+        assert torch.rand(2, generator=generator).tolist() == whole[2 * b:2 * b + 2]
+    for seed in (0, 2 ** 62):
+        at_batch(generator, seed, 10 ** 6)
+
+
+def test_results_are_added_by_their_form():
+    one = {"n": 1, "after": [1], "largest": 0.5, "by": {"3": 1}}
+    two = {"n": 2, "after": [2, 3], "largest": 0.2, "by": {"3": 4, "5": 1}}
+    assert added(added({}, one), two) == {"n": 3, "after": [1, 2, 3], "largest": 0.5,
+                                          "by": {"3": 5, "5": 1}}
+    assert one["n"] == 1 and one["after"] == [1]
+
+
+def test_a_first_process_that_refuses_says_so_in_all():
+    def refusing(team):
+        def make():
+            raise UserError("no")
+        try:
+            team.from_first(make)
+        except UserError as error:
+            return str(error)
+    assert together(3, refusing) == ["no"] * 3
+    assert together(3, lambda team: team.from_first(lambda: team.rank + 5)) == [5] * 3
+
+
+# ------------------------------------------------------------------ images that stream
+
+@pytest.fixture
+def photographs(tmp_path, picture):
+    for i in range(12):
+        picture(tmp_path / "val" / "n01440764" / f"{i:02}.png", 32, 32, seed=i)
+    (tmp_path / "val" / "n01440764" / "05.png").write_bytes(b"no picture")
+    return open_images(str(tmp_path / "val"), split="test").prepared(32, None)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_short_list_is_decoded_once_and_a_long_one_is_only_checked(
+        photographs, size, monkeypatch, capsys):
+    small = together(size, lambda team: at_hand(photographs, workers=0, team=team))
+    assert "do not stay in memory" not in capsys.readouterr().out
+    monkeypatch.setattr(cells, "IN_MEMORY", 11 * 3 * 32 * 32)
+    long = together(size, lambda team: at_hand(photographs, workers=0, team=team))
+    assert "12 images of 32 pixels do not stay in memory" in capsys.readouterr().out
+    wanted = [name for name in photographs.names if "05" not in name]
+    for images in (*small, *long):
+        assert list(images.names) == wanted and len(images.labels) == 11
+        assert images.skipped == ("n01440764/05.png",)
+        assert images.sha256() == small[0].sha256()
+    assert all(images.pixels is None for images in long)
+    for images in small:
+        assert torch.equal(images.pixels, torch.stack([long[0][i] for i in range(11)]))
+
+
+class Mean(torch.nn.Module):
+    """Logits that depend on the colours of the image."""
+
+    def forward(self, x):
+        return torch.cat([x.mean((2, 3)), 1 - x.mean((2, 3))], 1)
+
+
+def test_a_streamed_list_gives_the_cells_of_one_in_memory_and_never_holds_more_than_two_batches(
+        photographs, monkeypatch):
+    made, most = [], [0]
+
+    def tracked(items):
+        good, x = stack(items)
+        made.append(weakref.ref(x))
+        most[0] = max(most[0], sum(batch() is not None for batch in made))
+        return good, x
+    small = at_hand(photographs, workers=0, team=Team())
+    monkeypatch.setattr(cells, "IN_MEMORY", 0)
+    monkeypatch.setattr(cells, "stack", tracked)
+    streamed = at_hand(photographs, workers=0, team=Team())
+    attack = measure.Attack("", "linf", 0.1, lambda model, x, y, generator, report: (
+        x + 0.1 * torch.rand(x.shape, generator=generator)).clamp(0, 1))
+    found = []
+    for images in (small, streamed):
+        before = measure.times_right_on(Mean(), images, draws=1, batch_size=2, device=CPU)
+        before[::2] = 1
+        cell = measure.run_cell(attack, Mean(), Mean(), images, before, draws=1, batch_size=2,
+                                generator=torch.Generator().manual_seed(0), device=CPU, desc="")
+        found.append(cell | {"seconds": 0})
+    assert found[0] == found[1]
+    assert len(made) > 10 and 1 <= most[0] <= 2
+
+
+# ------------------------------------------------------------------ networks of ours
+
+def _train(home):
+    torch.hub.set_dir(home)
+
+    def train(model, *args):
+        with open(f"{home}/trained", "a") as file:
+            file.write("once\n")
+        time.sleep(0.5)
+    models.train_small = train
+    models.load_model("mlp", kind="digits", data_dir="digits")
+
+
+def test_of_several_processes_one_trains_a_network_that_is_not_there_yet(tmp_path):
+    fork = get_context("fork")
+    processes = [fork.Process(target=_train, args=(str(tmp_path),)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "trained").read_text() == "once\n"
