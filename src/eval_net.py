@@ -19,7 +19,7 @@ attacker. Every cell is saved when it is done; the same command continues where 
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import attacks
 from utils import data, finished, measure, models, predictions, report_nets, uaps
+from utils.attack.chance import numbered
 from utils.augment import OPS
 from utils.cli import Parser, at_least, radius, run_script
 from utils.defenses import adaptive, defend, describe, is_random
@@ -35,7 +36,7 @@ from utils.errors import UserError
 from utils.run import RunFolder, make_generator, provenance, resolve_device, save_json, settled
 
 ATTACKS = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest")
-AUGMENTED = 100  # images that are augmented at once: their random numbers depend on it
+BLOCK = 100  # images that are corrupted at once: the random numbers of a corruption are theirs
 
 
 # ---------------------------------------------------------------- what is measured
@@ -53,24 +54,29 @@ def linf_attacks(eps, queries, classes=10, random=False):
 
 
 @torch.no_grad()
-def accuracy_cell(model, images, operations, *, generator, batch_size, device, workers):
+def accuracy_cell(model, images, operations, *, batch_size, chance, device, workers):
     """How many images are classified correctly: clean, and under each of {name: operation}."""
     right, n = dict.fromkeys(("clean", *operations), 0), 0
     with tqdm(total=len(images), desc="accuracy", unit="img", leave=False, disable=None) as bar:
-        for index, x in data.batches(images, batch_size, workers=workers, skipped=[]):
+        for index, x in data.batches(images, BLOCK, workers=workers, skipped=[]):
             x, y = data.to_float(x.to(device)), images.labels[index].to(device)
-            for name in right:
-                z = x if name == "clean" else operations[name](x, generator=generator)
-                right[name] += int((model(z).argmax(1) == y).sum())
+            for k, name in enumerate(right):
+                own = chance[index].fold(k)
+                drawn = make_generator(own.fold(int(index[0]) // BLOCK).seed)
+                z = x if name == "clean" else operations[name](x, generator=drawn)
+                right[name] += sum(
+                    int(measure.times_right(model, z[part], y[part], 1, own[part]).sum())
+                    for part in torch.arange(len(y)).split(batch_size))
             n += len(y)
             bar.update(len(y))
     return {"n": n, "right": right}
 
 
-def fooling_cell(model, images, delta, device):
+def fooling_cell(model, images, delta, chance, device):
     """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
-    before, after = (measure.predictions([model], images.pixels, device, delta=d)
-                     for d in (None, delta))
+    before, after = (measure.predictions([model], images.pixels, device, delta=d,
+                                         chance=chance.fold(k))
+                     for k, d in ((measure.BEFORE, None), (measure.AFTER, delta)))
     return {"n": len(images), "fooled": int((after != before).sum())}
 
 
@@ -91,10 +97,11 @@ class Tested:
     def defense(self):
         return self.facts.get("defense", "none")
 
-    def behind(self, generator):
-        """The network behind its defence, which draws from the generator."""
-        return defend(self.model, self.defense, size=self.target.size, low=self.facts.get("low"),
-                      generator=generator).eval()
+    @cached_property
+    def defended(self):
+        """The network behind its defence."""
+        return defend(self.model, self.defense, size=self.target.size,
+                      low=self.facts.get("low")).eval()
 
     def draws(self, s):
         return s.draws if is_random(self.defense) else 1
@@ -113,18 +120,16 @@ class Tested:
     def clean_cell(self, images, s):
         """The cell of no attack at all: in how many forward passes each image is right."""
         before = measure.times_right_on(
-            self.behind(make_generator(s.seed)), images, draws=self.draws(s),
-            batch_size=s.batch_size, device=s.device).tolist()
+            self.defended, images, draws=self.draws(s), batch_size=s.batch_size,
+            chance=numbered(s.seed, len(images)), device=s.device).tolist()
         return {"n": len(images), "draws": self.draws(s), "before": before, "after": before}
 
     def attack_cell(self, attack, images, before, s):
         """The cell of one attack by the adaptive attacker, measured behind the defence."""
-        generator = make_generator(s.seed)  # one for the attack and the defence
-        model = self.behind(generator)
         return measure.run_cell(
-            attack, adaptive(model, s.draws), model, images, torch.tensor(before),
-            draws=self.draws(s), batch_size=s.batch_size, generator=generator, device=s.device,
-            desc=f"{self.name} {attack.title}")
+            attack, adaptive(self.defended, s.draws), self.defended, images, torch.tensor(before),
+            draws=self.draws(s), batch_size=s.batch_size, chance=numbered(s.seed, len(images)),
+            device=s.device, desc=f"{self.name} {attack.title}")
 
 
 def missing_cells(net, images, in_memory, perturbations, done, s):
@@ -143,13 +148,13 @@ def missing_cells(net, images, in_memory, perturbations, done, s):
     if key not in done and (s.corruptions or not s.attacks):
         shown = in_memory(at) if s.attacks or perturbations else images.prepared(at, None)
         yield key, accuracy_cell(
-            net.behind(make_generator(s.seed)), shown, OPS if s.corruptions else {},
-            generator=make_generator(s.seed), batch_size=min(s.batch_size, AUGMENTED),
-            device=s.device, workers=s.workers)
+            net.defended, shown, OPS if s.corruptions else {}, batch_size=s.batch_size,
+            chance=numbered(s.seed, len(shown)), device=s.device, workers=s.workers)
     for uap in perturbations:
         if own + f"uap {uap.name}" not in done:
-            yield own + f"uap {uap.name}", fooling_cell(net.behind(make_generator(s.seed)),
-                                                        in_memory(at), uap.delta, s.device)
+            yield own + f"uap {uap.name}", fooling_cell(
+                net.defended, in_memory(at), uap.delta, numbered(s.seed, len(in_memory(at))),
+                s.device)
 
 
 def named_networks(s):
@@ -184,10 +189,9 @@ def open_all(named, images, s):
         model = model.to(memory_format=torch.channels_last)  # the faster on photographs
         zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
         facts = facts if folder else {}
-        tested = Tested(name, target, model, model(zero).shape[1],
-                        s.eps or finished.linf_radius(facts, images.kind), facts, folder)
-        tested.behind(make_generator(s.seed))  # says now if the defence cannot be built
-        networks.append(tested)
+        networks.append(Tested(name, target, model, model(zero).shape[1],
+                               s.eps or finished.linf_radius(facts, images.kind), facts, folder))
+        _ = networks[-1].defended  # says now if the defence cannot be built
     return networks
 
 

@@ -19,9 +19,11 @@ import torch
 from tqdm import tqdm
 
 from utils import defenses, draw, finished, run
+from utils.attack.chance import Chance, chance_of
+from utils.attack.telling import telling
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, batches, opened, to_float
-from utils.measure import UapCounts, class_name
+from utils.measure import AFTER, BEFORE, UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.report_uaps import flat, report
@@ -40,12 +42,15 @@ def count(models, deltas, images, aims, s, device):
     with tqdm(total=len(images), desc="evaluate", unit="img", disable=None) as bar:
         for index, pixels in batches(images, s.batch_size, workers=s.workers, skipped=skipped):
             x, y = to_float(pixels.to(device)), images.labels[index].to(device)
+            own = chance_of(Chance(s.seed, index), x)
             for m, model in models.items():
-                clean = model(x)
-                again = model(x) if defenses.is_random(s.defense) else None
+                with telling(own.fold(BEFORE)):
+                    clean = model(x)
+                    again = model(x) if defenses.is_random(s.defense) else None
                 for u, (delta, delta8) in pairs.items():
-                    adv = model((x + delta).clamp_(0, 1))
-                    adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
+                    with telling(own.fold(AFTER)):  # of every perturbation
+                        adv = model((x + delta).clamp_(0, 1))
+                        adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
                     counts[u, m].add(clean, adv, adv8, y, again)
             bar.update(len(x))
     return counts, skipped
@@ -129,7 +134,7 @@ def load_networks(s, targets, images, device):
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
         networks.setdefault(target.geometry, {})[target.name] = defenses.defend(
             model if s.amp == "off" else Fast(model, s.amp, "contiguous"), s.defense,
-            size=target.size, generator=run.make_generator(s.seed))
+            size=target.size)
     return networks
 
 

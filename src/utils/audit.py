@@ -9,7 +9,9 @@ printed in every report; they were set before anything was measured.
 import torch
 
 from utils.attack.balls import norm_of
+from utils.attack.chance import chance_of
 from utils.attack.core import Tally, cross_entropy, forward, gradient
+from utils.attack.telling import telling
 from utils.data import to_float
 
 POINTS = 0.05      # by how much of attack_robustness one attack must beat another
@@ -33,7 +35,7 @@ def ascent(losses):
     return (change.sum(0) / change.abs().sum(0).clamp_min(1e-30)).mean().item()
 
 
-def twin_differences(model, twin, images, batch_size, device):
+def twin_differences(model, twin, images, chance, batch_size, device):
     """Forward passes and input gradients of a defended network and its undefended twin, compared.
 
     -> {changed: share of predictions that differ, logits: largest difference of a logit,
@@ -43,12 +45,13 @@ def twin_differences(model, twin, images, batch_size, device):
     changed, logits, agree, factor = 0, 0.0, [], []
     for index in torch.arange(len(images)).split(batch_size):
         x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
-        with torch.no_grad():
-            ours, theirs = forward(model, x, y), forward(twin, x, y)
+        with telling(chance_of(chance[index], x)):
+            with torch.no_grad():
+                ours, theirs = forward(model, x, y), forward(twin, x, y)
+            g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]
+                    for each in (model, twin))
         changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
         logits = max(logits, (ours - theirs).abs().max().item())
-        g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]
-                for each in (model, twin))
         both = ((g != 0) & (h != 0)).flatten(1)
         same = (both & (g.sign() == h.sign()).flatten(1)).sum(1) / both.sum(1).clamp_min(1)
         agree += same.tolist()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils import finished
+from utils.attack.chance import numbered
 from utils.audit import twin_differences
 from utils.data import PRESETS, Images, load, opened
 from utils.defenses import defend, is_random
@@ -14,7 +15,6 @@ from utils.errors import UserError
 from utils.measure import times_right_on
 from utils.models import targets_of
 from utils.precision import Fast
-from utils.run import make_generator
 
 
 @dataclass(eq=False)
@@ -34,11 +34,15 @@ class Network:
         if self.s.amp != "off":
             self.fast = Fast(self.model, self.s.amp, "channels_last")
 
-    def behind(self, defense, w, generator=None, fast=False):
-        """The network, or its fast copy, behind a defence that draws from the generator."""
+    @property
+    def chance(self):
+        """The random numbers of its images, on the CPU."""
+        return numbered(self.s.seed, len(self.images))
+
+    def behind(self, defense, w, fast=False):
+        """The network, or its fast copy, behind a defence."""
         return defend(self.fast if fast else self.model, defense, size=self.size, w=w,
-                      generator=generator or make_generator(self.s.seed), epsilon=self.s.epsilon,
-                      low=self.s.low)
+                      epsilon=self.s.epsilon, low=self.s.low)
 
     @cached_property
     def classes(self):
@@ -57,12 +61,12 @@ class Network:
         if (defense, w) not in self.before:
             self.before[defense, w] = times_right_on(
                 self.behind(defense, w), self.images, draws=self.draws(defense),
-                batch_size=self.s.batch_size, device=self.device)
+                batch_size=self.s.batch_size, chance=self.chance, device=self.device)
         return self.before[defense, w]
 
     def differences(self, defense, w):
         """What the defence changes in forward passes and gradients: of twin_differences."""
-        return twin_differences(self.behind(defense, w), self.model, self.images,
+        return twin_differences(self.behind(defense, w), self.model, self.images, self.chance,
                                 self.s.batch_size, self.device)
 
 

@@ -12,24 +12,29 @@ A *cell* is one attack by one attacker on one network. What the attack returns i
 the network that it was meant for: an image counts as fooled if that network is wrong about it and
 the image lies in the ball and in [0, 1]. Networks with a random defence classify every image
 `draws` times. A cell keeps, image by image, in how many of these draws the network was right before
-and after; all figures, and worst cases, are made from that.
+and after; all figures, and worst cases, are made from that. An image's random numbers depend on the
+seed and on its place in the list of images alone: `chance`, a Chance of all images.
 """
 
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 from utils.attack.balls import norm_of
+from utils.attack.chance import chance_of
+from utils.attack.telling import telling
 from utils.audit import ascent
 from utils.data import to_float
 from utils.precision import synchronize
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 COUNTED = ("zero_gradient", "gradients", "queries")  # of the attacks' reports
+BEFORE, ATTACK, AFTER = range(3)  # independent streams of an image's random numbers
 
 
 def wilson(k, n):
@@ -49,14 +54,18 @@ def share(k, n):
 
 
 @torch.no_grad()
-def predictions(models, pixels, device, *, delta=None, batch_size=50):
-    """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8."""
+def predictions(models, pixels, device, *, delta=None, chance=None, batch_size=50):
+    """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8.
+
+    chance: what random layers draw from, None: from their own generators.
+    """
     found = []
-    for batch in pixels.split(batch_size):
-        x = to_float(batch.to(device))
+    for index in torch.arange(len(pixels)).split(batch_size):
+        x = to_float(pixels[index].to(device))
         if delta is not None:
             x = (x + delta.to(device)).clamp_(0, 1)
-        found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
+        with nullcontext() if chance is None else telling(chance_of(chance[index], x)):
+            found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
     return torch.cat(found, 1)
 
 
@@ -64,7 +73,8 @@ def predictions(models, pixels, device, *, delta=None, batch_size=50):
 
 @dataclass(frozen=True)
 class Attack:
-    """run(model, x, y, generator=, report=) -> images, and the ball that they must lie in.
+    """run(model, x, y, generator=, report=) -> images, and the ball that they must lie in. The
+    generator is a Chance.
 
     follow: whether the cell keeps the mean of the loss at each step, from the attack's report.
     """
@@ -76,21 +86,21 @@ class Attack:
 
 
 @torch.no_grad()
-def times_right(model, x, y, draws):
+def times_right(model, x, y, draws, chance):
     """In how many of `draws` forward passes on x (n, C, H, W) the model says y: (n,) int64, CPU."""
-    return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
+    with telling(chance_of(chance, x)):
+        return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
 
 
-def times_right_on(model, images, *, draws, batch_size, device):
-    """The same for all images in memory, (N,)."""
+def times_right_on(model, images, *, draws, batch_size, chance, device):
+    """The same for all images in memory, (N,), before an attack."""
     return torch.cat([
         times_right(model, to_float(images.pixels[index].to(device)),
-                    images.labels[index].to(device), draws)
+                    images.labels[index].to(device), draws, chance[index].fold(BEFORE))
         for index in torch.arange(len(images)).split(batch_size)])
 
 
-def run_cell(attack, attacker, model, images, before, *, draws, batch_size, generator, device,
-             desc):
+def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chance, device, desc):
     """The attack on `attacker`, measured on `model`, for the images with before (N,) > 0.
 
     -> what results.json keeps: before and after as lists of counts, seconds of the attack alone,
@@ -103,14 +113,15 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, gene
               disable=None) as bar:
         for index in (before > 0).nonzero()[:, 0].split(batch_size) if before.any() else ():
             x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
-            report = {}
+            own, report = chance[index], {}
             synchronize(device)
             start = time.perf_counter()
-            x_adv = attack.run(attacker, x, y, generator=generator, report=report)
+            x_adv = attack.run(attacker, x, y, generator=own.fold(ATTACK), report=report)
             synchronize(device)
             seconds += time.perf_counter() - start
             allowed = in_ball(x, x_adv, attack, audit)
-            after[index] = torch.where(allowed, times_right(model, x_adv, y, draws), before[index])
+            right = times_right(model, x_adv, y, draws, own.fold(AFTER))
+            after[index] = torch.where(allowed, right, before[index])
             for key in COUNTED:
                 counts[key] += int(torch.as_tensor(report.get(key, 0)).sum())
             if attack.follow and "losses" in report:

@@ -3,8 +3,10 @@
 import torch
 from tqdm import tqdm
 
+from utils.attack.chance import Chance, chance_of
+from utils.attack.telling import telling
 from utils.data import CIFAR10, DIGITS, batches, open_images, to_float
-from utils.run import make_generator, save_csv
+from utils.run import save_csv
 
 NAMES = {"cifar10": CIFAR10, "mnist": DIGITS, "digits": DIGITS}  # of unlabelled images
 
@@ -22,8 +24,7 @@ def save_predictions(folder, networks, shown, s):
     """
     rows = []
     for net, images in zip(networks, shown, strict=True):
-        found = predicted(net.behind(make_generator(s.seed)),
-                          images.prepared(net.target.geometry, None), s, net.name)
+        found = predicted(net.defended, images.prepared(net.target.geometry, None), s, net.name)
         names = net.facts.get("classes") or net.target.classes or images.known_classes \
             or NAMES.get(images.kind, ())
         rows += rows_of(net.name, images, *found, names if len(names) == net.classes else ())
@@ -36,12 +37,14 @@ def save_predictions(folder, networks, shown, s):
 def predicted(model, images, s, desc):
     """Class (N,) int64 and its probability (N,) of every image; -1 where it cannot be decoded.
 
-    s: batch_size, workers, device.
+    s: batch_size, seed, workers, device.
     """
     classes, shares = torch.full((len(images),), -1), torch.zeros(len(images))
     with tqdm(total=len(images), desc=desc, unit="img", leave=False, disable=None) as bar:
         for index, x in batches(images, s.batch_size, workers=s.workers, skipped=[]):
-            top = model(to_float(x.to(s.device))).softmax(1).max(1)
+            x = to_float(x.to(s.device))
+            with telling(chance_of(Chance(s.seed, index), x)):
+                top = model(x).softmax(1).max(1)
             classes[index], shares[index] = top.indices.cpu(), top.values.cpu()
             bar.update(len(index))
     return classes, shares
