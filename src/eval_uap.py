@@ -19,11 +19,9 @@ import torch
 from tqdm import tqdm
 
 from utils import defenses, draw, finished, run
-from utils.attack.chance import Chance, chance_of
-from utils.attack.telling import telling
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, batches, opened, to_float
-from utils.measure import AFTER, BEFORE, UapCounts, class_name
+from utils.measure import UapCounts, class_name, logits_under
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.report_uaps import flat, report
@@ -38,19 +36,14 @@ def count(models, deltas, images, aims, s, device):
     counts = {(u, m): UapCounts(aims[u]) for u in deltas for m in models}
     pairs = {u: [None if d is None else d.to(device) for d in (delta, rounded(delta))]
              for u, delta in deltas.items()}
-    skipped = []
+    skipped, random = [], defenses.is_random(s.defense)
     with tqdm(total=len(images), desc="evaluate", unit="img", disable=None) as bar:
         for index, pixels in batches(images, s.batch_size, workers=s.workers, skipped=skipped):
             x, y = to_float(pixels.to(device)), images.labels[index].to(device)
-            own = chance_of(Chance(s.seed, index), x)
             for m, model in models.items():
-                with telling(own.fold(BEFORE)):
-                    clean = model(x)
-                    again = model(x) if defenses.is_random(s.defense) else None
-                for u, (delta, delta8) in pairs.items():
-                    with telling(own.fold(AFTER)):  # of every perturbation
-                        adv = model((x + delta).clamp_(0, 1))
-                        adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
+                clean, again, found = logits_under(model, x, pairs.values(), seed=s.seed,
+                                                   index=index, again=random)
+                for u, (adv, adv8) in zip(pairs, found, strict=True):
                     counts[u, m].add(clean, adv, adv8, y, again)
             bar.update(len(x))
     return counts, skipped

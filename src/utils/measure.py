@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from utils.attack.balls import norm_of
-from utils.attack.chance import chance_of
+from utils.attack.chance import Chance, chance_of
 from utils.attack.telling import telling
 from utils.audit import ascent
 from utils.data import to_float
@@ -170,6 +170,21 @@ def worst_of(cells):
 
 
 # --------------------------------------------------------------- universal perturbations
+
+def logits_under(model, x, pairs, *, seed, index, again):
+    """Logits (n, K) of images x (n, C, H, W): of the clean ones, of these once more, or None, and
+    [adv, adv8] for each of the pairs of perturbations; None has none.
+
+    index (n,): where the images stand in the list. Random layers draw the same for every pair.
+    """
+    own, found = chance_of(Chance(seed, index), x), []
+    with telling(own.fold(BEFORE)):
+        clean, once_more = model(x), model(x) if again else None
+    for pair in pairs:
+        with telling(own.fold(AFTER)):
+            found.append([None if d is None else model((x + d).clamp_(0, 1)) for d in pair])
+    return clean, once_more, found
+
 
 @dataclass
 class UapCounts:
