@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from attack_others import ALPHA, EPS, foolbox, installed, positive, pyautoattack
 from attacks import apgd, fgsm, pgd, square
+from utils.attack.chance import numbered
 from utils.cli import Parser, at_least, run_script
 from utils.data import default_workers, load, open_images
 from utils.errors import UserError
@@ -46,7 +47,6 @@ from utils.models import describe_weights, input_size, load_model
 from utils.report import csv_columns, markdown, percent, protocol
 from utils.run import (
     RunFolder,
-    make_generator,
     provenance,
     resolve_device,
     save_csv,
@@ -91,8 +91,9 @@ class Pair:
 
 
 def seeded(attack, model, x, y, *, generator, report):
-    """Another library's attack(model, x, y), which draws from the global generator."""
-    torch.manual_seed(int(torch.randint(2 ** 31, (), generator=generator)))
+    """Another library's attack(model, x, y), which draws from the global generator: seeded by the
+    numbers of the first image of the batch."""
+    torch.manual_seed(int(generator[:1].integers(2 ** 31)))
     return attack(model, x, y)
 
 
@@ -132,7 +133,7 @@ def cell_of(model, images, right, pair, side, args, device, desc):
     """One attack of one side on the images of `right` (n,) -> what results.json keeps."""
     attack = pair.ours if side == "ours" else pair.other
     cell = run_cell(attack, model, model, images, right, draws=1, batch_size=args.batch_size,
-                    generator=make_generator(args.seed), device=device, desc=desc)
+                    chance=numbered(args.seed, len(images)), device=device, desc=desc)
     if side == "other":  # no reports
         cell = {key: value for key, value in cell.items() if key not in COUNTED}
     return {"side": side, "library": "ours" if side == "ours" else pair.library, **cell}
@@ -241,7 +242,8 @@ def prepare(args, device):
         if size not in in_memory:
             in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)
         sized = in_memory[size]
-        right = times_right_on(model, sized, draws=1, batch_size=args.batch_size, device=device)
+        right = times_right_on(model, sized, draws=1, batch_size=args.batch_size, device=device,
+                               chance=numbered(args.seed, len(sized)))
         if not right.any():
             raise UserError(f"{name} gets none of these images right: nothing to attack; type "
                             "--weights of a trained network")

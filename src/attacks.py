@@ -18,10 +18,11 @@ The contract. x (N, ...) float32 or float64 in [0, 1], y (N,) int64: the labels 
 targeted=True the classes to reach. The result is detached, within eps and [0, 1], of x's shape,
 dtype and device; x, the weights, every `.grad`, flag, buffer and mode of the model and the global
 RNG are as before (the attack itself runs in eval mode). Losses are summed over images, and every
-image has its own random numbers, so that its result does not depend on the others in the batch:
-`generator` gives one seed per image (or is a list with one generator per image). Every attack takes
-one, and attacks that draw nothing ignore it; None means seed 0, the same at every call. If the
-model is a plain function, modes and eots inside it are not seen.
+image has random numbers of its own, also in random layers (ResizePad), so that its result does not
+depend on the others in the batch. `generator`: a torch.Generator, from which every call takes one
+seed, while images are numbered 0 .. N - 1; None: seed 0, the same at every call; or a Chance(seed,
+indices (N,)), with which an image has the same result in any batch of a data set. If the model is a
+plain function, modes and eots inside it are not seen.
 
 `report`, a dict, is filled with what the result alone does not show: `zero_gradient` (N,), True
 where every gradient was zero in all entries (such an image was not attacked, it is returned at its
@@ -48,6 +49,7 @@ from utils.attack.balls import (
     sparse_sign,
     unit,
 )
+from utils.attack.chance import Chance, chance_of
 from utils.attack.core import (
     Tally,
     ascend,
@@ -58,14 +60,14 @@ from utils.attack.core import (
     margin,
     measure,
     one_of,
-    own_generators,
     two_or_more,
 )
 from utils.attack.square import square
+from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
-__all__ = ["apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step", "mim",
-           "pgd", "square", "strongest", "strongest_title", "worst_case"]
+__all__ = ["Chance", "apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step",
+           "mim", "pgd", "square", "strongest", "strongest_title", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
@@ -122,7 +124,7 @@ def _put(whole, row, part):
 def fgsm(model, x, y, *, eps, targeted=False, loss="ce", generator=None, report=None):
     """x + eps * sign(gradient of the loss), in the Linf ball of radius eps."""
     return bim(model, x, y, eps=eps, alpha=eps, steps=1, targeted=targeted, loss=loss,
-               report=report)
+               generator=generator, report=report)
 
 
 def fgs_step(x, g, eps):
@@ -150,7 +152,8 @@ def bim(model, x, y, *, eps, alpha, steps, targeted=False, loss="ce", stop_early
         generator=None, report=None):
     """Basic iterative method: pgd in Linf that starts at x."""
     return pgd(model, x, y, eps=eps, alpha=alpha, steps=steps, random_start=False,
-               targeted=targeted, loss=loss, stop_early=stop_early, report=report)
+               targeted=targeted, loss=loss, stop_early=stop_early, generator=generator,
+               report=report)
 
 
 @attack
@@ -192,15 +195,15 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
     if restarts > 1 and not random_start:
         raise UserError(f"restarts={restarts} are all the same without a random start; type "
                         "random_start=True or restarts=1")
-    own = own_generators(generator, len(x)) if random_start else []
+    own = chance_of(generator, x)
     best, fooled = x, torch.zeros(len(x), dtype=torch.bool, device=x.device)
     value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
-    for _ in range(restarts):
+    for k in range(restarts):
         who = (~(fooled & stop_early)).nonzero()[:, 0]
         if not len(who):
             break
         x0, y0 = x[who], y[who]
-        start = nearest(x0 + random_point(x0, eps, norm, [own[i] for i in who.tolist()]), x0, eps,
+        start = nearest(x0 + random_point(x0, eps, norm, own[who].fold(k)), x0, eps,
                         norm) if random_start else x0
         x_adv = _climb(model, x0, y0, start, who, steps=steps, alpha=alpha,
                        direction=lambda g, _, at: move(g, at),
@@ -209,7 +212,7 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
         if restarts == 1:
             best = x_adv
             break
-        f, hit = measure(model, x_adv, y0, climbed, targeted)
+        f, hit = measure(model, x_adv, y0, climbed, targeted, index=who)
         worse = (hit & ~fooled[who]) | ((hit == fooled[who]) & (f > value[who]))
         best = _put(best, who, torch.where(column(worse, x), x_adv, best[who]))
         value[who], fooled[who] = torch.where(worse, f, value[who]), fooled[who] | hit
@@ -300,7 +303,8 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         hit_at[who], end_at[who] = torch.where(hit, t, hit_at[who]), t
         good = (hit & (size2 < norm2[who])).nonzero()[:, 0]
         if judge is not None and len(good):
-            gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted)
+            gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted,
+                                        index=who[good])
             good = good[fooled & (gap_there >= confidence)]
         found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
         best = torch.minimum(best, size2 - c * gap)
@@ -351,7 +355,7 @@ def strongest(model, x, y, *, eps, queries=1000, targeted=False, generator=None,
     """
     result, found, blind = x, {}, torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if len(x):
-        with torch.no_grad():
+        with torch.no_grad(), telling(chance_of(None, x[:1])):  # not among an image's draws
             classes = forward(model, x[:1], y[:1]).shape[1]
         result, found, blind = _in_turn(model, x, y, _strongest(classes, eps, queries), targeted,
                                         generator)
@@ -382,18 +386,18 @@ def _strongest(classes, eps, queries):
 
 def _in_turn(model, x, y, attacks, targeted, generator):
     """What worst_case returns; its report; whose gradients (N,) were all zero, in all attacks."""
-    own, result, found = own_generators(generator, len(x)), x.clone(), {}
+    own, result, found = chance_of(generator, x), x.clone(), {}
     more = {"targeted": True} if targeted else {}
     alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
     seen, moved = torch.zeros_like(alive), torch.zeros_like(alive)
-    for name, run in attacks.items():
+    for k, (name, run) in enumerate(attacks.items()):
         who, one = alive.nonzero()[:, 0], {}
         fooled = alive[who]
         if len(who):
-            x_adv = run(model, x[who], y[who], generator=[own[i] for i in who.tolist()],
-                        report=one, **more)
+            with passing(who):
+                x_adv = run(model, x[who], y[who], generator=own[who].fold(k), report=one, **more)
             x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 gives a mask as well
-            fooled = measure(model, x_adv, y[who], margin, targeted)[1]
+            fooled = measure(model, x_adv, y[who], margin, targeted, index=who)[1]
             result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
         blind = one.pop("zero_gradient", torch.zeros_like(fooled))
         if one.get("gradients"):

@@ -20,7 +20,7 @@ continues where it was stopped. torchrun shares the images among processes.
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import attacks
 from utils import data, finished, measure, models, predictions, report_nets, run, uaps
+from utils.attack.chance import numbered
 from utils.augment import OPS
 from utils.cells import Progress, at_hand
 from utils.cli import Parser, at_least, radius, run_script
@@ -38,7 +39,6 @@ from utils.halving import Halving
 from utils.team import join_to_count
 
 ATTACKS = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest")
-AUGMENTED = 100  # images that are augmented at once: their random numbers depend on it
 
 
 # ---------------------------------------------------------------- what is measured
@@ -72,10 +72,11 @@ class Tested:
     def defense(self):
         return self.facts.get("defense", "none")
 
-    def behind(self, generator):
-        """The network behind its defence, which draws from the generator."""
-        return defend(self.model, self.defense, size=self.target.size, low=self.facts.get("low"),
-                      generator=generator).eval()
+    @cached_property
+    def defended(self):
+        """The network behind its defence."""
+        return defend(self.model, self.defense, size=self.target.size,
+                      low=self.facts.get("low")).eval()
 
     def draws(self, s):
         return s.draws if is_random(self.defense) else 1
@@ -93,21 +94,19 @@ class Tested:
 
     def clean_cell(self, images, s, progress):
         """The cell of no attack at all: in how many forward passes each image is right."""
-        generator = run.make_generator(s.seed)
         before = measure.times_right_on(
-            self.behind(generator), images, draws=self.draws(s), batch_size=s.batch_size,
-            device=s.device, workers=s.workers, generators=[generator], progress=progress,
-            cell=f"{self.name} clean").tolist()
+            self.defended, images, draws=self.draws(s), batch_size=s.batch_size,
+            chance=numbered(s.seed, len(images)), device=s.device, workers=s.workers,
+            progress=progress, cell=f"{self.name} clean").tolist()
         return {"n": len(images), "draws": self.draws(s), "before": before, "after": before}
 
     def attack_cell(self, attack, images, before, s, progress):
         """The cell of one attack by the adaptive attacker, measured behind the defence."""
-        generator = run.make_generator(s.seed)  # one for the attack and the defence
-        model = self.behind(generator)
         return measure.run_cell(
-            attack, adaptive(model, s.draws), model, images, torch.tensor(before),
-            draws=self.draws(s), batch_size=s.batch_size, generator=generator, device=s.device,
-            desc=f"{self.name} {attack.title}", workers=s.workers, progress=progress)
+            attack, adaptive(self.defended, s.draws), self.defended, images, torch.tensor(before),
+            draws=self.draws(s), batch_size=s.batch_size, chance=numbered(s.seed, len(images)),
+            device=s.device, desc=f"{self.name} {attack.title}", workers=s.workers,
+            progress=progress)
 
 
 def missing_cells(net, read_in, ready, perturbations, done, s, progress):
@@ -125,16 +124,14 @@ def missing_cells(net, read_in, ready, perturbations, done, s, progress):
     key = own + ("corruptions" if s.corruptions else "accuracy")
     if key not in done and (s.corruptions or not s.attacks):
         shown = ready(at) if s.attacks or perturbations else read_in(at)
-        generator = run.make_generator(s.seed)
         yield key, measure.accuracy_cell(
-            net.behind(generator), shown, OPS if s.corruptions else {}, generator=generator,
-            batch_size=min(s.batch_size, AUGMENTED), device=s.device, workers=s.workers,
+            net.defended, shown, OPS if s.corruptions else {}, batch_size=s.batch_size,
+            chance=numbered(s.seed, len(shown)), device=s.device, workers=s.workers,
             progress=progress, cell=key)
     for uap in perturbations:
         if (key := own + f"uap {uap.name}") not in done:
-            generator = run.make_generator(s.seed)
             yield key, measure.fooling_cell(
-                net.behind(generator), ready(at), uap.delta, s.device, generators=[generator],
+                net.defended, ready(at), uap.delta, numbered(s.seed, len(ready(at))), s.device,
                 workers=s.workers, progress=progress, cell=key)
 
 
@@ -170,10 +167,9 @@ def open_all(named, images, s):
         model = Halving(model.to(memory_format=torch.channels_last), name)  # faster on photographs
         zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
         facts = facts if folder else {}
-        tested = Tested(name, target, model, model(zero).shape[1],
-                        s.eps or finished.linf_radius(facts, images.kind), facts, folder)
-        tested.behind(run.make_generator(s.seed))  # says now if the defence cannot be built
-        networks.append(tested)
+        networks.append(Tested(name, target, model, model(zero).shape[1],
+                               s.eps or finished.linf_radius(facts, images.kind), facts, folder))
+        _ = networks[-1].defended  # says now if the defence cannot be built
     return networks
 
 

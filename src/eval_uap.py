@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from utils import defenses, draw, finished, run
+from utils.attack.chance import Chance, chance_of
+from utils.attack.telling import telling
 from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, cached, opened, to_float
 from utils.halving import Halving
-from utils.measure import UapCounts, class_name
+from utils.measure import AFTER, BEFORE, UapCounts, class_name
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.report_uaps import flat, report
@@ -32,7 +34,7 @@ from utils.uaps import digest, find_uaps, fit_size, read_uaps, rounded
 
 
 @torch.no_grad()
-def count(models, deltas, images, aims, s, device, progress, generators):
+def count(models, deltas, images, aims, s, device, progress):
     """One pass over the images. models {name: network}, deltas {name: perturbation (C, H, W)}, aims
     {name: class it steers to, or None} -> {(perturbation, network): UapCounts}
     """
@@ -41,29 +43,32 @@ def count(models, deltas, images, aims, s, device, progress, generators):
 
     def counted(index, x):
         x, y = to_float(x.to(device)), images.labels[index].to(device)
+        own = chance_of(Chance(s.seed, index), x)
         found = {u: {m: UapCounts(aims[u]) for m in models} for u in deltas}
         for m, model in models.items():
-            clean = model(x)
-            again = model(x) if defenses.is_random(s.defense) else None
+            with telling(own.fold(BEFORE)):
+                clean = model(x)
+                again = model(x) if defenses.is_random(s.defense) else None
             for u, (delta, delta8) in pairs.items():
-                adv = model((x + delta).clamp_(0, 1))
-                adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
+                with telling(own.fold(AFTER)):  # of every perturbation
+                    adv = model((x + delta).clamp_(0, 1))
+                    adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
                 found[u][m].add(clean, adv, adv8, y, again)
         return {u: {m: counts.state() for m, counts in own.items()} for u, own in found.items()}
     state = progress.count(
         images, torch.arange(len(images)).split(s.batch_size), counted, cell=str(images.geometry),
-        workers=s.workers, generators=generators, desc="evaluate", whole=False)
+        workers=s.workers, desc="evaluate", whole=False)
     return {(u, m): UapCounts(aims[u], **state[u][m]) for u in deltas for m in models}
 
 
-def measure(s, images, networks, fitted, aims, device, progress=None, generators=()):
+def measure(s, images, networks, fitted, aims, device, progress=None):
     """The counts of all networks {Geometry: {name: network}}; images are decoded once for each.
     -> {(perturbation, network): UapCounts}, names of skipped images
     """
     counts, progress = {}, progress or Progress()
     for geometry, models in networks.items():
-        counts |= count(models, fitted[geometry.size], images.prepared(geometry, None), aims, s,
-                        device, progress, generators)
+        counts |= count(models, fitted[geometry.size], read_in(geometry, images, s), aims, s,
+                        device, progress)
     return counts, [images.names[i] for i in progress.skipped]  # the same in every geometry
 
 
@@ -133,14 +138,14 @@ def settle(args):
     return s, images, note, targets, uaps, fitted
 
 
-def load_networks(s, targets, images, generators, device):
-    """{Geometry: {name: network behind its defence}}; each has a generator."""
+def load_networks(s, targets, images, device):
+    """{Geometry: {name: network behind its defence}}"""
     networks = {}
-    for target, generator in zip(targets, generators, strict=True):
+    for target in targets:
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
         model = model if s.amp == "off" else Fast(model, s.amp, "contiguous")
         networks.setdefault(target.geometry, {})[target.name] = defenses.defend(
-            Halving(model, target.name), s.defense, size=target.size, generator=generator)
+            Halving(model, target.name), s.defense, size=target.size)
     return networks
 
 
@@ -204,12 +209,11 @@ def main(args):
     team, device = join_to_count(run.resolve_device(args.device))
     s, images, note, targets, uaps, fitted = team.in_turn(lambda: settle(args))
     folder = team.in_turn(lambda: run.RunFolder(s.save, lock=team.first))
-    generators = [run.make_generator(s.seed) for _ in targets]
-    networks = load_networks(s, targets, images, generators, device)
+    networks = load_networks(s, targets, images, device)
     about, aims = facts(s, images, note, targets, device), {
         uap.name: aim(uap, images.kind) for uap in uaps}
     progress = Progress(team, folder / "partial.json", depends(s, about, images, fitted, aims))
-    counts, skipped = measure(s, images, networks, fitted, aims, device, progress, generators)
+    counts, skipped = measure(s, images, networks, fitted, aims, device, progress)
     about |= {"n": len(images) - len(skipped), "skipped": skipped, "processes": team.size}
     classes, first = images.known_classes, targets[0]
     rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 import attacks
 from utils import measure, models
+from utils.attack.chance import numbered
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import load, open_both, to_float
 from utils.errors import UserError
@@ -171,12 +172,12 @@ def stronger(model, images, s, device):
     runs = {
         "pgd40": partial(attacks.pgd, eps=eps, alpha=eps / 30, steps=40, stop_early=True),
         "strongest": partial(attacks.strongest, eps=eps, queries=s.queries)}
-    before = measure.times_right_on(model, images, draws=1, batch_size=EVAL_BATCH, device=device)
-    found = {}
+    same = {"draws": 1, "batch_size": EVAL_BATCH, "device": device,
+            "chance": numbered(0, len(images))}
+    before, found = measure.times_right_on(model, images, **same), {}
     for name, run in runs.items():
-        cell = measure.run_cell(
-            measure.Attack(name, "linf", eps, run), model, model, images, before, draws=1,
-            batch_size=EVAL_BATCH, generator=make_generator(0), device=device, desc=name)
+        cell = measure.run_cell(measure.Attack(name, "linf", eps, run), model, model, images,
+                                before, **same, desc=name)
         found[name] = measure.figures(cell)["attack_robustness"]
     return found
 
@@ -184,8 +185,10 @@ def stronger(model, images, s, device):
 def attacked_examples(model, images, s, device):
     """The first test images that are right before: x (clean, FGS, FGV), seen (predictions), y."""
     first = images.select(torch.arange(min(200, len(images))))
-    before = measure.times_right_on(model, first, draws=1, batch_size=EVAL_BATCH, device=device)
-    x, y = batch(images, before.nonzero()[:SHOWN, 0], device)
+    x, y = batch(first, torch.arange(len(first)), device)
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    x, y = x[right][:SHOWN], y[right][:SHOWN]
     if not len(x):
         return None
     _, g = image_gradient(model, x, y)

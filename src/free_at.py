@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from attacks import pgd
 from utils import free_run, models, recipes, run
 from utils.attack.balls import cut
-from utils.attack.core import own_generators
+from utils.attack.chance import Chance
 from utils.cli import TRAINING, Parser, at_least, radius, run_script
 from utils.data import NAMED, cached, load, to_float
 from utils.loop import Trainer, loop
@@ -120,14 +120,14 @@ class FreeTraining(Trainer):
             free_minibatch(self.step, x, y, self.delta[:len(x)], **ball,
                            m=min(s.replays, self.total - self.done), box=s.clip_delta == "box")
         elif s.method == "pgd":
-            own = self.part(own_generators(self.generator, self.joint), x)
+            own = self.chances(x)
             with self.mixed.autocast():
                 x_adv = pgd(self.model, x, y, **attacking, steps=s.steps, generator=own)
             self.step(x_adv, y)
         elif s.method == "fast":
-            u = torch.rand((self.joint, *x.shape[1:]), generator=self.generator)
+            u = self.chances(x).uniform(*x.shape[1:])
             with self.mixed.autocast():
-                x_adv = fast_start(self.model, x, y, self.part(u, x).to(x), **attacking)
+                x_adv = fast_start(self.model, x, y, u, **attacking)
             self.step(x_adv, y)
         else:
             self.step(x, y)
@@ -148,9 +148,11 @@ class FreeTraining(Trainer):
                                   loss.new_tensor(len(y))])
         self.bar.update()
 
-    def part(self, drawn, x):
-        """Of what was drawn for every image of the joint minibatch, what belongs to x."""
-        return drawn[self.team.rank::self.team.size][:len(x)]
+    def chances(self, x):
+        """The random numbers of x, this process's part of the joint minibatch."""
+        seed = int(torch.randint(2 ** 63 - 1, (), generator=self.generator))  # of all processes
+        place = torch.arange(len(x), device=x.device) * self.team.size + self.team.rank
+        return Chance(seed, place)
 
     def after(self):
         """--validate; --guard warns or stops when probe_adv_acc falls below half of its best."""

@@ -86,16 +86,15 @@ def measure_cell(cell, network, s, progress):
 
     The published protocol has naive attackers only; for the others, fooled images leave PGD.
     """
-    generator = run.make_generator(s.seed)  # one for the attack and the defence
-    defended = network.behind(cell.defense, cell.w, generator)
-    fast = network.behind(cell.defense, cell.w, generator, fast=True)
+    defended = network.behind(cell.defense, cell.w)
+    fast = network.behind(cell.defense, cell.w, fast=True)
     eps = radii(network.images, network.size, s.eps, s.eps_l2, s.eps_l1)
     attack = robustart_attacks(eps, s.queries, network.classes, random=is_random(cell.defense),
                                stop_early=s.stop_early or cell.attacker != "naive")[cell.attack]
     counts = measure.run_cell(
         attack, seen_by(cell.attacker, fast, network.fast, s.draws), defended, network.images,
         network.right(cell.defense, cell.w), draws=network.draws(cell.defense),
-        batch_size=s.batch_size, generator=generator, device=network.device, desc=cell.key(s),
+        batch_size=s.batch_size, chance=network.chance, device=network.device, desc=cell.key(s),
         workers=s.workers, progress=progress)
     return {**asdict(cell), "title": attack.title, **counts}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attack/core.py", "utils/attack/balls.py"
 APGD, SQUARE = "utils/attack/apgd.py", "utils/attack/square.py"
+CHANCE, TELLING = "utils/attack/chance.py", "utils/attack/telling.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "utils/measure.py", "utils/audit.py"
 GCM = "gcm.py"
 FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
@@ -47,6 +48,10 @@ def paper(name):
 
 def rule(name):
     return f"tests/test_attacks_contract.py::test_{name}"
+
+
+def drawn(name):
+    return f"tests/test_chance.py::test_{name}"
 
 
 def layer(name):
@@ -108,7 +113,7 @@ BUGS = [
         "SQUEEZE = 0.1", "SQUEEZE = 1e-6",
         (form("cw_moves_black_and_white_pixels_inwards_if_only_they_matter"),)),
     Bug("random start outside the ball", BALLS,
-        "return eps * torch.stack(drawn)", "return 2 * eps * torch.stack(drawn)",
+        "return eps * drawn", "return 2 * eps * drawn",
         (form("random_starts_are_spread_evenly_over_the_ball[l2]"),)),
     Bug("momentum of gradients of any length", ATTACKS,
         'mu * v[who] + unit(g, "l1")', "mu * v[who] + g",
@@ -205,7 +210,7 @@ BUGS = [
         "round(math.sqrt(p * h * w))", "int(math.sqrt(p * h * w))",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("Square starts from horizontal stripes", SQUARE,
-        "shape = (x.shape[1], 1, x.shape[3])", "shape = (x.shape[1], x.shape[2], 1)",
+        "signs(x.shape[1], 1, x.shape[3])", "signs(x.shape[1], x.shape[2], 1)",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("Square keeps changes that gain nothing", SQUARE,
         "better = fooled | (f > best_f)\n        best,",
@@ -218,11 +223,33 @@ BUGS = [
     Bug("images that Square has fooled stay in the batch", SQUARE,
         "if bool(fooled.any()):", "if False:",
         (paper(f"{QUERIES}[linf]"),)),
-    Bug("the generator is ignored", CORE,
+    Bug("the generator is ignored", CHANCE,
         "    if generator is None:\n", "    if True:\n",
         (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),
+    Bug("nine rounds", CHANCE, "range(10)", "range(9)",
+        (drawn("the_answers_of_random123[pi]"),)),
+    Bug("random numbers belong to the place in the batch", CHANCE,
+        "image = self.images[:, None]", "image = torch.arange(n)[:, None]",
+        (rule("random_numbers_follow_their_images"),)),
+    Bug("random layers count draws of the batch", TELLING,
+        "batch.turn[batch.rows] = turn + 1", "batch.turn += 1",
+        (layer("told_of_its_images_a_random_layer_gives_each_the_same_draws_in_any_batch_and_order"
+               ),)),
+    Bug("an attack does not say which images are left", CORE,
+        "with passing(index):", "with passing(slice(None)):",
+        (rule("a_random_layer_gives_an_image_the_same_draws_alone_and_in_a_batch_that_others_leave"
+              "[pgd stop_early]"),)),
+    Bug("an attacker knows the draws of the evaluation", CORE,
+        "telling(own.fold(LAYERS))", "telling(own)",
+        (layer("an_attacker_does_not_know_the_draws_by_which_its_images_are_judged"),)),
+    Bug("images are judged by the draws that they were attacked with", CELLS,
+        "own.fold(AFTER)", "own.fold(ATTACK)",
+        (count("draws_before_and_after_an_attack_are_independent"),)),
+    Bug("the same start after every restart", ATTACKS,
+        "norm, own[who].fold(k)), x0", "norm, own[who].fold(0)), x0",
+        (form("of_all_restarts_the_worst_is_kept[the higher loss]"),)),
     Bug("random numbers from the global generator", BALLS,
-        "2 * torch.rand(shape, generator=g) - 1", "2 * torch.rand(shape) - 1",
+        "2 * chance.uniform(*shape) - 1", "2 * torch.rand(x.shape) - 1",
         (rule(f"{AS_BEFORE}[pgd linf sign exact]"),)),
     Bug("BatchNorm in train mode", CORE, "module.training = False", "module.training = mode",
         (rule(f"{EVAL}[fgsm]"),)),
@@ -265,17 +292,16 @@ BUGS = [
         "return eot(seen, draws) if any", "return seen if any",
         (layer("the_gradient_of_an_adaptive_attacker_is_the_mean_over_many_forward_passes"),)),
     Bug("one draw for the batch", DEFENSES,
-        "(n,), generator=self.generator)", "(1,), generator=self.generator).expand(n)",
+        ".words(3).unbind(1)", ".words(3)[:1].expand(len(x), 3).unbind(1)",
         (layer("all_sides_and_places_occur_within_the_square"),)),
     Bug("the same place in both directions", DEFENSES,
-        "return side, *corner.minimum(room)", "return side, *corner[:1].minimum(room).expand(2, n)",
+        "for word in two)", "for word in two[:1] * 2)",
         (layer("all_sides_and_places_occur_within_the_square"),)),
     Bug("half a pixel off", DEFENSES,
-        "(2 * line + 1).double()", "(2 * line).double()",
+        "(2 * line + 1 - side)", "(2 * line - side)",
         (layer("every_image_is_scaled_and_pasted_on_black[20-24-shape0]"),)),
     Bug("images outside the ball count as fooled", CELLS,
-        "torch.where(allowed, times_right(model, x_adv, y, draws), before[index])",
-        "times_right(model, x_adv, y, draws)",
+        "after[index] = torch.where(allowed, right, before[index])", "after[index] = right",
         (count("an_image_outside_the_ball_or_the_box_counts_as_not_attacked"),)),
     Bug("robustness over all images", CELLS,
         '"attack_robustness": share(both, right)', '"attack_robustness": share(both, cell["n"])',
@@ -403,16 +429,16 @@ BUGS = [
         "if (test.root, test.names) != (train.root, train.names):", "if False:",
         (stage("a_data_set_with_a_test_split_is_tested_on_it"),)),
     Bug("accuracy under an augmentation of the plain image", CELLS,
-        "right[name] += int((model(z)", "right[name] += int((model(x)",
+        "times_right(model, z[part], y", "times_right(model, x[part], y",
         (network("the_accuracy_under_a_corruption_is_that_of_a_plain_loop"),)),
     Bug("queries that are learnt away", HEADS,
         "q = self.norm_query(q + self.dropout(q))", "q = self.norm_query(q)",
         ("tests/test_heads.py::test_ml_decoder_is_attention_written_naively",)),
     Bug("the attacker of eval_net.py does not know the defence", EVALUATED,
-        "attack, adaptive(model, s.draws), model, images", "attack, model, model, images",
+        "attack, adaptive(self.defended, s.draws), self", "attack, self.defended, self",
         (network("a_network_behind_gcm_is_attacked_by_the_adaptive_attacker"),)),
     Bug("measured without the defence", EVALUATED,
-        "self.behind(generator), images, draws", "self.model, images, draws",
+        "self.defended, images, draws", "self.model, images, draws",
         (network("a_network_is_measured_behind_its_defence_in_all_draws"),)),
     Bug("another step size than the table says", EVALUATED,
         "alpha=eps / 4", "alpha=eps / 2",

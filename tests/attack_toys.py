@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.attack.chance import numbered
+
 K, SHAPE = 5, (3, 8, 8)
 
 
@@ -63,8 +65,9 @@ def margins(model, x, y):
     return z.scatter(1, y[:, None], -torch.inf).amax(1) - label
 
 
-def generators(n, seed=0):
-    return [torch.Generator().manual_seed(seed + i) for i in range(n)]
+def chances(n, seed=0):
+    """The random numbers of n images."""
+    return numbered(seed, n)
 
 
 # ------------------------------------------------------------- answers without an attack

@@ -16,8 +16,8 @@ from attack_toys import (
     K,
     best_linear,
     bisect,
+    chances,
     flat,
-    generators,
     greys,
     linear,
     margins,
@@ -448,7 +448,7 @@ def test_of_all_restarts_the_worst_is_kept(left, right):
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_random_starts_are_spread_evenly_over_the_ball(norm):
     x = greys(300, shape=SMALL)
-    delta = balls.random_point(x, EPS[norm], norm, generators(300))
+    delta = balls.random_point(x, EPS[norm], norm, chances(300))
     sizes = np.array([size(d, norm) for d in delta]) / EPS[norm]
     assert sizes.max() <= 1 + 1e-5
     for share in (0.1, 0.5, 0.9):  # in D dimensions, whatever the norm: P(size < s) = s ** D
@@ -739,10 +739,10 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
     members = {"APGD-CE": functools.partial(attacks.apgd, loss="ce"),
                name: functools.partial(attacks.apgd, loss=loss, targets=classes - 1)}
     members["Square 200"] = functools.partial(attacks.square, queries=queries)
-    seeds = torch.randint(2 ** 63 - 1, (12,), generator=seeded(3)).tolist()
-    own, wanted, left, counted = [seeded(seed) for seed in seeds], x.clone(), list(range(12)), []
-    for attack in members.values():
-        z = attack(model, x[left], y[left], eps=0.06, generator=[own[i] for i in left])
+    own = chances(12, int(torch.randint(2 ** 63 - 1, (), generator=seeded(3))))
+    wanted, left, counted = x.clone(), list(range(12)), []
+    for k, attack in enumerate(members.values()):
+        z = attack(model, x[left], y[left], eps=0.06, generator=own[left].fold(k))
         fooled = (predicted(model, z) != y[left]).tolist()
         counted.append((len(left), sum(fooled)))
         for i, image, hit in zip(left, z, fooled, strict=True):

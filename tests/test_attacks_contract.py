@@ -14,8 +14,8 @@ from torch import nn
 import attacks
 from attack_toys import (
     K,
+    chances,
     flat,
-    generators,
     linear,
     margins,
     pictures,
@@ -24,6 +24,7 @@ from attack_toys import (
     size,
     toy,
 )
+from utils.defenses import ResizePad
 from utils.errors import UserError
 
 EPS = {"linf": 0.04, "l2": 0.5, "l1": 5.0}
@@ -275,32 +276,44 @@ def test_an_image_alone_is_treated_as_in_a_batch(name):
     model, x = toy(torch.float64), pictures(N, torch.float64)
     y = predicted(model, x)
     y[2] = (y[2] + 1) % K
-    for own in (generators, lambda n: torch.Generator().manual_seed(9)):
+    for own in (chances, lambda n: torch.Generator().manual_seed(9)):
         batch = CASES[name](model, x, y, generator=own(N))
-        count = N if own is generators else 1
+        count = N if own is chances else 1
         for i in range(count):
             alone = CASES[name](model, x[i:i + 1], y[i:i + 1],
-                                generator=own(N)[i:i + 1] if own is generators else own(1))
+                                generator=own(N)[i:i + 1] if own is chances else own(1))
             torch.testing.assert_close(alone, batch[i:i + 1], rtol=0, atol=1e-6)
 
 
-def test_a_generator_gives_one_number_per_image_however_long_the_attack(world):
-    for name, case in CASES.items():
-        own, other = (torch.Generator().manual_seed(4) for _ in range(2))
-        case(*world, generator=own)
-        torch.randint(2 ** 63 - 1, (N,), generator=other)
-        assert torch.equal(own.get_state(), other.get_state()) == case.random, name
+@every_case
+def test_every_call_takes_one_number_of_a_generator(name, world):
+    own, other = (torch.Generator().manual_seed(4) for _ in range(2))
+    CASES[name](*world, generator=own)
+    torch.randint(2 ** 63 - 1, (), generator=other)
+    assert torch.equal(own.get_state(), other.get_state())
 
 
-def test_per_image_generators_follow_their_images(world):
-    model, x, y = world
+def test_random_numbers_follow_their_images(world):
+    _, x, y = world
     turn = torch.tensor([5, 3, 4, 1, 0, 2])
     for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case", "strongest"):
-        own = generators(N)
         there = CASES[name](toy(torch.float64), x[turn].double(), y[turn],
-                            generator=[own[i] for i in turn])
-        here = CASES[name](toy(torch.float64), x.double(), y, generator=generators(N))
+                            generator=chances(N)[turn])
+        here = CASES[name](toy(torch.float64), x.double(), y, generator=chances(N))
         torch.testing.assert_close(there, here[turn], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*MAIN, "pgd restarts", "pgd stop_early", "apgd linf restarts"])
+def test_a_random_layer_gives_an_image_the_same_draws_alone_and_in_a_batch_that_others_leave(name):
+    x = pictures(N, torch.float64)
+    y = predicted(toy(torch.float64), x)
+    y[2] = (y[2] + 1) % K
+    defended = attacks.eot(nn.Sequential(ResizePad(6, 8), toy(torch.float64)), 2)
+    batch = CASES[name](defended, x, y, generator=chances(N))
+    assert not torch.equal(batch, CASES[name](defended, x, y, generator=chances(N, seed=1)))
+    for i in range(N):
+        alone = CASES[name](defended, x[i:i + 1], y[i:i + 1], generator=chances(N)[i:i + 1])
+        torch.testing.assert_close(alone, batch[i:i + 1], rtol=0, atol=1e-6)
 
 
 @every_case
@@ -495,8 +508,8 @@ def test_a_model_that_gives_no_logits_per_image_is_refused(name, world):
 
 @pytest.mark.parametrize("name", ["pgd linf sign exact", "apgd linf ce", "square linf",
                                   "worst_case", "strongest"])
-def test_a_list_of_generators_that_is_not_one_per_image_is_refused(name, world):
-    refused("generators", CASES[name], *world, generator=generators(N - 1))
+def test_random_numbers_of_another_number_of_images_are_refused(name, world):
+    refused("chance[rows]", CASES[name], *world, generator=chances(N - 1))
 
 
 def test_bpda_and_eot_refuse_what_cannot_work(world):

@@ -12,8 +12,8 @@ from test_attacks_contract import CASES
 import attacks
 from attack_toys import (
     best_linear,
+    chances,
     flat,
-    generators,
     linear,
     margins,
     naive_pgd,
@@ -46,7 +46,7 @@ def said(recwarn):
 @pytest.mark.parametrize("name", CASES)
 def test_every_attack_leaves_the_label_or_reaches_the_target(name, classes):
     model, x, y, other = other_of(classes)
-    away, there = (CASES[name](model, x, *goal, generator=generators(N), **more)
+    away, there = (CASES[name](model, x, *goal, generator=chances(N), **more)
                    for goal, more in (((y,), {}), ((other,), {"targeted": True})))
     for x_adv, gained in ((away, margins(model, away, y) - margins(model, x, y)),
                           (there, margins(model, x, other) - margins(model, there, other))):
@@ -64,8 +64,8 @@ def test_with_two_classes_to_leave_one_is_to_reach_the_other(name):
     """The two have the same images to climb to: every loss is the margin, or rises with it."""
     model, x, y, other = other_of(2)
     assert torch.equal(other, 1 - y)
-    away = CASES[name](model, x, y, generator=generators(N))
-    there = CASES[name](model, x, other, targeted=True, generator=generators(N))
+    away = CASES[name](model, x, y, generator=chances(N))
+    there = CASES[name](model, x, other, targeted=True, generator=chances(N))
     torch.testing.assert_close(away, there, rtol=0, atol=1e-7)
 
 

@@ -19,8 +19,8 @@ from torch import nn
 import attacks
 from attack_toys import (
     K,
+    chances,
     flat,
-    generators,
     greys,
     margins,
     naive_loss,
@@ -144,9 +144,9 @@ def test_apgd_takes_the_steps_of_its_paper_whatever_the_losses(norm, n):
     x = pictures(n, torch.float64, shape=SMALL)
     model, seen = Scripted(*script(n, x[0].numel())), set()
     ours = attacks.apgd(model, x, torch.zeros(n, dtype=torch.int64), eps=EPS[norm], norm=norm,
-                        steps=100, generator=generators(n))
-    start = balls.nearest(x + balls.random_point(x, EPS[norm], norm, generators(n)), x, EPS[norm],
-                          norm)
+                        steps=100, generator=chances(n))
+    start = balls.nearest(x + balls.random_point(x, EPS[norm], norm, chances(n).fold(0)), x,
+                          EPS[norm], norm)
     for i in range(n):
         def look(t, _, i=i):
             return model.loss[t, i].item(), model.slope[t, i].numpy(), False
@@ -190,13 +190,13 @@ def runs(model, image, label, loss, targets, restarts):
     return restarts * [lambda z, j=j: dlr_towards(z, label, j) for j in ranked[:targets]]
 
 
-def naive_attack(model, image, label, generator, *, eps, norm, loss, targets=9, restarts=1):
+def naive_attack(model, image, label, chance, *, eps, norm, loss, targets=9, restarts=1):
     """Runs of naive_apgd from new random points, until one fools. -> the image, its gradients"""
     x, found, reached, spent = flat(image), flat(image), -math.inf, 0
     if predicted(model, image[None]) != label:
         return found, 0
-    for value in runs(model, image, label, loss, targets, restarts):
-        drawn = balls.random_point(image[None], eps, norm, [generator])
+    for k, value in enumerate(runs(model, image, label, loss, targets, restarts)):
+        drawn = balls.random_point(image[None], eps, norm, chance.fold(k))
 
         def look(_, point, value=value):
             with torch.enable_grad():
@@ -228,8 +228,8 @@ def test_apgd_on_a_curved_network_is_that_of_its_paper_image_by_image(norm, eps,
     y, report = predicted(model, x), {}
     y[3] = (y[3] + 1) % K
     same = {"eps": eps, "norm": norm, "loss": loss, **more}
-    ours = attacks.apgd(model, x, y, steps=100, generator=generators(4), report=report, **same)
-    naive = [naive_attack(model, x[i], y[i].item(), generators(4)[i], **same) for i in range(4)]
+    ours = attacks.apgd(model, x, y, steps=100, generator=chances(4), report=report, **same)
+    naive = [naive_attack(model, x[i], y[i].item(), chances(4)[i:i + 1], **same) for i in range(4)]
     close([flat(one) for one in ours], [end for end, _ in naive])
     assert [count for _, count in naive] == [*spent, 0] and report["gradients"] == sum(spent)
 
@@ -245,8 +245,8 @@ def test_apgd_on_few_classes_runs_once_towards_each_wrong_one(loss, norm, eps, t
     y, report = predicted(model, x), {}
     y[3] = (y[3] + 1) % classes
     same = {"eps": eps / 4, "norm": norm, "loss": loss, "targets": targets}
-    ours = attacks.apgd(model, x, y, steps=100, generator=generators(4), report=report, **same)
-    naive = [naive_attack(model, x[i], y[i].item(), generators(4)[i], **same) for i in range(4)]
+    ours = attacks.apgd(model, x, y, steps=100, generator=chances(4), report=report, **same)
+    naive = [naive_attack(model, x[i], y[i].item(), chances(4)[i:i + 1], **same) for i in range(4)]
     close([flat(one) for one in ours], [end for end, _ in naive])
     assert report["gradients"] == sum(count for _, count in naive) > 100  # one at least holds out
 
@@ -277,21 +277,20 @@ def naive_pair(side, upright):
     return pair if upright else pair.T
 
 
-def first_linf(x, eps, generator):
+def first_linf(x, eps, chance):
     """Vertical stripes."""
     c, _, w = x.shape
-    sign = 2 * torch.randint(2, (c, 1, w), generator=generator).numpy() - 1
-    return np.clip(x + eps * sign, 0, 1)
+    return np.clip(x + eps * chance.signs(c, 1, w)[0].double().numpy(), 0, 1)
 
 
-def first_l2(x, eps, generator):
+def first_l2(x, eps, chance):
     """Tiles of a fifth of the side, of which each is a pair of hills with a sign for each channel.
     """
     c, h, w = x.shape
     side = h // 5
     down, across = h // side, w // side
-    sign = 2 * torch.randint(2, (c, down, across), generator=generator).numpy() - 1
-    upright = torch.randint(2, (down, across), generator=generator).numpy()
+    sign = chance.fold(0).signs(c, down, across)[0].double().numpy()
+    upright = chance.fold(1).signs(down, across)[0].numpy() > 0
     delta, top, left = np.zeros_like(x), (h - down * side) // 2, (w - across * side) // 2
     for i in range(down):
         for j in range(across):
@@ -335,11 +334,11 @@ def change_l2(best, x, eps, p, u):
     return np.clip(x + nu * eps / np.linalg.norm(nu), 0, 1)
 
 
-def naive_square(look, x, *, eps, norm, queries, generator, p=0.8):
+def naive_square(look, x, *, eps, norm, queries, chance, p=0.8):
     """Alg. 1; look(point) -> margin, above 0 where it is fooled. -> every point, the best"""
     first, change = {"linf": (first_linf, change_linf), "l2": (first_l2, change_l2)}[norm]
-    best = first(x, eps, generator)
-    drawn = torch.rand((queries, 5 + len(x)), generator=generator).double().numpy()
+    best = first(x, eps, chance.fold(0))
+    drawn = chance.fold(1).uniform(queries, 5 + len(x))[0].double().numpy()
     best_f, points = look(best), [best]
     for i in range(1, queries):
         if best_f > 0:
@@ -375,13 +374,14 @@ def test_square_is_that_of_its_paper_query_by_query(norm, eps, spent):
     """Every point that it looks at, alone and in a batch of which fooled images leave."""
     model, x = Steps(), pictures(3, torch.float64, shape=(3, 25, 30))
     y, report, same = predicted(model, x), {}, {"eps": eps, "norm": norm, "queries": 100}
-    whole = attacks.square(model, x, y, generator=generators(3), report=report, **same)
+    whole = attacks.square(model, x, y, generator=chances(3), report=report, **same)
     for i in range(3):
         def look(point, i=i):
             return margins(model, torch.from_numpy(point)[None], y[i:i + 1]).item()
-        points, end = naive_square(look, x[i].numpy(), generator=generators(3)[i], **same)
+        own = chances(3)[i:i + 1]
+        points, end = naive_square(look, x[i].numpy(), chance=own.fold(0), **same)
         model.points.clear()
-        alone = attacks.square(model, x[i:i + 1], y[i:i + 1], generator=[generators(3)[i]], **same)
+        alone = attacks.square(model, x[i:i + 1], y[i:i + 1], generator=own, **same)
         close([one[0].numpy() for one in model.points[1:]], points)  # the first is the clean image
         close([alone[0].numpy(), whole[i].numpy()], [end, end])
         assert len(points) == spent[i]

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attack_toys import pictures, predicted, toy
+from attack_toys import chances, pictures, predicted, toy
 from attacks import apgd, bim, cw_l2, fgsm, mim, pgd, square
 from utils.attack.adaptive import bpda, draws_of, eot
+from utils.attack.core import LAYERS
+from utils.attack.telling import passing, telling, told
 from utils.defenses import (
     DEFENSES,
     GradientConcealment,
@@ -108,7 +110,7 @@ def naive_place(x, side, top, left, size):
 @pytest.mark.parametrize(("low", "size"), [(20, 24), (1, 24), (40, 64)])
 def test_every_image_is_scaled_and_pasted_on_black(shape, low, size):
     x, layer = torch.rand((9, 3, *shape), generator=seeded()), ResizePad(low, size, seeded(4))
-    side, top, left = ResizePad(low, size, seeded(4)).draw(9)
+    side, top, left = ResizePad(low, size, seeded(4)).draw(x)
     out = layer(x)
     assert out.shape == (9, 3, size, size) and out.dtype == x.dtype
     assert torch.allclose(out, naive_place(x, side, top, left, size), rtol=0, atol=2e-5)
@@ -125,7 +127,7 @@ def test_every_image_and_every_call_has_its_own_draw_and_a_seed_repeats_them():
 
 
 def test_all_sides_and_places_occur_within_the_square():
-    side, top, left = ResizePad(5, 8, seeded()).draw(4000)
+    side, top, left = ResizePad(5, 8, seeded()).draw(torch.zeros(4000, 1))
     assert set(side.tolist()) == {5, 6, 7, 8}
     for corner in (top, left):
         assert corner.min() == 0 and bool((corner + side <= 8).all())
@@ -241,12 +243,69 @@ def test_the_gradient_of_an_adaptive_attacker_is_the_mean_over_many_forward_pass
     model, x = toy(dtype=torch.float64), pictures(4, dtype=torch.float64)
     y, draws = predicted(model, x), 16
     seen = adaptive(defend(model, "resizepad", size=8, low=5, generator=seeded(9)), draws)
-    x_adv = pgd(seen, x, y, norm="l2", eps=0.5, alpha=0.3, steps=1, random_start=False)
-    layer, z = ResizePad(5, 8, seeded(9)), x.clone().requires_grad_()
-    loss = sum(F.cross_entropy(model(layer(z)), y, reduction="sum") for _ in range(draws))
+    x_adv = pgd(seen, x, y, norm="l2", eps=0.5, alpha=0.3, steps=1, random_start=False,
+                generator=chances(4, 7))
+    layer, z = ResizePad(5, 8), x.clone().requires_grad_()
+    with telling(chances(4, 7).fold(LAYERS)):
+        loss = sum(F.cross_entropy(model(layer(z)), y, reduction="sum") for _ in range(draws))
     g, = torch.autograd.grad(loss, z)
     step = 0.3 * g / g.flatten(1).norm(dim=1)[:, None, None, None]
     assert torch.allclose(x_adv, (x + step).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+def test_told_of_its_images_a_random_layer_gives_each_the_same_draws_in_any_batch_and_order():
+    """Every image counts its own draws: image 1 is absent from the second of four passes."""
+    x, layer, own = pictures(3), ResizePad(5, 8), chances(9, 4)[[8, 2, 5]]
+    passes = [[0, 1, 2], [2, 0], [1, 2], [2, 1, 0]]
+    found = {0: [], 1: [], 2: []}
+    with telling(own):
+        for rows in passes:
+            with passing(torch.tensor(rows)):
+                for i, image in zip(rows, layer(x[rows]), strict=True):
+                    found[i].append(image)
+    for i, images in found.items():
+        with telling(own[i:i + 1]):
+            alone = [layer(x[i:i + 1])[0] for _ in images]
+        torch.testing.assert_close(torch.stack(images), torch.stack(alone), rtol=0, atol=1e-6)
+        assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_random_layer_draws_from_its_generator_where_nobody_tells_of_its_images():
+    x, layer, twin = pictures(3), ResizePad(5, 8, seeded(1)), ResizePad(5, 8, seeded(1))
+    with telling(chances(2)):  # not of these three
+        first = layer(x)
+    with passing([0]):
+        assert torch.equal(first, twin(x)) and torch.equal(layer(x), twin(x))
+    with telling(chances(3)):
+        with telling(chances(3, 1)):
+            inner = layer(x)
+        outer = layer(x)
+    for seed, seen in ((0, outer), (1, inner)):
+        with telling(chances(3, seed)):
+            assert torch.equal(layer(x), seen)
+    assert torch.equal(layer(x), twin(x)) and not torch.equal(inner, outer)
+
+
+def test_two_random_layers_of_a_network_draw_differently():
+    layer, x = ResizePad(1, 24), torch.ones(1, 1, 24, 24)
+    with telling(chances(1)):
+        assert not torch.equal(layer(x), layer(x))
+
+
+def test_an_attacker_does_not_know_the_draws_by_which_its_images_are_judged():
+    """The same Chance for both, as a user may do who knows no better."""
+    x, seen = pictures(4), []
+
+    class Note(nn.Module):
+        def forward(self, x):
+            seen.append(told(x, None).words(2))
+            return toy()(x)
+    model = Note()
+    y = torch.arange(4)
+    fgsm(model, x, y, eps=0.1, generator=chances(4))
+    with telling(chances(4)):
+        model(x)
+    assert not (seen[0][:, None] == seen[1][None]).any()
 
 
 def test_a_copy_of_a_random_layer_has_its_own_generator_in_the_same_state():

@@ -14,9 +14,9 @@ from PIL import Image
 
 import attacks
 import eval_net
-from attack_toys import pictures, toy
+from attack_toys import chances, pictures, toy
 from utils import augment, finished, measure, report_nets
-from utils.cells import GOLDEN
+from utils.attack.telling import telling
 from utils.data import load, open_images, to_float
 from utils.defenses import defend
 from utils.errors import UserError
@@ -117,23 +117,22 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
     found = cells(tmp_path / "out")
     left = {}
     for name, (attack, settings) in calls.items():
-        report = {}
-        x_adv = attack(model, x[before], y[before], generator=make_generator(3), report=report,
-                       **settings)
+        own, report = attacks.Chance(3, before.nonzero()[:, 0]).fold(measure.ATTACK), {}
+        x_adv = attack(model, x[before], y[before], generator=own, report=report, **settings)
         left[name] = before.clone()
         left[name][before] = model(x_adv).argmax(1) == y[before]
         assert found[f"free8 | {name}"]["after"] == left[name].long().tolist(), name
         assert found[f"free8 | {name}"]["before"] == before.long().tolist()
         assert found[f"free8 | {name}"]["gradients"] == report["gradients"], name
     assert len({int(right.sum()) for right in left.values()}) == 4  # the comparison says something
-    own, x_adv, alive = make_generator(3), x[before], torch.ones(int(before.sum())).bool()
-    seeds = attacks.own_generators(own, len(x_adv))
-    for attack, settings in ((attacks.apgd, {}), (attacks.apgd, {"loss": "dlr_targeted"}),
-                             (attacks.square, {"queries": 10})):
+    x_adv, alive = x[before], torch.ones(int(before.sum())).bool()
+    for k, (attack, settings) in enumerate((
+            (attacks.apgd, {}), (attacks.apgd, {"loss": "dlr_targeted"}),
+            (attacks.square, {"queries": 10}))):
         who = alive.nonzero()[:, 0]
         if len(who):
-            z = attack(model, x_adv[who], y[before][who], eps=0.1,
-                       generator=[seeds[i] for i in who.tolist()], **settings)
+            z = attack(model, x_adv[who], y[before][who], eps=0.1, generator=own[who].fold(k),
+                       **settings)
             alive[who] = model(z).argmax(1) == y[before][who]
     last = before.clone()
     last[before] = alive
@@ -158,17 +157,18 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
 def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
     operations = {name: augment.OPS[name] for name in TWO}
     images, model = open_images("digits", split="test").prepared(28, 130), network
-    found = measure.accuracy_cell(model, images, operations, generator=make_generator(4),
-                                  batch_size=100, device=CPU, workers=0)
+    found, *others = (measure.accuracy_cell(model, images, operations, batch_size=size, workers=0,
+                                             chance=chances(130, 4), device=CPU)
+                      for size in (130, 100, 7))
     right = {"clean": 0, "rain": 0, "rotation": 0}
-    for b, part in enumerate(torch.arange(130).split(100)):
-        generator = make_generator((4 + b * GOLDEN) % 2 ** 63)  # a seed for each batch
+    for block, part in enumerate(torch.arange(130).split(100)):
         x, y = to_float(images.pixels[part]), images.labels[part]
-        for name in right:
+        for k, name in enumerate(right):
+            generator = make_generator(chances(130, 4).fold(k).fold(block).seed)
             z = x if name == "clean" else augment.OPS[name](x, generator=generator)
             for image, label in zip(z, y, strict=True):
                 right[name] += int(model(image[None]).argmax()) == int(label)
-    assert found == {"n": 130, "right": right}
+    assert found == {"n": 130, "right": right} and others == [found, found]
     assert len(set(right.values())) == 3  # the comparison says something
 
 
@@ -184,7 +184,8 @@ def test_the_fooling_ratio_counts_changed_predictions_right_or_wrong(network):
     x = to_float(images.pixels)
     changed = sum(int(model(one[None]).argmax()) != int(model((one + delta).clamp(0, 1)[None])
                                                         .argmax()) for one in x)
-    assert measure.fooling_cell(model, images, delta, CPU) == {"n": 40, "fooled": changed}
+    found = measure.fooling_cell(model, images, delta, chances(40), CPU)
+    assert found == {"n": 40, "fooled": changed}
     assert 0 < changed < 40
 
 
@@ -247,10 +248,11 @@ def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, 
                     "--seed", 5, "--save", "out")
     assert done.returncode == 0, done.stderr
     core = load_model("cnn_bn", weights=str(folder / "stage1_cnn_bn.pth"), kind="digits")
-    model = defend(core, "resizepad", size=28, low=12, generator=make_generator(5))
+    model = defend(core, "resizepad", size=28, low=12)
     images = digits("test", 20)
     x, y = to_float(images.pixels), images.labels
-    right = sum((model(x).argmax(1) == y).long() for _ in range(3))
+    with telling(chances(20, 5).fold(measure.BEFORE)):
+        right = sum((model(x).argmax(1) == y).long() for _ in range(3))
     found = cells(tmp_path / "out")
     assert found["run | clean"]["before"] == right.tolist() and found["run | clean"]["draws"] == 3
     assert {1, 2} & set(right.tolist())

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attack_toys import pictures, predicted, toy
+from attack_toys import K, chances, pictures, predicted, toy
 from attacks import pgd
 from gcm import cw_within, radii, robustart_attacks
 from utils import audit
+from utils.attack.telling import told
 from utils.data import open_images
-from utils.defenses import GradientConcealment
+from utils.defenses import GradientConcealment, ResizePad, adaptive
 from utils.measure import Attack, figures, in_ball, run_cell, times_right_on, worst_of
 
 CPU = torch.device("cpu")
@@ -53,9 +54,9 @@ class Listed:
 
 def cell(attack, images, model=None, draws=1, batch_size=2, seen=None):
     model = model or Scripted()
-    before = times_right_on(model, images, draws=draws, batch_size=batch_size, device=CPU)
-    return run_cell(attack, seen or model, model, images, before, draws=draws, device=CPU,
-                    batch_size=batch_size, generator=torch.Generator(), desc="")
+    same = {"draws": draws, "batch_size": batch_size, "chance": chances(len(images)), "device": CPU}
+    before = times_right_on(model, images, **same)
+    return run_cell(attack, seen or model, model, images, before, **same, desc="")
 
 
 def moving(by, norm="linf", eps=0.5, seen=None):
@@ -71,6 +72,44 @@ def moving(by, norm="linf", eps=0.5, seen=None):
 
 
 # ----------------------------------------------------------------------- cells
+
+@pytest.mark.parametrize("name", ["pgd_linf", "strongest"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_cell_depends_neither_on_the_batch_size_nor_on_the_images_beside(name, size):
+    """Behind a random defence, by an attack that averages and from which images leave."""
+    model = nn.Sequential(ResizePad(5, 8), toy())
+
+    def found(images, chance, batch_size):
+        same = {"draws": 3, "batch_size": batch_size, "chance": chance, "device": CPU}
+        before = times_right_on(model, images, **same)
+        attack = robustart_attacks({"linf": 0.03, "l2": 1.0, "l1": 1.0}, 20, K)[name]
+        return run_cell(attack, adaptive(model, 2), model, images, before, **same, desc="")
+    images = Grid()
+    images.labels = predicted(model[1], images.pixels / 255)
+    whole, parts = found(images, chances(6), 6), found(images, chances(6), size)
+    assert parts["before"] == whole["before"] and parts["after"] == whole["after"]
+    assert {1, 2} & set(whole["before"] + whole["after"])
+    last = Listed([0] * 3, [0] * 3)
+    last.pixels, last.labels = images.pixels[3:], images.labels[3:]
+    some = found(last, chances(6)[3:], 2)
+    assert [some[key] for key in ("before", "after")] == [whole[key][3:]
+                                                          for key in ("before", "after")]
+
+
+def test_draws_before_and_after_an_attack_are_independent():
+    seen = []
+
+    class Note(nn.Module):
+        def forward(self, x):
+            seen.append(told(x, None).words(1)[:, 0])
+            return Scripted()(x)
+
+    def run(model, x, y, *, generator, report):
+        seen.append(generator.words(1)[:, 0])
+        return x
+    cell(Attack("", "linf", 1.0, run), Listed([0, 1, 2], [0, 1, 2]), Note(), draws=2)
+    assert len(set(torch.cat(seen).tolist())) == 3 * (2 + 1 + 2)
+
 
 def test_attack_robustness_by_hand():
     """7 images, 5 right (labels 0 1 2 3 1), of which the odd ones are fooled: 2 of 5 stay right."""
@@ -206,7 +245,7 @@ def test_the_losses_of_a_cell_are_the_means_over_its_images_at_every_step():
     settings = {"eps": 0.05, "alpha": 0.01, "random_start": False}
     attack = Attack("", "linf", 0.05, partial(pgd, steps=steps, **settings), follow=True)
     found = run_cell(attack, model, model, Grid(), torch.ones(6, dtype=torch.int64), draws=1,
-                     batch_size=4, generator=torch.Generator(), device=CPU, desc="")
+                     batch_size=4, chance=chances(6), device=CPU, desc="")
     path = [x] + [pgd(model, x, Grid.labels, steps=k, **settings) for k in range(1, steps)]
     with torch.no_grad():
         losses = torch.stack([F.cross_entropy(model(z), Grid.labels, reduction="none")
@@ -223,7 +262,7 @@ def test_a_cell_has_no_losses_where_they_are_not_wanted_or_images_left_the_attac
     attack = Attack("", "linf", 0.5, partial(pgd, eps=0.5, alpha=0.1, steps=9,
                                              stop_early=stop_early), follow)
     found = run_cell(attack, model, model, Grid(), torch.ones(6, dtype=torch.int64), draws=1,
-                     batch_size=6, generator=torch.Generator(), device=CPU, desc="")
+                     batch_size=6, chance=chances(6), device=CPU, desc="")
     assert 0 in found["after"] and not {"losses", "ascent"} & found.keys()
 
 
@@ -248,12 +287,14 @@ def test_ascent_is_the_net_rise_over_the_total_variation(path, value):
 
 def test_a_model_agrees_with_itself_and_not_at_all_with_its_negative():
     model = toy()
-    same = audit.twin_differences(model, model, Grid(), 4, CPU)
+    same = audit.twin_differences(model, model, Grid(), chances(6), 4, CPU)
     assert same == {"changed": 0, "logits": 0, "agree": 1, "factor": 1}
-    double = audit.twin_differences(nn.Sequential(Twice(), model), model, Grid(), 4, CPU)
+    double = audit.twin_differences(nn.Sequential(Twice(), model), model, Grid(), chances(6), 4,
+                                    CPU)
     assert double["agree"] == 1 and double["factor"] == pytest.approx(2, rel=1e-5)
     assert double["changed"] == 0
-    turned = audit.twin_differences(nn.Sequential(Twice(-1), model), model, Grid(), 4, CPU)
+    turned = audit.twin_differences(nn.Sequential(Twice(-1), model), model, Grid(), chances(6), 4,
+                                    CPU)
     assert turned["agree"] == 0
 
 
@@ -271,7 +312,7 @@ class Twice(nn.Module):
 def test_concealed_gradients_are_long_and_their_signs_are_random():
     model = toy()
     concealed = nn.Sequential(GradientConcealment(), model)
-    found = audit.twin_differences(concealed, model, Grid(), 4, CPU)
+    found = audit.twin_differences(concealed, model, Grid(), chances(6), 4, CPU)
     assert found["factor"] > 1e10 and 0.35 < found["agree"] < 0.65
     assert found["changed"] == 0 and found["logits"] < 1e-4
 

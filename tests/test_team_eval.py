@@ -17,7 +17,7 @@ import torch
 from conftest import SRC
 
 from utils import cells, measure, models
-from utils.cells import Progress, added, at_batch, at_hand, shared
+from utils.cells import Progress, added, at_hand, shared
 from utils.data import open_images
 from utils.errors import UserError
 from utils.reading import stack
@@ -398,23 +398,6 @@ def test_files_that_cannot_be_decoded_are_known_to_every_process(size, capsys):
         Progress().count(images, parts, lambda index, x: {})
     with pytest.raises(UserError, match="none of its 2 images"):
         Progress().count(Numbers(2, broken=(0, 1)), torch.arange(2).split(2), None, whole=False)
-
-
-def test_what_is_random_belongs_to_the_batch():
-    images, parts = Numbers(6), torch.arange(6).split(2)
-    generator = torch.Generator().manual_seed(7)
-
-    def drawn(index, x):
-        return {"u": torch.rand(2, generator=generator).tolist()}
-    whole = Progress().count(images, parts, drawn, generators=[generator])["u"]
-    assert whole[:2] == torch.rand(2, generator=torch.Generator().manual_seed(7)).tolist()
-    assert len(set(whole)) == 6  # batches differ
-    assert generator.initial_seed() == 7
-    for b in range(3):
-        at_batch(generator, 7, b)
-        assert torch.rand(2, generator=generator).tolist() == whole[2 * b:2 * b + 2]
-    for seed in (0, 2 ** 62):
-        at_batch(generator, seed, 10 ** 6)
 
 
 def test_results_are_added_by_their_form():

@@ -9,7 +9,9 @@ printed in every report; they were set before anything was measured.
 import torch
 
 from utils.attack.balls import norm_of
+from utils.attack.chance import chance_of
 from utils.attack.core import Tally, cross_entropy, forward, gradient
+from utils.attack.telling import telling
 from utils.cells import Progress
 from utils.data import to_float
 
@@ -34,8 +36,7 @@ def ascents(losses):
     return change.sum(0) / change.abs().sum(0).clamp_min(1e-30)
 
 
-def twin_differences(model, twin, images, batch_size, device, *, workers=0, generators=(),
-                     progress=None):
+def twin_differences(model, twin, images, chance, batch_size, device, *, workers=0, progress=None):
     """Forward passes and input gradients of a defended network and its undefended twin, compared.
 
     -> {changed: share of predictions that differ, logits: largest difference of a logit,
@@ -44,10 +45,11 @@ def twin_differences(model, twin, images, batch_size, device, *, workers=0, gene
     """
     def compared(index, x):
         x, y = to_float(x.to(device)), images.labels[index].to(device)
-        with torch.no_grad():
-            ours, theirs = forward(model, x, y), forward(twin, x, y)
-        g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]
-                for each in (model, twin))
+        with telling(chance_of(chance[index], x)):
+            with torch.no_grad():
+                ours, theirs = forward(model, x, y), forward(twin, x, y)
+            g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]
+                    for each in (model, twin))
         both = ((g != 0) & (h != 0)).flatten(1)
         same = (both & (g.sign() == h.sign()).flatten(1)).sum(1) / both.sum(1).clamp_min(1)
         factor = norm_of(g, "linf") / norm_of(h, "linf").clamp_min(1e-38)
@@ -56,7 +58,7 @@ def twin_differences(model, twin, images, batch_size, device, *, workers=0, gene
                 "factor": factor.tolist()}
     found = (progress or Progress()).count(
         images, torch.arange(len(images)).split(batch_size), compared, workers=workers,
-        generators=generators, desc="twin")
+        desc="twin")
     return {"changed": found["changed"] / len(images), "logits": found["largest"],
             "agree": sum(found["agree"]) / len(images),
             "factor": torch.tensor(found["factor"]).median().item()}

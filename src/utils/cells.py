@@ -4,10 +4,10 @@
     state = progress.count(images, parts, work, cell=key)       # of all batches, in every process
     progress.clear()                                            # when the result is saved
 
-Batch b is the work of process b % size; what is random in it is decided by the seed and b. So every
-batch holds the same images and draws the same numbers whatever the number of processes, and their
-results are added in the order of the batches: the sums are the same, to the last bit. The processes
-work in rounds. After a round every process has the results of all of them, and the first one saves
+Batch b is the work of process b % size; what is random in it belongs to its images. So every batch
+holds the same images and draws the same numbers whatever the number of processes, and their results
+are added in the order of the batches: the sums are the same, to the last bit. The processes work in
+rounds. After a round every process has the results of all of them, and the first one saves
 the sum so far, from which the same command goes on, also with another number of processes.
 """
 
@@ -27,12 +27,6 @@ from utils.team import Team
 ROUND = 200                         # images that a process works on before results are gathered
 EVERY = 5.0                         # seconds from one save to the next, at least
 IN_MEMORY = 10_000 * 3 * 224 * 224  # bytes of pixels; longer lists are decoded in every pass
-GOLDEN = 0x9E3779B97F4A7C15         # odd: seeds of different batches differ
-
-
-def at_batch(generator, seed, b):
-    """From here on the generator draws the numbers of batch b, whatever was drawn before."""
-    generator.manual_seed((seed + b * GOLDEN) % 2 ** 63)
 
 
 def added(total, part):
@@ -61,14 +55,14 @@ def pixels_of(images, parts, *, workers):
 
 
 def shared(images, parts, work, *, team, workers=0, first=0, each=1):
-    """Yields (positions that cannot be decoded, work(b, index, x)) of every batch from `first` on,
+    """Yields (positions that cannot be decoded, work(index, x)) of every batch from `first` on,
     in order, in every process; None where nothing of a batch can be decoded.
 
     parts: tensors of positions; each: batches of a process in a round.
     """
     todo = range(first, len(parts))
     own = todo[team.rank::team.size]
-    made = (_worked(b, parts[b], index, x, work) for b, (index, x) in zip(
+    made = (_worked(parts[b], index, x, work) for b, (index, x) in zip(
         own, pixels_of(images, [parts[b] for b in own], workers=workers), strict=True))
     for start in range(0, len(todo), each * team.size):
         found = team.everyone(list(islice(made, each)))
@@ -76,9 +70,9 @@ def shared(images, parts, work, *, team, workers=0, first=0, each=1):
             yield found[k % team.size][k // team.size]
 
 
-def _worked(b, wanted, index, x, work):
+def _worked(wanted, index, x, work):
     broken = sorted(set(wanted.tolist()) - set(index.tolist()))
-    return broken, None if x is None else work(b, index, x)
+    return broken, None if x is None else work(index, x)
 
 
 def at_hand(images, *, workers, team):
@@ -96,7 +90,7 @@ def at_hand(images, *, workers, team):
     keep, skipped, parts = [], [], torch.arange(len(images)).split(32)
     with team.bar(len(images), "decode") as bar:
         for part, (broken, x) in zip(parts, shared(
-                images, parts, lambda b, index, x: x if small else (), team=team,
+                images, parts, lambda index, x: x if small else (), team=team,
                 workers=workers), strict=True):
             if team.first:
                 warned(images, broken)
@@ -127,34 +121,24 @@ class Progress:
             self.settings, self.kept = self.team.from_first(lambda: (settings, self._read()))
         self.skipped, self.saved = [], time.monotonic()
 
-    def count(self, images, parts, work, *, cell=None, workers=0, generators=(), desc="",
-              whole=True):
+    def count(self, images, parts, work, *, cell=None, workers=0, desc="", whole=True):
         """The sum, by `added`, of work(index, x) over the batches `parts`, tensors of positions.
 
         work: gets positions (n,) and pixels (n, C, H, W) uint8 and gives a dict that JSON can hold.
-        cell: what the pass depends on besides the settings; None: it is not kept. generators: drawn
-        from in `work`; their seeds decide. whole: a file that cannot be decoded is a UserError.
+        cell: what the pass depends on besides the settings; None: it is not kept. whole: a file
+        that cannot be decoded is a UserError.
         """
-        seeds = [generator.initial_seed() for generator in generators]
-
-        def seeded(b, index, x):
-            for generator, seed in zip(generators, seeds, strict=True):
-                at_batch(generator, seed, b)
-            return work(index, x)
-
         key, sizes = self._key(cell), [len(index) for index in parts]
         now = self.kept.get(key, {"batches": 0, "skipped": [], "state": {}})
         with self.team.bar(sum(sizes), desc, sum(sizes[:now["batches"]])) as bar:
             for broken, found in shared(
-                    images, parts, seeded, team=self.team, workers=workers, first=now["batches"],
+                    images, parts, work, team=self.team, workers=workers, first=now["batches"],
                     each=max(1, ROUND // max([1, *sizes])) if self.team.size > 1 else 1):
                 self._check(images, broken, whole)
                 bar.update(sizes[now["batches"]])
                 now = {"batches": now["batches"] + 1, "skipped": now["skipped"] + broken,
                        "state": now["state"] if found is None else added(now["state"], found)}
                 self._keep(key, now)
-        for generator, seed in zip(generators, seeds, strict=True):
-            generator.manual_seed(seed)
         self.skipped = now["skipped"]
         if len(self.skipped) == len(images):
             raise none_decoded(images)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils import finished
+from utils.attack.chance import numbered
 from utils.audit import twin_differences
 from utils.cells import Progress, at_hand
 from utils.data import PRESETS, Images, cached, opened
@@ -16,7 +17,6 @@ from utils.halving import Halving
 from utils.measure import times_right_on
 from utils.models import targets_of
 from utils.precision import Fast
-from utils.run import make_generator
 
 
 @dataclass(eq=False)
@@ -36,10 +36,15 @@ class Network:
         if self.s.amp != "off":
             self.fast = Halving(Fast(net, self.s.amp, "channels_last"), self.name)
 
-    def behind(self, defense, w, generator, fast=False):
-        """The network, or its fast copy, behind a defence that draws from the generator."""
+    @property
+    def chance(self):
+        """The random numbers of its images, on the CPU."""
+        return numbered(self.s.seed, len(self.images))
+
+    def behind(self, defense, w, fast=False):
+        """The network, or its fast copy, behind a defence."""
         return defend(self.fast if fast else self.model, defense, size=self.size, w=w,
-                      generator=generator, epsilon=self.s.epsilon, low=self.s.low)
+                      epsilon=self.s.epsilon, low=self.s.low)
 
     @cached_property
     def classes(self):
@@ -56,20 +61,17 @@ class Network:
         """In how many of the draws the defended network is right about a clean image, (N,) int64.
         """
         if (defense, w) not in self.before:
-            generator = make_generator(self.s.seed)
             self.before[defense, w] = times_right_on(
-                self.behind(defense, w, generator), self.images, draws=self.draws(defense),
-                batch_size=self.s.batch_size, device=self.device, workers=self.s.workers,
-                generators=[generator], progress=Progress(self.s.team))
+                self.behind(defense, w), self.images, draws=self.draws(defense),
+                batch_size=self.s.batch_size, chance=self.chance, device=self.device,
+                workers=self.s.workers, progress=Progress(self.s.team))
         return self.before[defense, w]
 
     def differences(self, defense, w):
         """What the defence changes in forward passes and gradients: of twin_differences."""
-        generator = make_generator(self.s.seed)
         return twin_differences(
-            self.behind(defense, w, generator), self.model, self.images, self.s.batch_size,
-            self.device, workers=self.s.workers, generators=[generator],
-            progress=Progress(self.s.team))
+            self.behind(defense, w), self.model, self.images, self.chance, self.s.batch_size,
+            self.device, workers=self.s.workers, progress=Progress(self.s.team))
 
 
 def open_targets(args, *, imagenet):

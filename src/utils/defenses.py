@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.attack.adaptive import bpda, eot
+from utils.attack.chance import below
+from utils.attack.telling import told
 from utils.errors import UserError
 from utils.run import make_generator
 
@@ -52,9 +54,11 @@ class GradientConcealment(nn.Module):
 class ResizePad(nn.Module):
     """(N, C, H, W) -> (N, C, size, size): scaled to a side from low to size, on a black square.
 
-    Side and place are drawn anew for every image and at every call, from `generator` (a CPU
-    torch.Generator; None: one of its own, seed 0). Bilinear without antialiasing, as
-    F.interpolate; differentiable. UserError unless 1 <= low <= size.
+    Side and place are drawn anew for every image and at every call. Attacks and evaluations say
+    which images they are (utils/attack/telling.py), so that an image's draws do not depend on the
+    others; elsewhere every call takes a seed of `generator` (a CPU torch.Generator; None: one of
+    its own, seed 0). Bilinear without antialiasing, as F.interpolate; differentiable. UserError
+    unless 1 <= low <= size.
     """
 
     def __init__(self, low=218, size=224, generator=None):
@@ -65,14 +69,13 @@ class ResizePad(nn.Module):
         self.generator = make_generator(0) if generator is None else generator
 
     def forward(self, x):
-        return place(x, *self.draw(len(x)), self.size)
+        return place(x, *self.draw(x), self.size)
 
-    def draw(self, n):
-        """Sides and upper left corners (n,) each, int64 on the CPU."""
-        side = torch.randint(self.low, self.size + 1, (n,), generator=self.generator)
-        room = self.size - side
-        corner = (torch.rand((2, n), generator=self.generator) * (room + 1)).long()
-        return side, *corner.minimum(room)  # the product may round up to room + 1
+    def draw(self, x):
+        """Sides and upper left corners (n,) each, int64, for images x (n, ...)."""
+        one, *two = told(x, self.generator).words(3).unbind(1)
+        side = self.low + below(one, self.size - self.low + 1)
+        return side, *(below(word, self.size - side + 1) for word in two)
 
     def extra_repr(self):
         return f"low={self.low}, size={self.size}"
@@ -80,13 +83,12 @@ class ResizePad(nn.Module):
 
 def place(x, side, top, left, size):
     """x (N, C, H, W), each image scaled to its side and pasted at (top, left) of a black square."""
-    at = torch.arange(size)
+    at = torch.arange(size, device=x.device)
     row, column = at - top[:, None], at - left[:, None]  # (N, size), within the scaled image
     inside = _within(row, side)[:, None, :, None] & _within(column, side)[:, None, None, :]
-    y, x_ = (_grid(line, side, length)
+    y, x_ = (_grid(line, side, length, x.dtype)
              for line, length in ((row, x.shape[-2]), (column, x.shape[-1])))
     grid = torch.stack([x_[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
-    grid = grid.to(x.dtype).to(x.device)  # not at once: MPS knows no float64
     return F.grid_sample(x, grid, align_corners=False) * inside.to(x)
 
 
@@ -94,10 +96,11 @@ def _within(line, side):
     return (line >= 0) & (line < side[:, None])
 
 
-def _grid(line, side, length):
+def _grid(line, side, length, dtype):
     """Pixels of the scaled image -> grid_sample's [-1, 1], clamped to the centres at the border."""
-    edge = 1 - 1 / length
-    return ((2 * line + 1).double() / side[:, None] - 1).clamp(-edge, edge)
+    edge, wide = 1 - 1 / length, torch.promote_types(dtype, torch.float32)  # no float64 on MPS
+    side = side[:, None]
+    return ((2 * line + 1 - side).to(wide) / side).clamp(-edge, edge).to(dtype)
 
 
 # ---------------------------------------------------------- defended networks

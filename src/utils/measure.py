@@ -12,24 +12,31 @@ A *cell* is one attack by one attacker on one network. What the attack returns i
 the network that it was meant for: an image counts as fooled if that network is wrong about it and
 the image lies in the ball and in [0, 1]. Networks with a random defence classify every image
 `draws` times. A cell keeps, image by image, in how many of these draws the network was right before
-and after; all figures, and worst cases, are made from that.
+and after; all figures, and worst cases, are made from that. An image's random numbers depend on the
+seed and on its place in the list of images alone: `chance`, a Chance of all images.
 """
 
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from utils.attack.balls import norm_of
+from utils.attack.chance import chance_of
+from utils.attack.telling import telling
 from utils.audit import ascents
 from utils.cells import Progress
 from utils.data import to_float
 from utils.precision import synchronize
+from utils.run import make_generator
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 COUNTED = ("zero_gradient", "gradients", "queries")  # of the attacks' reports
+BEFORE, ATTACK, AFTER = range(3)  # independent streams of an image's random numbers
+BLOCK = 100  # images that are corrupted at once: the random numbers of a corruption are theirs
 
 
 def wilson(k, n):
@@ -49,14 +56,18 @@ def share(k, n):
 
 
 @torch.no_grad()
-def predictions(models, pixels, device, *, delta=None, batch_size=50):
-    """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8."""
+def predictions(models, pixels, device, *, delta=None, chance=None, batch_size=50):
+    """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8.
+
+    chance: what random layers draw from, None: from their own generators.
+    """
     found = []
-    for batch in pixels.split(batch_size):
-        x = to_float(batch.to(device))
+    for index in torch.arange(len(pixels)).split(batch_size):
+        x = to_float(pixels[index].to(device))
         if delta is not None:
             x = (x + delta.to(device)).clamp_(0, 1)
-        found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
+        with nullcontext() if chance is None else telling(chance_of(chance[index], x)):
+            found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
     return torch.cat(found, 1)
 
 
@@ -64,7 +75,8 @@ def predictions(models, pixels, device, *, delta=None, batch_size=50):
 
 @dataclass(frozen=True)
 class Attack:
-    """run(model, x, y, generator=, report=) -> images, and the ball that they must lie in.
+    """run(model, x, y, generator=, report=) -> images, and the ball that they must lie in. The
+    generator is a Chance.
 
     follow: whether the cell keeps the mean of the loss at each step, from the attack's report.
     """
@@ -76,30 +88,30 @@ class Attack:
 
 
 @torch.no_grad()
-def times_right(model, x, y, draws):
+def times_right(model, x, y, draws, chance):
     """In how many of `draws` forward passes on x (n, C, H, W) the model says y: (n,) int64, CPU."""
-    return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
+    with telling(chance_of(chance, x)):
+        return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
 
 
-def times_right_on(model, images, *, draws, batch_size, device, workers=0, generators=(),
-                   progress=None, cell=None):
-    """The same for all images, (N,). generators: of a random model; progress: of utils/cells.py,
-    which keeps what is done of the `cell`.
+def times_right_on(model, images, *, draws, batch_size, chance, device, workers=0, progress=None,
+                   cell=None):
+    """The same for all images, (N,), before an attack. progress: of utils/cells.py, which keeps
+    what is done of the `cell`.
     """
     def counted(index, x):
-        y = images.labels[index].to(device)
-        return {"right": times_right(model, to_float(x.to(device)), y, draws).tolist()}
+        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        return {"right": times_right(model, x, y, draws, chance[index].fold(BEFORE)).tolist()}
     return torch.tensor((progress or Progress()).count(
         images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
-        generators=generators, desc="clean")["right"])
+        desc="clean")["right"])
 
 
-def run_cell(attack, attacker, model, images, before, *, draws, batch_size, generator, device,
-             desc, workers=0, progress=None):
+def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chance, device, desc,
+             workers=0, progress=None):
     """The attack on `attacker`, measured on `model`, for the images with before (N,) > 0.
 
-    generator: of attack and model; its seed decides. progress: of utils/cells.py, which keeps what
-    is done of this cell, `desc`.
+    progress: of utils/cells.py, which keeps what is done of this cell, `desc`.
     -> what results.json keeps: before and after as lists of counts, seconds of the attack alone,
     summed over processes, the reports' counts, the largest norm and how many images were not
     allowed (they count as not attacked), and the loss over the steps if the attack is to be
@@ -107,22 +119,22 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, gene
     """
     def attacked(index, x):
         x, y = to_float(x.to(device)), images.labels[index].to(device)
-        report, audit = {}, {"largest": 0.0, "outside": 0}
+        own, report, audit = chance[index], {}, {"largest": 0.0, "outside": 0}
         synchronize(device)
         start = time.perf_counter()
-        x_adv = attack.run(attacker, x, y, generator=generator, report=report)
+        x_adv = attack.run(attacker, x, y, generator=own.fold(ATTACK), report=report)
         synchronize(device)
         seconds = time.perf_counter() - start
         allowed = in_ball(x, x_adv, attack, audit)
-        after = torch.where(allowed, times_right(model, x_adv, y, draws), before[index])
-        return {"after": after.tolist(), "seconds": seconds, **audit,
-                **{key: int(torch.as_tensor(report.get(key, 0)).sum()) for key in COUNTED},
+        right = times_right(model, x_adv, y, draws, own.fold(AFTER))
+        return {"after": torch.where(allowed, right, before[index]).tolist(), "seconds": seconds,
+                **audit, **{key: int(torch.as_tensor(report.get(key, 0)).sum()) for key in COUNTED},
                 **(_followed(report) if attack.follow and "losses" in report else {})}
     tried = before > 0
     found = {"after": [], "seconds": 0.0, "largest": 0.0, "outside": 0, **dict.fromkeys(COUNTED, 0),
              **(progress or Progress()).count(
                 images, tried.nonzero()[:, 0].split(batch_size) if tried.any() else (), attacked,
-                cell=[desc, before.tolist()], workers=workers, generators=[generator], desc=desc)}
+                cell=[desc, before.tolist()], workers=workers, desc=desc)}
     after = torch.zeros_like(before)
     after[tried] = torch.tensor(found["after"], dtype=after.dtype)
     return {"norm": attack.norm, "eps": attack.eps, "n": len(before), "draws": draws,
@@ -141,34 +153,34 @@ def _followed(report):
 
 
 @torch.no_grad()
-def accuracy_cell(model, images, operations, *, generator, batch_size, device, workers,
+def accuracy_cell(model, images, operations, *, batch_size, chance, device, workers=0,
                   progress=None, cell=None):
     """How many images are classified correctly: clean, and under each of {name: operation}."""
     def counted(index, x):
         x, y = to_float(x.to(device)), images.labels[index].to(device)
         right = dict.fromkeys(("clean", *operations), 0)
-        for name in right:
-            z = x if name == "clean" else operations[name](x, generator=generator)
-            right[name] += int((model(z).argmax(1) == y).sum())
+        for k, name in enumerate(right):
+            own = chance[index].fold(k)
+            drawn = make_generator(own.fold(int(index[0]) // BLOCK).seed)
+            z = x if name == "clean" else operations[name](x, generator=drawn)
+            right[name] += sum(int(times_right(model, z[part], y[part], 1, own[part]).sum())
+                               for part in torch.arange(len(y)).split(batch_size))
         return {"n": len(y), "right": right}
     return (progress or Progress()).count(
-        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
-        generators=[generator], desc="accuracy", whole=False)
+        images, torch.arange(len(images)).split(BLOCK), counted, cell=cell, workers=workers,
+        desc="accuracy", whole=False)
 
 
 @torch.no_grad()
-def fooling_cell(model, images, delta, device, *, generators=(), workers=0, progress=None,
-                 cell=None):
+def fooling_cell(model, images, delta, chance, device, *, workers=0, progress=None, cell=None):
     """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
-    delta = delta.to(device)
-
     def counted(index, x):
-        x = to_float(x.to(device))
-        before, after = (model(z).argmax(1) for z in (x, (x + delta).clamp_(0, 1)))
+        before, after = (predictions([model], x, device, delta=d, chance=chance[index].fold(k))
+                         for k, d in ((BEFORE, None), (AFTER, delta)))
         return {"n": len(x), "fooled": int((after != before).sum())}
     return (progress or Progress()).count(
         images, torch.arange(len(images)).split(50), counted, cell=cell, workers=workers,
-        generators=generators, desc="fooling")
+        desc="fooling")
 
 
 def in_ball(x, x_adv, attack, audit):

@@ -2,9 +2,11 @@
 
 import torch
 
+from utils.attack.chance import Chance, chance_of
+from utils.attack.telling import telling
 from utils.cells import Progress
 from utils.data import CIFAR10, DIGITS, cached, open_images, to_float
-from utils.run import make_generator, save_csv
+from utils.run import save_csv
 
 NAMES = {"cifar10": CIFAR10, "mnist": DIGITS, "digits": DIGITS}  # of unlabelled images
 
@@ -23,8 +25,7 @@ def save_predictions(folder, networks, shown, s, team):
     rows = []
     for net, images in zip(networks, shown, strict=True):
         read = cached(images.prepared(net.target.geometry, None), s.cache, workers=s.workers)
-        generator = make_generator(s.seed)
-        found = predicted(net.behind(generator), read, s, net.name, generator, team)
+        found = predicted(net.defended, read, s, net.name, team)
         names = net.facts.get("classes") or net.target.classes or images.known_classes \
             or NAMES.get(images.kind, ())
         rows += rows_of(net.name, images, *found, names if len(names) == net.classes else ())
@@ -35,18 +36,20 @@ def save_predictions(folder, networks, shown, s, team):
 
 
 @torch.no_grad()
-def predicted(model, images, s, desc, generator, team):
+def predicted(model, images, s, desc, team):
     """Class (N,) int64 and its probability (N,) of every image; -1 where it cannot be decoded.
 
-    s: batch_size, workers, device; generator: of a random model.
+    s: batch_size, seed, workers, device.
     """
     def top(index, x):
-        found = model(to_float(x.to(s.device))).softmax(1).max(1)
+        x = to_float(x.to(s.device))
+        with telling(chance_of(Chance(s.seed, index), x)):
+            found = model(x).softmax(1).max(1)
         return {"index": index.tolist(), "classes": found.indices.tolist(),
                 "shares": found.values.tolist()}
     found = Progress(team).count(
         images, torch.arange(len(images)).split(s.batch_size), top, workers=s.workers,
-        generators=[generator], desc=desc, whole=False)
+        desc=desc, whole=False)
     classes, shares = torch.full((len(images),), -1), torch.zeros(len(images))
     classes[found["index"]] = torch.tensor(found["classes"])
     shares[found["index"]] = torch.tensor(found["shares"])

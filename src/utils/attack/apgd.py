@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.attack.balls import NORMS, column, nearest, random_point, sparse_sign, unit
+from utils.attack.chance import chance_of
 from utils.attack.core import (
     Tally,
     ascend,
@@ -25,7 +26,6 @@ from utils.attack.core import (
     margin_towards,
     measure,
     one_of,
-    own_generators,
 )
 
 TOWARDS = {"dlr_targeted": dlr_towards, "margin_targeted": margin_towards}
@@ -44,19 +44,19 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
     """
     one_of("norm", norm, NORMS)
     one_of("loss", loss, ("ce", "margin", "dlr", *TOWARDS))
-    tally, own = Tally(x), own_generators(generator, len(x))
+    tally, own = Tally(x), chance_of(generator, x)
     result, alive = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
     value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
     if len(x):
         climbed, goals = _loss(model, x, y, loss, targets, targeted)
         alive = ~measure(model, x, y, margin, targeted)[1]
-    for goal in (goals * restarts if len(x) else []):
+    for k, goal in enumerate(goals * restarts if len(x) else []):
         who = alive.nonzero()[:, 0]
         if not len(who):
             break
         end, reached, fooled = _run(
-            model, x[who], y[who], goal[who], [own[i] for i in who.tolist()], eps=eps, norm=norm,
-            steps=steps, loss=climbed, rho=rho, targeted=targeted, tally=tally, who=who)
+            model, x[who], y[who], goal[who], own[who].fold(k), eps=eps, norm=norm, steps=steps,
+            loss=climbed, rho=rho, targeted=targeted, tally=tally, who=who)
         better = fooled | (reached > value[who])
         result[who[better]], value[who[better]] = end[better], reached[better]
         alive[who[fooled]] = False

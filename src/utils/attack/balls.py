@@ -136,29 +136,28 @@ def _shrink_l1(size, room, eps):
     return inside * column((eps / norm_of(inside, "l1").clamp_min(TINY)).clamp_max(1), size)
 
 
-def random_point(x, eps, norm, generators):
+def random_point(x, eps, norm, chance):
     """A perturbation drawn uniformly from the ball for every image; the box is ignored.
 
-    x (N, ...) -> (N, ...); generators: one CPU torch.Generator per image.
+    x (N, ...) -> (N, ...); chance: the Chance of these images.
     """
     shape = x.shape[1:]
     if norm == "linf":
-        drawn = [2 * torch.rand(shape, generator=g) - 1 for g in generators]
-    elif norm == "l2":
-        drawn = [_even_l2(shape, g) for g in generators]
+        drawn = 2 * chance.uniform(*shape) - 1
     else:
-        drawn = [_even_l1(shape, g) for g in generators]
-    return eps * torch.stack(drawn).to(x)
+        drawn = (_even_l2 if norm == "l2" else _even_l1)(shape, chance.fold(0), chance.fold(1))
+    return eps * drawn.to(x)
 
 
-def _even_l2(shape, generator):
-    direction = torch.randn(shape, generator=generator)
-    radius = torch.rand((), generator=generator) ** (1 / direction.numel())
-    return radius * direction / direction.norm()
+def _even_l2(shape, one, two):
+    """Directions from normal variables; the share s ** D of the ball is within the radius s."""
+    direction = one.normal(*shape)
+    radius = two.uniform() ** (1 / shape.numel())
+    return column(radius / norm_of(direction, "l2").clamp_min(TINY), direction) * direction
 
 
-def _even_l1(shape, generator):
+def _even_l1(shape, one, two):
     """Shares of exponential variables are uniform on the simplex; one more fills the ball."""
-    sign = 2.0 * torch.randint(2, shape, generator=generator) - 1
-    share = torch.empty(sign.numel() + 1).exponential_(generator=generator)
-    return sign * (share[:-1] / share.sum()).view(shape)
+    share = -torch.log(1 - one.uniform(shape.numel() + 1))
+    share = share / share.sum(1, keepdim=True).clamp_min(TINY)
+    return two.signs(*shape) * share[:, :-1].reshape(-1, *shape)

@@ -1,10 +1,11 @@
-"""What every attack uses: the contract, one generator per image, losses, gradients.
+"""What every attack uses: the contract, losses, gradients.
 
 `attack` is the decorator that keeps the contract of attacks.py; `gradient` is the one place where a
 model is differentiated.
 """
 
 import functools
+import inspect
 import math
 import warnings
 from contextlib import contextmanager
@@ -16,21 +17,33 @@ from torch import nn
 
 from utils.attack.adaptive import draws_of
 from utils.attack.balls import norm_of
+from utils.attack.chance import chance_of
+from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
 COUNTS = ("steps", "binary_steps", "restarts", "targets", "queries")         # whole, at least 1
+LAYERS = 1 << 32  # the stream of random layers; attacks fold small numbers for their own
 
 
 def attack(function):
-    """Checks the input; eval mode and gradients on while the attack runs, then all as before."""
+    """Checks the input; eval mode and gradients on while the attack runs, then all as before.
+
+    Turns `generator`, if the attack takes one, into a Chance, and tells random layers of it.
+    """
+    draws = "generator" in inspect.signature(function).parameters
+
     @functools.wraps(function)
     def wrapped(model, x, y, *args, **options):
         _check(x, y, options)
         with (_evaluating(model, options.get("judge")), torch.inference_mode(False),
               torch.enable_grad()):
-            x = x.detach().clone()
-            return function(model, x, y.detach().to(x.device, copy=True), *args, **options)
+            x, y = x.detach().clone(), y.detach().to(x.device, copy=True)
+            if not draws:
+                return function(model, x, y, *args, **options)
+            own = chance_of(options.get("generator"), x)
+            with telling(own.fold(LAYERS)):
+                return function(model, x, y, *args, **options | {"generator": own})
     return wrapped
 
 
@@ -73,24 +86,6 @@ def one_of(name, value, choices):
     if value not in choices:
         raise UserError(f"{name}={value!r}; wanted one of {', '.join(map(repr, choices))}")
     return value
-
-
-def own_generators(generator, n):
-    """One CPU generator per image, each seeded by one draw: no image's numbers depend on another.
-    """
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != n:
-            raise UserError(f"{len(generator)} generators for {n} images; wanted one per image")
-        if not all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator):
-            raise UserError("the list of generators holds something other than CPU generators; "
-                            "wanted one torch.Generator() per image")
-        return list(generator)
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
-    if not isinstance(generator, torch.Generator):
-        raise UserError(f"generator={generator!r}; type torch.Generator().manual_seed(5)")
-    seeds = torch.randint(2 ** 63 - 1, (n,), generator=generator, device=generator.device)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 class Tally:
@@ -195,10 +190,14 @@ def two_or_more(classes):
                         "more classes: after a single logit z type torch.cat([0 * z, z], 1)")
 
 
-def forward(model, x, y):
-    """Logits (n, K) in x's dtype; UserError if they are not finite or the labels do not fit."""
+def forward(model, x, y, index=slice(None)):
+    """Logits (n, K) in x's dtype; UserError if they are not finite or the labels do not fit.
+
+    index: the positions of these images in the batch that the attack was given.
+    """
     version = x._version
-    logits = model(x).to(x.dtype)
+    with passing(index):
+        logits = model(x).to(x.dtype)
     if x._version != version:
         raise UserError("the model changes its input, the attacked image, in place; type "
                         "inplace=False in its first layer")
@@ -226,12 +225,12 @@ def per_image(loss, logits, y):
 def gradient(model, x, y, loss, tally, index):
     """Logits (n, K), losses (n,) and their gradients at x (n, ...), averaged over an eot's draws.
 
-    index: the positions of these images in the batch that the tally counts.
+    index: the positions of these images in the batch that the attack was given.
     """
     draws, total = draws_of(model), None
     for _ in range(draws):
         x = x.detach().requires_grad_()
-        logits = forward(model, x, y)
+        logits = forward(model, x, y, index=index)
         value = per_image(loss, logits, y)
         if not value.requires_grad:
             raise UserError("the model has no gradient: no path leads from its logits back to the "
@@ -254,10 +253,10 @@ def gradient(model, x, y, loss, tally, index):
 
 
 @torch.no_grad()
-def measure(model, x, y, loss, targeted):
+def measure(model, x, y, loss, targeted, index=slice(None)):
     """Losses of final images, and which of them are fooled, (n,) each."""
     draws, value, mean = draws_of(model), 0, 0
     for _ in range(draws):
-        logits = forward(model, x, y)
+        logits = forward(model, x, y, index=index)
         value, mean = value + per_image(loss, logits, y), mean + logits
     return value / draws, is_fooled(mean, y, targeted)

@@ -13,7 +13,8 @@ import torch
 
 from utils.attack.adaptive import draws_of
 from utils.attack.balls import TINY, column, nearest, unit
-from utils.attack.core import Tally, ascend, attack, measure, one_of, own_generators
+from utils.attack.chance import chance_of
+from utils.attack.core import Tally, ascend, attack, measure, one_of
 from utils.errors import UserError
 
 
@@ -31,17 +32,17 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
     one_of("norm", norm, ("linf", "l2"))
     if x.dim() != 4:
         raise UserError(f"square works on images (N, C, H, W); given {tuple(x.shape)}")
-    tally, own = Tally(x), own_generators(generator, len(x))
+    tally, own = Tally(x), chance_of(generator, x)
     climbed, result, alive = ascend("margin", targeted), x.clone(), torch.zeros(0)
     if len(x):
         best_f, fooled = measure(model, x, y, climbed, targeted)
         alive = ~fooled
-    for _ in range(restarts):
+    for k in range(restarts):
         who = alive.nonzero()[:, 0]
         if not len(who):
             break
-        end, f, fooled = _run(model, x[who], y[who], [own[i] for i in who.tolist()], eps, norm,
-                              queries, p, climbed, targeted, tally)
+        end, f, fooled = _run(model, x[who], y[who], own[who].fold(k), eps, norm, queries, p,
+                              climbed, targeted, tally, who)
         better = fooled | (f > best_f[who])
         result[who[better]], best_f[who[better]] = end[better], f[better]
         alive[who[fooled]] = False
@@ -49,12 +50,12 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
     return result
 
 
-def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
+def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally, who):
     """From one start: images (n, C, H, W), margins (n,), which of them are fooled (n,)."""
     first, change = (_stripes, _flip) if norm == "linf" else (_tiles, _move)
-    best = first(x, eps, own)
-    drawn = torch.stack([torch.rand((queries, 5 + x.shape[1]), generator=g) for g in own]).to(x)
-    best_f, fooled = measure(model, best, y, climbed, targeted)
+    best = first(x, eps, own.fold(0))
+    drawn = own.fold(1).uniform(queries, 5 + x.shape[1]).to(x)
+    best_f, fooled = measure(model, best, y, climbed, targeted, index=who)
     draws = draws_of(model)
     tally.queries += draws * len(x)
     end, value, hit = best.clone(), best_f.clone(), fooled.clone()
@@ -67,7 +68,7 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally):
         if not len(row):
             break
         trial = change(best, x, eps, _share(p, t - 1, queries), drawn[:, t])
-        f, fooled = measure(model, trial, y, climbed, targeted)
+        f, fooled = measure(model, trial, y, climbed, targeted, index=who[row])
         tally.queries += draws * len(row)
         better = fooled | (f > best_f)
         best, best_f = torch.where(column(better, x), trial, best), torch.where(better, f, best_f)
@@ -84,8 +85,7 @@ def _share(p, t, queries):
 
 def _stripes(x, eps, own):
     """Linf start: vertical stripes of +-eps."""
-    shape = (x.shape[1], 1, x.shape[3])
-    sign = torch.stack([2.0 * torch.randint(2, shape, generator=g) - 1 for g in own]).to(x)
+    sign = own.signs(x.shape[1], 1, x.shape[3]).to(x)
     return nearest(x + eps * sign, x, eps, "linf")
 
 
@@ -137,14 +137,11 @@ def _tiles(x, eps, own):
     down, across = x.shape[2] // s, x.shape[3] // s
     top, left = (x.shape[2] - down * s) // 2, (x.shape[3] - across * s) // 2
     pair, delta = _pair(s, x), torch.zeros_like(x)
-    for image, g in zip(delta, own, strict=True):
-        sign = 2.0 * torch.randint(2, (x.shape[1], down, across), generator=g).to(x) - 1
-        flat = torch.randint(2, (down, across), generator=g).to(x)
-        one = flat[:, None, :, None] * pair[None, :, None, :] \
-            + (1 - flat)[:, None, :, None] * pair.T[None, :, None, :]  # (down, s, across, s)
-        signed = one * sign[:, :, None, :, None]
-        image[:, top:top + down * s, left:left + across * s] = signed.reshape(
-            -1, down * s, across * s)
+    sign = own.fold(0).signs(x.shape[1], down, across).to(x)[:, :, :, None, :, None]
+    flat = (own.fold(1).signs(1, down, across) > 0)[:, :, :, None, :, None]
+    tile = torch.where(flat, pair[:, None, :], pair.T[:, None, :])  # (n, 1, down, s, across, s)
+    delta[:, :, top:top + down * s, left:left + across * s] = (tile * sign).reshape(
+        *x.shape[:2], down * s, across * s)
     return (x + eps * unit(delta, "l2")).clamp_(0, 1)
 
 
