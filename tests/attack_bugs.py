@@ -57,6 +57,10 @@ def count(name):
     return f"tests/test_measure.py::test_{name}"
 
 
+def waiting(name):
+    return f"tests/test_no_waiting.py::test_{name}"
+
+
 def free(name):
     return f"tests/test_free.py::test_{name}"
 
@@ -150,7 +154,7 @@ BUGS = [
         "s.size / 2, s.size)", "s.size, s.size)",
         (form("apgd_halves_its_step_until_it_reaches_a_maximum_inside_the_ball[linf]"),)),
     Bug("Square accepts nothing that does not fool at once", SQUARE,
-        "better = fooled | (f > best_f)\n        best,", "better = fooled\n        best,",
+        "better = (fools | (f > best_f)) & ~fooled", "better = fools & ~fooled",
         (form("square_never_gets_worse_with_more_queries_and_counts_them"),)),
     Bug("APGD never asks whether the best loss has risen", APGD,
         " | (~s.halved & (s.best_f <= s.checked_f))", "",
@@ -174,10 +178,10 @@ BUGS = [
         "torch.where(stalled, s.best_f, s.last_f)", "s.last_f",
         (paper(f"{STEPS}[linf]"),)),
     Bug("APGD returns its last point", APGD,
-        "torch.where(column(hit, x), s.at, s.best)", "s.at",
+        "zip(found, (s.best, s.best_f", "zip(found, (s.at, s.best_f",
         (paper(f"{STEPS}[linf]"),)),
     Bug("APGD returns the point of the highest loss, fooled or not", APGD,
-        "torch.where(column(hit, x), s.at, s.best)", "s.best",
+        "torch.where(column(climbed | first,", "torch.where(column(climbed,",
         (paper("apgd_returns_the_point_that_fools_although_another_has_the_higher_loss"),)),
     Bug("APGD in L1 counts what the last point has moved", APGD,
         "moved = (s.best != x)", "moved = (s.at != x)",
@@ -208,15 +212,14 @@ BUGS = [
         "shape = (x.shape[1], 1, x.shape[3])", "shape = (x.shape[1], x.shape[2], 1)",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("Square keeps changes that gain nothing", SQUARE,
-        "better = fooled | (f > best_f)\n        best,",
-        "better = fooled | (f >= best_f)\n        best,",
+        "better = (fools | (f > best_f)) & ~fooled", "better = (fools | (f >= best_f)) & ~fooled",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("one sign for all channels of a square", SQUARE,
         "sign = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).to(x)  # (n, C)",
         "sign = torch.where(u[:, 5:6] < 0.5, -1.0, 1.0).to(x)  # (n, C)",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("images that Square has fooled stay in the batch", SQUARE,
-        "if bool(fooled.any()):", "if False:",
+        "if due(t, x):", "if False:",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("the generator is ignored", CORE,
         "    if generator is None:\n", "    if True:\n",
@@ -253,8 +256,26 @@ BUGS = [
         "one if total is None else [a + b for a, b in zip(total, one, strict=True)]", "one",
         (form("eot_averages_the_gradients_of_the_loss_over_its_draws"),)),
     Bug("a NaN gradient is a gradient of no sign", CORE,
-        "if not bool(peak.isfinite().all()):", "if False:",
+        "bad = ~peak.isfinite()", "bad = peak.isnan() & peak.isinf()",
         (rule("a_nan_gradient_is_refused_in_one_line_that_names_the_cause[fgsm]"),)),
+    Bug("a NaN gradient moves the image until it is reported", CORE,
+        "if not free_to_ask(g):", "if False:",
+        (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[bim-gradient]"),)),
+    Bug("what breaks on the way is never reported", CORE,
+        "if self.wrong:", "if False:",
+        (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[bim-logits]"),)),
+    Bug("each step asks whether the logits are finite", CORE,
+        "if self.first or free_to_ask(bad):", "if True:",
+        (waiting("no_step_of_an_attack_waits[bim]"),)),
+    Bug("queries of images that wait to leave are counted", SQUARE,
+        "draws * (~fooled).sum()", "draws * len(row)",
+        (waiting("without_asking_the_images_and_the_report_are_the_same[square linf-3]"),)),
+    Bug("APGD's images that wait to leave go on", APGD,
+        "self.fooled = self.fooled | hit", "self.fooled = hit",
+        (waiting("without_asking_the_images_and_the_report_are_the_same[apgd linf ce-3]"),)),
+    Bug("without asking, images inside the ball are pushed to its surface", BALLS,
+        "torch.where(enough | within, t, t_next)", "torch.where(enough, t, t_next)",
+        (waiting("projections_in_a_fixed_number_of_rounds_are_the_same[l2-torch.float32]"),)),
     Bug("the layer of another formula", DEFENSES,
         "torch.sin(self.w * x)", "torch.cos(self.w * x)",
         (layer("it_is_the_formula_of_the_paper"),)),

@@ -125,9 +125,12 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, gene
 
 def in_ball(x, x_adv, attack, audit):
     """Which images (n,) bool lie in the ball and in [0, 1], on the CPU; counted in `audit`."""
-    size = norm_of(x_adv.cpu().double() - x.cpu().double(), attack.norm)
-    boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1).cpu()  # NaN is neither
-    allowed = boxed & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
+    if x.device.type == "mps":  # which has no float64
+        x, x_adv = x.cpu(), x_adv.cpu()
+    size = norm_of(x_adv.double() - x.double(), attack.norm)
+    boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # NaN is neither
+    size, boxed = torch.stack([size, boxed.double()]).cpu()  # waits once
+    allowed = boxed.bool() & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
     audit["largest"] = max(audit["largest"], size.max().item())
     audit["outside"] += int((~allowed).sum())
     return allowed
@@ -184,9 +187,10 @@ class UapCounts:
         if self.target is not None:
             found["others"] = before != self.target
             found["hit"] = found["others"] & (after == self.target)
-        for key, value in found.items():
+        after, *read = torch.stack([after, *(value.long() for value in found.values())]).cpu()
+        for key, value in zip(found, read, strict=True):  # read from the device once
             self.counts[key] = self.counts.get(key, 0) + int(value.sum())
-        became = torch.bincount(after[fooled].cpu(), minlength=clean.shape[1])
+        became = torch.bincount(after[read[0].bool()], minlength=clean.shape[1])
         self.became = became if self.became is None else self.became + became
         self.n += len(y)
 
