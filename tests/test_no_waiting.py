@@ -42,9 +42,9 @@ X = torch.arange(6.0).view(2, 3)
     lambda: X.nonzero(), lambda: torch.equal(X, X), lambda: X[X > 1], lambda: X[:, X[0] > 1],
     lambda: X.clone().__setitem__(X > 1, X[0, :1]), lambda: X.numpy(), lambda: X.cpu(),
     lambda: torch.tensor([1, 2]), lambda: X.new_tensor(1.0), lambda: X.unique(),
-    lambda: X.long().flatten().bincount()], ids=[
-    "bool", "int", "item", "tolist", "nonzero", "equal", "mask", "column mask", "mask set",
-    "numpy", "cpu", "tensor", "new_tensor", "unique", "bincount"])
+    lambda: X.long().flatten().bincount(), lambda: X.clone().__setitem__(torch.arange(2), 1.0)],
+    ids=["bool", "int", "item", "tolist", "nonzero", "equal", "mask", "column mask", "mask set",
+         "numpy", "cpu", "tensor", "new_tensor", "unique", "bincount", "number set"])
 def test_the_counter_sees_what_waits(wait):
     assert counted(wait).total >= 1
 
@@ -53,9 +53,8 @@ def test_the_counter_sees_what_waits(wait):
     lambda: (X * 2 + 1).clamp_(0, 1).sum(), lambda: X[torch.arange(2)], lambda: X.argmax(1) == 0,
     lambda: torch.where(X > 1, X, 0.0), lambda: X.clone().index_put_((torch.arange(2),), X),
     lambda: X.new_zeros(3), lambda: X.sort(1).values.gather(1, X.long().clamp_max(2)),
-    lambda: X.clone().masked_fill_(X > 1, 0), lambda: X[:, 0].to(torch.float64),
-    lambda: torch.zeros(3).__setitem__(torch.arange(2), 1.0)], ids=[
-    "arithmetic", "index", "argmax", "where", "put", "zeros", "gather", "fill", "to", "number"])
+    lambda: X.clone().masked_fill_(X > 1, 0), lambda: X[:, 0].to(torch.float64)], ids=[
+    "arithmetic", "index", "argmax", "where", "put", "zeros", "gather", "fill", "to"])
 def test_the_counter_lets_pass_what_does_not(work):
     assert not counted(work).seen
 
@@ -126,8 +125,8 @@ def test_no_inner_step_of_sga_and_no_chunk_of_spgd_waits(method, loss, augment):
 def test_an_attack_whose_images_leave_asks_rarely(world, far):
     """100 steps look 22 times for fooled images; before that they were looked for in each."""
     some = CASES["apgd linf ce"]
-    assert counted(some, *world, steps=100, eps=0.03).total <= 35
-    assert counted(CASES["square linf"], *world, queries=300, eps=0.03).total <= 45
+    assert counted(some, *world, steps=100, eps=0.03).total <= 45
+    assert counted(CASES["square linf"], *world, queries=300, eps=0.03).total <= 50
 
 
 def test_images_leave_at_most_a_quarter_later_than_they_could(far):
@@ -189,20 +188,40 @@ def test_fooled_images_leave_the_batch_all_the_same(name, world, far):
     assert model.sizes[0] == N and model.sizes[-1] < N
 
 
+def both(monkeypatch, function, *args):
+    """With and without asking."""
+    for free in (("cpu",), ()):
+        monkeypatch.setattr(waits, "FREE", free)
+        yield function(*args)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_projections_in_a_fixed_number_of_rounds_are_the_same(norm, dtype, monkeypatch):
     """To the last bit, also where some images are in the ball already and others are not."""
     g = torch.Generator().manual_seed(0)
     for x in (pictures(12, dtype), greys(12, dtype)):
-        for eps in (0.0, 0.3, 1.0, 5.0, 20.0):
-            spread = torch.logspace(-3, 2, 12, dtype=dtype)[torch.randperm(12, generator=g)]
+        for eps in (0.0, 0.3, 1.0, 3.0):
+            spread = torch.logspace(-3, -0.5, 12, dtype=dtype)[torch.randperm(12, generator=g)]
             delta = torch.randn(x.shape, generator=g, dtype=dtype) * balls.column(spread, x)
-            found = []
-            for free in (("cpu",), ()):
-                monkeypatch.setattr(waits, "FREE", free)
-                found.append(balls.project(delta, x, eps, norm))
-            assert torch.equal(*found)
+            assert torch.equal(*both(monkeypatch, balls.project, delta, x, eps, norm))
+
+
+@pytest.mark.parametrize("heavy", [1, 3])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_where_the_rounds_do_not_suffice_the_projection_fills_the_ball(norm, heavy, far):
+    """From far away, and from entries of very different sizes."""
+    x, g = pictures(12), torch.Generator().manual_seed(0)
+    for spread in (5.0, 50.0, 1e3):
+        delta = spread * torch.randn(x.shape, generator=g)
+        delta = delta.sign() * delta.abs() ** heavy
+        whole = torch.where(delta > 0, 1 - x, x)  # as far as the box goes
+        for part in (0.01, 0.3, 0.9):
+            eps = part * balls.norm_of(whole, norm).min().item()
+            found = balls.project(delta, x, eps, norm)
+            size = balls.norm_of(found, norm)
+            assert 0.999 * eps < size.min() and size.max() <= eps * (1 + 1e-5)
+            assert (x + found).min() >= -1e-6 and (x + found).max() <= 1 + 1e-6
 
 
 # ------------------------------------------------------------------------ what goes wrong

@@ -129,7 +129,7 @@ class Tally:
             "its logits are finite: a layer without a finite derivative (a root or a logarithm at "
             "0, a concealed gradient, an overflow in half precision); put bpda(layer) in its "
             "place, or run in float32")
-        self.seen[index] = True
+        self.seen[index] |= True  # '= True' copies the number to the device, and waits
         self.nonzero[index] |= peak > 0
         self.gradients += draws * counted
         self.first = False

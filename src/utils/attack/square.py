@@ -166,7 +166,7 @@ def _move(best, x, eps, p, u):
     old = delta[first]  # (n, s, s, C)
     mass = delta.square().sum((2, 3))  # (n, C)
     unused = (eps ** 2 - mass.sum(1, keepdim=True)).clamp_min(0) / x.shape[1]
-    delta[first], delta[second] = 0, 0
+    delta[first] = delta[second] = torch.zeros_like(old)
     budget = (unused + mass - delta.square().sum((2, 3))).clamp_min(0).sqrt()
     pair = _pair(s, x)
     pair = torch.where(column(u[:, 4] < 0.5, u[:, :, None]), pair, pair.T)  # (n, s, s)
