@@ -260,7 +260,8 @@ BUGS = [
         (rule("a_nan_gradient_is_refused_in_one_line_that_names_the_cause[fgsm]"),)),
     Bug("a NaN gradient moves the image until it is reported", CORE,
         "if not free_to_ask(g):", "if False:",
-        (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[bim-gradient]"),)),
+        (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[pgd l2 normalized exact-"
+                 "gradient]"),)),
     Bug("what breaks on the way is never reported", CORE,
         "if self.wrong:", "if False:",
         (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[bim-logits]"),)),
@@ -272,7 +273,7 @@ BUGS = [
         (waiting("without_asking_the_images_and_the_report_are_the_same[square linf-3]"),)),
     Bug("APGD's images that wait to leave go on", APGD,
         "self.fooled = self.fooled | hit", "self.fooled = hit",
-        (waiting("without_asking_the_images_and_the_report_are_the_same[apgd linf ce-3]"),)),
+        (waiting("fooled_images_that_wait_long_to_leave_change_nothing[apgd linf ce-3]"),)),
     Bug("without asking, images inside the ball are pushed to its surface", BALLS,
         "torch.where(enough | within, t, t_next)", "torch.where(enough, t, t_next)",
         (waiting("projections_in_a_fixed_number_of_rounds_are_the_same[l2-torch.float32]"),)),

@@ -168,21 +168,38 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-@pytest.mark.parametrize("strong", [1, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_without_asking_the_images_and_the_report_are_the_same(name, strong, world, monkeypatch):
-    """To the last bit; three times the radius fools more images on the way."""
+def unasked(name, strong, world, monkeypatch, replace=()):
+    """The images and the report are those of asking at each step; `replace`: what is then patched.
+    """
     model, (_, x, y) = OneByOne(world[0]), world
     more = {key: strong * value for key, value in CASES[name].options.items()
             if key in ("eps", "alpha")}
     more |= {key: 40 for key in ("steps", "queries") if key in CASES[name].options}
     found = []
-    for free in (("cpu",), ()):
+    for free, patches in ((("cpu",), ()), ((), replace)):
         monkeypatch.setattr(waits, "FREE", free)
+        for patch in patches:
+            monkeypatch.setattr(*patch)
         report = {}
         found.append((CASES[name](model, x, y, report=report, **more), report))
     assert torch.equal(found[0][0], found[1][0])
     assert same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("strong", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_without_asking_the_images_and_the_report_are_the_same(name, strong, world, monkeypatch):
+    """To the last bit; three times the radius fools more images on the way."""
+    unasked(name, strong, world, monkeypatch)
+
+
+@pytest.mark.parametrize("strong", [1, 3])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith((
+    "apgd", "square", "strongest", "worst_case"))])
+def test_fooled_images_that_wait_long_to_leave_change_nothing(name, strong, world, monkeypatch):
+    """Neither their own results nor those of other images: they leave after 24 steps here."""
+    unasked(name, strong, world, monkeypatch, [
+        (f"utils.attack.{module}.due", lambda t, x: t % 25 == 24) for module in ("apgd", "square")])
 
 
 @pytest.mark.parametrize("name", ["apgd linf ce", "apgd l2 ce", "square linf", "square l2"])
