@@ -277,6 +277,7 @@ def test_what_breaks_on_the_way_is_refused_in_the_same_line(name, kind, monkeypa
     said, x = [], greys(3)
     y = predicted(toy(), x)
     small = {"eps": 1e-3} if CASES[name].eps else {}
+    small |= {"steps": 12} if "steps" in CASES[name].options else {}
     for free in (("cpu",), ()):
         monkeypatch.setattr(waits, "FREE", free)
         model = Breaks(kind)

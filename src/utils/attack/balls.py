@@ -96,9 +96,9 @@ def _scale_l2(size, room, eps, outside):
     """min(t * size, room) of norm eps. KKT: one t scales every coordinate, up to the box.
 
     t grows from the value that would suffice without a box; coordinates that reach the box stay
-    there, so no round overshoots. Images that are not `outside` (n,) keep t = 1. The square of the
-    norm is Newton's concave function of t^2: k rounds leave at most the share 2^-k t / (first t) of
-    eps^2, and usually far less.
+    there, so no round overshoots. Images that are not `outside` (n,) keep t = 1. These are Newton's
+    steps on a concave function, norm^2 of t^2: k rounds leave at most the share 2^-k t / (first t)
+    of eps^2, and usually far less.
     """
     asks, within = free_to_ask(size), ~outside
     t = torch.where(outside, eps / norm_of(size, "l2"), 1.0)
