@@ -28,8 +28,10 @@ plain function, modes and eots inside it are not seen.
 where every gradient was zero in all entries (such an image was not attacked, it is returned at its
 start), how many gradients of one image (`gradients`) and how many queries (`queries`) were taken,
 and `losses`, one (N,) per step, of gradient attacks in which all images took all steps. Bad input
-and NaN gradients are a UserError. With too few classes for DLR the margin loss takes its place, and
-K classes give at most K - 1 targets: a warning says so in one line.
+and NaN gradients are a UserError; on a GPU, where no step after the first waits for an answer, one
+that appears on the way is raised at the end (utils/attack/waits.py). With too few classes for DLR
+the margin loss takes its place, and K classes give at most K - 1 targets: a warning says so in one
+line.
 """
 
 import math

@@ -18,17 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import defenses, draw, finished, run
-from utils.attack.chance import Chance, chance_of
-from utils.attack.telling import telling
+from utils import data, defenses, draw, finished, report_uaps, run
 from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import PRESETS, cached, opened, to_float
 from utils.halving import Halving
-from utils.measure import AFTER, BEFORE, UapCounts, class_name
+from utils.measure import UapCounts, class_name, logits_under
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
-from utils.report_uaps import flat, report
 from utils.team import join_to_count
 from utils.uaps import digest, find_uaps, fit_size, read_uaps, rounded
 
@@ -42,17 +38,12 @@ def count(models, deltas, images, aims, s, device, progress):
              for u, delta in deltas.items()}
 
     def counted(index, x):
-        x, y = to_float(x.to(device)), images.labels[index].to(device)
-        own = chance_of(Chance(s.seed, index), x)
+        x, y = data.to_float(x.to(device)), images.labels[index].to(device)
         found = {u: {m: UapCounts(aims[u]) for m in models} for u in deltas}
         for m, model in models.items():
-            with telling(own.fold(BEFORE)):
-                clean = model(x)
-                again = model(x) if defenses.is_random(s.defense) else None
-            for u, (delta, delta8) in pairs.items():
-                with telling(own.fold(AFTER)):  # of every perturbation
-                    adv = model((x + delta).clamp_(0, 1))
-                    adv8 = None if delta8 is None else model((x + delta8).clamp_(0, 1))
+            clean, again, logits = logits_under(model, x, pairs.values(), seed=s.seed, index=index,
+                                                again=defenses.is_random(s.defense))
+            for u, (adv, adv8) in zip(pairs, logits, strict=True):
                 found[u][m].add(clean, adv, adv8, y, again)
         return {u: {m: counts.state() for m, counts in own.items()} for u, own in found.items()}
     state = progress.count(
@@ -74,7 +65,7 @@ def measure(s, images, networks, fitted, aims, device, progress=None):
 
 def read_in(geometry, images, s):
     """The images as they are read in this Geometry, from the cache if there is one."""
-    return cached(images.prepared(geometry, None), s.cache, workers=s.workers)
+    return data.cached(images.prepared(geometry, None), s.cache, workers=s.workers)
 
 
 @torch.no_grad()
@@ -84,7 +75,7 @@ def examples(model, delta, images, names_of, number, device):
     found = [p for p in (images[i] for i in chosen) if p is not None]
     if not found:
         return None
-    x = to_float(torch.stack(found)).to(device)
+    x = data.to_float(torch.stack(found)).to(device)
     x_adv = (x + delta.to(device)).clamp(0, 1)
     before, after = ([class_name(names_of, k) for k in model(z).argmax(1).tolist()]
                      for z in (x, x_adv))
@@ -120,8 +111,8 @@ def settle(args):
     targets, perturbations, and these at each input size {size: {name: (C, size, size)}}. UserError
     for what cannot be measured.
     """
-    images = opened(args, "test")
-    preset = PRESETS[images.kind]
+    images = data.opened(args, "test")
+    preset = data.PRESETS[images.kind]
     s = run.settled(args, eps=args.eps or preset.eps)
     targets = targets_of(s.model_name, s.weights, preset.targets, images, s.image_size,
                          s.geometry)
@@ -195,11 +186,11 @@ def save_pictures(folder, rows, uaps, targets, shown):
 
 def save(folder, rows, about, uaps, targets, images, networks, s):
     """Writes the tables and the list of images; -> the Markdown"""
-    text = report(rows, about, uaps, [target.name for target in targets])
+    text = report_uaps.report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
         uap.name: {"path": str(uap.path.resolve()), "scale": s.scale, "largest": uap.largest,
                    "facts": uap.facts} for uap in uaps}})
-    run.save_csv(folder / "results.csv", [flat(row) for row in rows])
+    run.save_csv(folder / "results.csv", [report_uaps.flat(row) for row in rows])
     run.write_atomic(folder / "results.md", text.encode())
     run.write_atomic(folder / "images.txt", images.listing(*networks).encode())
     return text

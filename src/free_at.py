@@ -68,9 +68,7 @@ def fast_start(model, x, y, u, *, eps, alpha, loss=F.cross_entropy):
 
 
 class FreeTraining(Trainer):
-    """A network, its optimiser and delta; s: the settings that settle returns; held: the images
-    of --validate, in memory.
-    """
+    """A network, its optimiser and delta; s: of settle; held: the images of --validate."""
 
     def __init__(self, s, images, team, device, held=None):
         if images.pixels is not None:
@@ -97,6 +95,10 @@ class FreeTraining(Trainer):
         self.done, self.total = 0, s.weight_steps or self.passes * steps  # weight steps
         self.best, self.probed = {"probe": 0.0, "net": None}, None  # of --guard
         self.held, self.chosen = held, {"score": [], "net": None}   # of --validate
+
+    def start(self):
+        """Dropout draws from the global generator, whose state a checkpoint keeps."""
+        torch.manual_seed(self.s.seed + self.team.rank)
 
     def one_pass(self, bar):
         s = self.s
@@ -284,9 +286,8 @@ def main(args):
         rounded = " (rounded up)" * bool(training.total % training.steps if s.weight_steps else
                                          s.method == "free" and s.epochs % s.replays)
         print(f"{len(images)} images of {s.data_dir} in {len(s.classes)} classes, {s.model_name}, "
-              f"{s.method}: "
-              f"{training.passes} pass{'es' * (training.passes > 1)}{rounded}, {training.total} "
-              "weight steps", flush=True)
+              f"{s.method}: {training.passes} pass{'es' * (training.passes > 1)}{rounded}, "
+              f"{training.total} weight steps", flush=True)
     loop(training, training.passes, folder, flags, deterministic=s.deterministic,
          minutes=s.checkpoint_minutes)
     if team.first:

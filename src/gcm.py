@@ -32,13 +32,12 @@ import torch
 from tqdm import tqdm
 
 from attacks import apgd, cw_l2, fgsm, pgd, square, strongest, strongest_title
-from utils import measure, papers, report, report_gcm, run
+from utils import defenses, measure, papers, report, report_gcm, run
 from utils.attack import balls
 from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, paper_geometry
 from utils.defended import open_networks, open_targets
-from utils.defenses import adaptive, is_random
 from utils.errors import UserError
 from utils.team import join_to_count
 
@@ -56,7 +55,7 @@ def seen_by(attacker, defended, vanilla, draws):
     """
     if attacker == "vanilla":
         return vanilla
-    return adaptive(defended, draws) if attacker == "adaptive" else defended
+    return defenses.adaptive(defended, draws) if attacker == "adaptive" else defended
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Cell:
         words = [self.model, self.defense]
         if "gcm" in self.defense:
             words += [f"w={self.w:g}", f"epsilon={s.epsilon:g}"]
-        if is_random(self.defense):
+        if defenses.is_random(self.defense):
             words += [f"low={s.low}", f"draws={s.draws}"]
         words += [self.attacker, self.attack]
         if self.attack in ("square", "strongest"):
@@ -89,7 +88,8 @@ def measure_cell(cell, network, s, progress):
     defended = network.behind(cell.defense, cell.w)
     fast = network.behind(cell.defense, cell.w, fast=True)
     eps = radii(network.images, network.size, s.eps, s.eps_l2, s.eps_l1)
-    attack = robustart_attacks(eps, s.queries, network.classes, random=is_random(cell.defense),
+    attack = robustart_attacks(eps, s.queries, network.classes,
+                               random=defenses.is_random(cell.defense),
                                stop_early=s.stop_early or cell.attacker != "naive")[cell.attack]
     counts = measure.run_cell(
         attack, seen_by(cell.attacker, fast, network.fast, s.draws), defended, network.images,

@@ -340,7 +340,7 @@ def test_towards_a_target_it_is_reached_if_the_radius_is_large(name):
     model, x = linear(0.3 * random_weight(K, 192)), pictures(N)
     y = model(x).argmin(1)
     wide = {"linf": 0.3, "l2": 4.0, "l1": 60.0}[CASES[name].norm]
-    more = {"eps": wide, "alpha": wide / 4, "steps": 60, "queries": 500}
+    more = {"eps": wide, "alpha": wide / 4, "steps": 60, "queries": 1000}
     options = {k: v for k, v in more.items() if k in CASES[name].options}
     options |= {"fgv": {"alpha": 0.9}, "cw_l2": {"lr": 0.05, "binary_steps": 5},
                 "pgd l1 sparse exact": {"q": 0.3}}.get(name, {})

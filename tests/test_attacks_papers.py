@@ -216,9 +216,9 @@ def naive_attack(model, image, label, chance, *, eps, norm, loss, targets=9, res
 
 
 @pytest.mark.parametrize(("norm", "eps", "loss", "more", "seed", "some", "spent"), [
-    ("linf", 0.02, "ce", {"restarts": 2}, 3, [6, 1, 0], [104, 2, 202]),
+    ("linf", 0.02, "ce", {"restarts": 2}, 3, [1, 6, 0], [2, 104, 202]),
     ("linf", 0.05, "dlr", {}, 1, [0, 1, 2], [3, 101, 101]),
-    ("l2", 0.4, "ce", {}, 3, [1, 2, 7], [2, 101, 6]),
+    ("l2", 0.4, "ce", {}, 3, [1, 2, 7], [2, 101, 5]),
     ("linf", 0.05, "dlr_targeted", {"targets": 2}, 1, [1, 2, 3], [202, 202, 4])],
     ids=["linf ce", "linf dlr", "l2 ce", "linf dlr_targeted"])
 def test_apgd_on_a_curved_network_is_that_of_its_paper_image_by_image(norm, eps, loss, more, seed,
@@ -369,7 +369,7 @@ class Steps(nn.Module):
 
 
 @pytest.mark.parametrize(("norm", "eps", "spent"), [
-    ("linf", 0.16, [10, 17, 100]), ("l2", 3.0, [70, 1, 100])], ids=["linf", "l2"])
+    ("linf", 0.16, [16, 5, 100]), ("l2", 4.0, [25, 2, 100])], ids=["linf", "l2"])
 def test_square_is_that_of_its_paper_query_by_query(norm, eps, spent):
     """Every point that it looks at, alone and in a batch of which fooled images leave."""
     model, x = Steps(), pictures(3, torch.float64, shape=(3, 25, 30))

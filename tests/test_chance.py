@@ -239,14 +239,14 @@ def test_an_image_has_the_same_numbers_in_any_batch_order_and_subset(kind):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the tensor operations inside."""
+    """Counts the tensor operations inside, without views, which depend on the memory order."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
+        self.count += function is not torch.ops.aten.view.default
         return function(*args, **kwargs or {})
 
 
@@ -276,7 +276,7 @@ def test_attacks_loop_over_no_images(name):
     """Nothing is fooled, so all images take all steps; behind a random layer."""
     model = attacks.eot(torch.nn.Sequential(ResizePad(8, 8), toy()), 2)
     counts = []
-    for n in (2, 50):
+    for n in (3, 50):
         x = pictures(n)
         y = toy()(x).argmax(1)
         counts.append(operations(lambda x=x, y=y: ALL_STEPS[name](model, x, y)))

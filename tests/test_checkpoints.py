@@ -101,7 +101,7 @@ def test_without_a_folder_no_checkpoint_is_taken(saved):
 
 def test_several_processes_ask_the_first_one_now_and_then(folder, saved, monkeypatch):
     asked = []
-    monkeypatch.setattr(Team, "each", lambda self, value: [value] * 2)
+    monkeypatch.setattr(Team, "everyone", lambda self, value: [value] * 2)
     monkeypatch.setattr(Team, "first_says", lambda self, flag: asked.append(flag) or flag)
     monkeypatch.setattr(loop, "ASKED", 4)
     walked(Walk(team=Team(0, 2)), folder)
@@ -109,7 +109,7 @@ def test_several_processes_ask_the_first_one_now_and_then(folder, saved, monkeyp
 
 
 def test_the_clock_of_another_process_decides_nothing(folder, saved, monkeypatch):
-    monkeypatch.setattr(Team, "each", lambda self, value: [value] * 2)
+    monkeypatch.setattr(Team, "everyone", lambda self, value: [value] * 2)
     monkeypatch.setattr(Team, "first_says", lambda self, flag: False)
     monkeypatch.setattr(loop, "ASKED", 1)
     walked(Walk(team=Team(0, 2)), folder)
@@ -287,11 +287,12 @@ RUNS = {
     "fast": ("free_at.py", *FREE, "--method", "fast", "--epochs", 2),
     "dropout": ("free_at.py", *FREE, "--model_name", "drop.py:network", "--method", "natural",
                 "--epochs", 2),
-    "fp16": ("free_at.py", *FREE, "--epochs", 4, "--amp", "fp16", "--model_name", "cnn_bn"),
+    "fp16": ("free_at.py", *FREE, "--epochs", 4, "--amp", "fp16", "--model_name", "cnn_bn",
+             "--guard", "off"),
     "crops": ("free_at.py", *PHOTOS, "--epochs", 2, "--replays", 1, "--workers", 1),
     "stage 1": ("train_gcm.py", *STAGE, "--ema", 0.9),
-    "stage 2": ("train_gcm.py", *STAGE, "--stage", 2, "--pretrained", "random", "--augment", "all",
-                "--p", 0.3, "--head", "ml_decoder"),
+    "stage 2": ("train_gcm.py", *STAGE, "--stage", 2, "--pretrained", "random", "--augment",
+                "impulse_noise,rotation,glass_blur", "--p", 0.3, "--head", "ml_decoder"),
     "stage 1, crops": ("train_gcm.py", *PHOTOS, "--epochs", 2, "--workers", 0),
     "noise": ("fgsm_mnist.py", *TASK, "--train", "noise", "--batch_norm"),
     "fgv": ("fgsm_mnist.py", *TASK, "--train", "fgv", "--label", "predicted")}
@@ -323,10 +324,10 @@ def photos(tmp_path, picture):
 def test_a_run_killed_after_every_minibatch_ends_in_the_same_bytes(run_here, tmp_path, photos,
                                                                    name):
     script, *flags = RUNS[name]
-    torch.manual_seed(0)  # as a new process has it, for dropout
+    torch.manual_seed(1)
     done = run_here(script, *flags, "--save", "whole")
     assert done.returncode == 0, done.stderr
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # another process draws its dropout from elsewhere
     flags, kills, more = (*flags, *ALWAYS, "--save", "killed"), 0, ()
     while True:
         with pytest.MonkeyPatch.context() as patch:
@@ -364,7 +365,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["sga, random defence", "dropout", "stage 1"])
+@pytest.mark.parametrize("name", ["sga, random defence", "dropout"])
 def test_a_process_killed_by_signal_9_inside_a_pass_goes_on(run_script, tmp_path, photos, name):
     script, *flags = RUNS[name]
     assert run_script(script, *flags, "--save", "whole").returncode == 0

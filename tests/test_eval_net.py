@@ -608,14 +608,14 @@ def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
     assert whole.returncode == 0, whole.stderr
     count = len(cells(tmp_path / "whole"))
     assert count == 2 * (2 + 1 + 2)
-    real, saved = eval_net.save_json, []
+    real, saved = eval_net.run.save_json, []
 
     def watched(path, value):
         real(path, value)
         saved.append(path)
         if len(saved) == limit:
             raise Killed
-    monkeypatch.setattr(eval_net, "save_json", watched)
+    monkeypatch.setattr(eval_net.run, "save_json", watched)
     monkeypatch.setattr(report_nets.draw, "corruptions", lambda runs: b"")  # slow, not compared
     for k in range(1, count + 1):
         limit, save = k, f"killed{k}"

@@ -39,7 +39,7 @@ def drawn(folder):
 
 
 def facts_in(folder):
-    path, = folder.glob("*_*.json")
+    path, = set(folder.glob("*_*.json")) - set(folder.glob("*_best.json"))
     return json.loads(path.read_text()), path.with_suffix(".pth")
 
 

@@ -85,7 +85,8 @@ def at_hand(images, *, workers, team):
         return load(images, workers=workers)
     if not small and team.first:
         print(f"{len(images)} images of {images.size} pixels do not stay in memory: they are "
-              "checked now and decoded again in every pass", flush=True)
+              "checked now and decoded again in every pass; --cache DIR decodes them once",
+              flush=True)
     pixels = torch.empty(shape if small else 0, dtype=torch.uint8)
     keep, skipped, parts = [], [], torch.arange(len(images)).split(32)
     with team.bar(len(images), "decode") as bar:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from utils.attack.balls import norm_of
-from utils.attack.chance import chance_of
+from utils.attack.chance import Chance, chance_of
 from utils.attack.telling import telling
 from utils.audit import ascents
 from utils.cells import Progress
@@ -185,9 +185,12 @@ def fooling_cell(model, images, delta, chance, device, *, workers=0, progress=No
 
 def in_ball(x, x_adv, attack, audit):
     """Which images (n,) bool lie in the ball and in [0, 1], on the CPU; counted in `audit`."""
-    size = norm_of(x_adv.cpu().double() - x.cpu().double(), attack.norm)
-    boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1).cpu()  # NaN is neither
-    allowed = boxed & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
+    if x.device.type == "mps":  # which has no float64
+        x, x_adv = x.cpu(), x_adv.cpu()
+    size = norm_of(x_adv.double() - x.double(), attack.norm)
+    boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # NaN is neither
+    size, boxed = torch.stack([size, boxed.double()]).cpu()  # waits once
+    allowed = boxed.bool() & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
     audit["largest"] = max(audit["largest"], size.max().item())
     audit["outside"] += int((~allowed).sum())
     return allowed
@@ -220,6 +223,21 @@ def worst_of(cells):
 
 # --------------------------------------------------------------- universal perturbations
 
+def logits_under(model, x, pairs, *, seed, index, again):
+    """Logits (n, K) of images x (n, C, H, W): of the clean ones, of these once more, or None, and
+    [adv, adv8] for each of the pairs of perturbations; None has none.
+
+    index (n,): where the images stand in the list. Random layers draw the same for every pair.
+    """
+    own, found = chance_of(Chance(seed, index), x), []
+    with telling(own.fold(BEFORE)):
+        clean, once_more = model(x), model(x) if again else None
+    for pair in pairs:
+        with telling(own.fold(AFTER)):
+            found.append([None if d is None else model((x + d).clamp_(0, 1)) for d in pair])
+    return clean, once_more, found
+
+
 @dataclass
 class UapCounts:
     """Counts of one perturbation on one target, summed over batches."""
@@ -244,9 +262,10 @@ class UapCounts:
         if self.target is not None:
             found["others"] = before != self.target
             found["hit"] = found["others"] & (after == self.target)
-        for key, value in found.items():
+        after, *read = torch.stack([after, *(value.long() for value in found.values())]).cpu()
+        for key, value in zip(found, read, strict=True):  # read from the device once
             self.counts[key] = self.counts.get(key, 0) + int(value.sum())
-        for k, count in zip(*after[fooled].unique(return_counts=True), strict=True):
+        for k, count in zip(*after[read[0].bool()].unique(return_counts=True), strict=True):
             self.became[str(int(k))] = self.became.get(str(int(k)), 0) + int(count)
         self.n += len(y)
 

@@ -27,6 +27,7 @@ from utils.attack.core import (
     measure,
     one_of,
 )
+from utils.attack.waits import due
 
 TOWARDS = {"dlr_targeted": dlr_towards, "margin_targeted": margin_towards}
 
@@ -40,7 +41,8 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
     each of the `targets` likeliest wrong classes (of K classes, K - 1 are wrong: no more targets
     than these). norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208 (at eps
     alone, without the larger radii that AutoAttack tries first, and so somewhat weaker).
-    Fooled images leave the batch; images that are misclassified at first are not changed.
+    Fooled images leave the batch (utils/attack/waits.py); images that are misclassified at first
+    are not changed.
     """
     one_of("norm", norm, NORMS)
     one_of("loss", loss, ("ce", "margin", "dlr", *TOWARDS))
@@ -85,7 +87,7 @@ def _loss(model, x, y, loss, targets, targeted):
 
 @dataclass
 class _State:
-    """Where one run stands, a row for each image that is not fooled yet."""
+    """Where one run stands, a row for each image in the batch."""
     row: torch.Tensor        # which image of the run, int64
     x: torch.Tensor          # (n, ...) the clean image
     y: torch.Tensor
@@ -103,10 +105,26 @@ class _State:
     halved: torch.Tensor     # whether it was halved at the last checkpoint
     width: torch.Tensor      # L1: share of the entries that a step moves
     moved: torch.Tensor      # L1: how many entries the best point had moved at the last checkpoint
+    fooled: torch.Tensor     # at the best point; such images only wait to leave the batch
 
-    def select(self, left):
-        """The rows `left` of everything."""
-        return _State(**{name: part[left] for name, part in vars(self).items()})
+    def select(self, rows):
+        """These rows of everything."""
+        return _State(**{name: part[rows] for name, part in vars(self).items()})
+
+    def see(self, f, hit):
+        """The losses at this point, and whom it fools: it is their best one, whatever the loss."""
+        climbed, first = (f > self.best_f) & ~self.fooled, hit & ~self.fooled
+        self.best = torch.where(column(climbed | first, self.x), self.at, self.best)
+        self.best_g = torch.where(column(climbed, self.x), self.g, self.best_g)
+        self.best_f = torch.where(climbed, f, self.best_f)
+        self.gains, self.last_f = self.gains + (f > self.last_f), f
+        self.fooled = self.fooled | hit
+
+    def rest(self):
+        """Fooled images wait at the clean image, for which projections take no rounds."""
+        fooled = column(self.fooled, self.x)
+        self.at, self.before = (torch.where(fooled, self.x, t) for t in (self.at, self.before))
+        self.size = self.size.masked_fill(self.fooled, 0)
 
 
 def _start(x, y, goal, start, eps, norm):
@@ -119,35 +137,48 @@ def _start(x, y, goal, start, eps, norm):
         gains=torch.full_like(value, -1),  # the start, above -inf, is no gain
         size=torch.full_like(value, eps if norm == "l1" else 2 * eps),
         halved=torch.ones(len(x), dtype=torch.bool, device=x.device),
-        width=torch.full_like(value, 0.2), moved=torch.full_like(value, x[0].numel()))
+        width=torch.full_like(value, 0.2), moved=torch.full_like(value, x[0].numel()),
+        fooled=torch.zeros(len(x), dtype=torch.bool, device=x.device))
 
 
 def _run(model, x, y, goal, own, *, eps, norm, steps, loss, rho, targeted, tally, who):
     """From one random point: images (n, ...), their losses (n,), which of them are fooled (n,)."""
-    end, value = x.clone(), torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
-    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     # unlike the authors' code, which starts on the sphere: evenly in the ball, in the box
     start = nearest(x + random_point(x, eps, norm, own), x, eps, norm)
     s = _start(x, y, goal, start, eps, norm)
+    found = [x.clone(), s.best_f.clone(), s.fooled.clone()]
     checkpoints = _checkpoints(steps, norm)
     for t in range(steps + 1):
         logits, f, s.g = gradient(model, s.at, s.y,
                                   lambda logits, y, goal=s.goal: loss(logits, y, goal),
-                                  tally, who[s.row])
-        hit, climbed = is_fooled(logits, s.y, targeted), f > s.best_f
-        s.best = torch.where(column(climbed, x), s.at, s.best)
-        s.best_g = torch.where(column(climbed, x), s.g, s.best_g)
-        s.best_f, s.gains, s.last_f = torch.maximum(f, s.best_f), s.gains + (f > s.last_f), f
-        fooled[s.row], value[s.row] = hit, s.best_f
-        end[s.row] = torch.where(column(hit, x), s.at, s.best)
-        if bool(hit.any()):
-            s = s.select((~hit).nonzero()[:, 0])
+                                  tally, who[s.row], s.fooled)
+        s.see(f, is_fooled(logits, s.y, targeted))
+        if t < steps and due(t, x):
+            s = _without_fooled(s, found)
         if t == steps or not len(s.row):
             break
         if t in checkpoints:
             (_adapt_l1 if norm == "l1" else _adapt)(s, eps, rho * checkpoints[t])
+        if not due(t, x):
+            s.rest()
         s.at, s.before = _step(s, eps, norm, 0.75 if t else 1.0), s.at
-    return end, value, fooled
+    return _noted(s, found)
+
+
+def _without_fooled(s, found):
+    """The images that are not fooled yet; where the others stand is noted in `found`."""
+    left = (~s.fooled).nonzero()[:, 0]
+    if len(left) == len(s.row):
+        return s
+    _noted(s, found)
+    return s.select(left)
+
+
+def _noted(s, found):
+    """`found`, of all images: the best points, their losses, who is fooled, with those of s."""
+    for whole, part in zip(found, (s.best, s.best_f, s.fooled), strict=True):
+        whole[s.row] = part
+    return found
 
 
 def _checkpoints(steps, norm):

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.attack.adaptive import draws_of
-from utils.attack.balls import norm_of
+from utils.attack.balls import column, norm_of
 from utils.attack.chance import chance_of
 from utils.attack.telling import passing, telling
+from utils.attack.waits import free_to_ask
 from utils.errors import UserError
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
@@ -89,25 +90,67 @@ def one_of(name, value, choices):
 
 
 class Tally:
-    """What the report says about a batch of images."""
+    """What the report says about a batch of images, and what is wrong with the model.
+
+    `first`: whether this is the attack's first step, in which labels and errors are looked at once.
+    """
 
     def __init__(self, x):
         self.seen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.nonzero = self.seen.clone()
-        self.gradients = self.queries = 0
-        self.losses = []
+        self.gradients = self.queries = 0  # numbers, or tensors on the device
+        self.losses, self.first, self.wrong = [], True, []
+
+    def refuse(self, bad, message):
+        """UserError if any of `bad` is True: now, or in `fill` where an answer costs waiting.
+
+        {} in the message is how many are.
+        """
+        if self.first or free_to_ask(bad):
+            _raise_for(int(bad.sum()), message)
+        else:
+            self.wrong.append((bad.sum(), message))
+
+    def take(self, g, draws, index, left=None):
+        """Counts the gradients g (n, ...) -> g without what is not finite; see `gradient`."""
+        peak, counted = norm_of(g, "linf"), len(g)
+        bad = ~peak.isfinite()
+        if not free_to_ask(g):  # the error comes later, and until then no image becomes NaN
+            g = g.masked_fill(column(bad, g), 0)
+        if left is not None:
+            peak, bad, counted = peak.masked_fill(left, 0), bad & ~left, (~left).sum()
+        self.refuse(
+            bad, f"the model's gradient is NaN or infinite for {{}} of {len(g)} images although "
+            "its logits are finite: a layer without a finite derivative (a root or a logarithm at "
+            "0, a concealed gradient, an overflow in half precision); put bpda(layer) in its "
+            "place, or run in float32")
+        self.seen[index] |= True  # '= True' copies the number to the device, and waits
+        self.nonzero[index] |= peak > 0
+        self.gradients += draws * counted
+        self.first = False
+        return g
 
     def follow(self, value):
         """Notes the losses (n,) of a step; the report has them if all images took all steps."""
         self.losses.append(value)
 
     def fill(self, report):
+        """The end of every attack: UserError for the first thing that went wrong, or the report."""
+        if self.wrong:
+            bad, messages = zip(*self.wrong, strict=True)
+            for k, message in zip(torch.stack(bad).tolist(), messages, strict=True):
+                _raise_for(k, message)
         if report is None:
             return
-        report.update(zero_gradient=self.seen & ~self.nonzero, gradients=self.gradients,
-                      queries=self.queries)
+        report.update(zero_gradient=self.seen & ~self.nonzero, gradients=int(self.gradients),
+                      queries=int(self.queries))
         if self.losses and all(len(value) == len(self.seen) for value in self.losses):
             report["losses"] = self.losses
+
+
+def _raise_for(k, message):
+    if k:
+        raise UserError(message.format(k))
 
 
 # ------------------------------------------------------- losses and gradients
@@ -190,12 +233,13 @@ def two_or_more(classes):
                         "more classes: after a single logit z type torch.cat([0 * z, z], 1)")
 
 
-def forward(model, x, y, index=slice(None)):
+def forward(model, x, y, tally=None, index=slice(None)):
     """Logits (n, K) in x's dtype; UserError if they are not finite or the labels do not fit.
 
+    tally: of the attack that this is a step of; then labels are looked at in the first step only.
     index: the positions of these images in the batch that the attack was given.
     """
-    version = x._version
+    tally, version = tally or Tally(x), x._version
     with passing(index):
         logits = model(x).to(x.dtype)
     if x._version != version:
@@ -204,12 +248,12 @@ def forward(model, x, y, index=slice(None)):
     if logits.dim() != 2 or len(logits) != len(x):
         raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
     two_or_more(logits.shape[1])
-    fits = (y >= 0).all() & (y < logits.shape[1]).all()
-    if not bool(fits & logits.isfinite().all()):  # waits for a GPU once, not three times
-        raise UserError(
-            "the model's logits are not finite: broken weights, or an overflow in half precision; "
-            "run it in float32" if bool(fits) else f"labels go from {int(y.min())} to "
-            f"{int(y.max())}, but the model has {logits.shape[1]} classes")
+    # before a loss takes them as indices, which on a GPU would end the process
+    if tally.first and bool(((y < 0) | (y >= logits.shape[1])).any()):
+        raise UserError(f"labels go from {int(y.min())} to {int(y.max())}, but the model has "
+                        f"{logits.shape[1]} classes")
+    tally.refuse(~logits.isfinite(), "the model's logits are not finite: broken weights, or an "
+                 "overflow in half precision; run it in float32")
     return logits
 
 
@@ -222,15 +266,16 @@ def per_image(loss, logits, y):
     return value
 
 
-def gradient(model, x, y, loss, tally, index):
+def gradient(model, x, y, loss, tally, index, left=None):
     """Logits (n, K), losses (n,) and their gradients at x (n, ...), averaged over an eot's draws.
 
-    index: the positions of these images in the batch that the attack was given.
+    index: the positions of these images in the batch that the attack was given. left (n,) bool:
+    images that the attack is done with, and that do not count.
     """
     draws, total = draws_of(model), None
     for _ in range(draws):
         x = x.detach().requires_grad_()
-        logits = forward(model, x, y, index=index)
+        logits = forward(model, x, y, tally, index)
         value = per_image(loss, logits, y)
         if not value.requires_grad:
             raise UserError("the model has no gradient: no path leads from its logits back to the "
@@ -239,24 +284,16 @@ def gradient(model, x, y, loss, tally, index):
         one = (logits.detach(), value.detach(), g)
         total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
     logits, value, g = total if draws == 1 else [t / draws for t in total]
-    peak = norm_of(g, "linf")
-    if not bool(peak.isfinite().all()):
-        raise UserError(
-            f"the model's gradient is NaN or infinite for {int((~peak.isfinite()).sum())} of "
-            f"{len(x)} images although its logits are finite: a layer without a finite derivative "
-            "(a root or a logarithm at 0, a concealed gradient, an overflow in half precision); "
-            "put bpda(layer) in its place, or run in float32")
-    tally.seen[index] = True
-    tally.nonzero[index] |= peak > 0
-    tally.gradients += draws * len(x)
-    return logits, value, g
+    return logits, value, tally.take(g, draws, index, left)
 
 
 @torch.no_grad()
-def measure(model, x, y, loss, targeted, index=slice(None)):
-    """Losses of final images, and which of them are fooled, (n,) each."""
+def measure(model, x, y, loss, targeted, tally=None, index=slice(None)):
+    """Losses of final images, and which of them are fooled, (n,) each; tally, index: of forward."""
     draws, value, mean = draws_of(model), 0, 0
     for _ in range(draws):
-        logits = forward(model, x, y, index=index)
+        logits = forward(model, x, y, tally, index)
         value, mean = value + per_image(loss, logits, y), mean + logits
+    if tally is not None:
+        tally.first = False
     return value / draws, is_fooled(mean, y, targeted)

@@ -15,6 +15,7 @@ from utils.attack.adaptive import draws_of
 from utils.attack.balls import TINY, column, nearest, unit
 from utils.attack.chance import chance_of
 from utils.attack.core import Tally, ascend, attack, measure, one_of
+from utils.attack.waits import due
 from utils.errors import UserError
 
 
@@ -25,9 +26,10 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
     """Square attack: changes a random square of the image and keeps it if the margin grows.
 
     x (N, C, H, W); p: share of the image that the first squares cover, which shrinks as published
-    (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch at once. The
-    forward pass of the clean images is not counted as a query. Unlike the authors' code, which
-    climbs cross-entropy if targeted, it always climbs the margin.
+    (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch, on a CPU at
+    once, else a little later (utils/attack/waits.py); queries after the one that fools are not
+    counted, nor are the clean images'. Unlike the authors' code, which climbs cross-entropy
+    if targeted, it always climbs the margin.
     """
     one_of("norm", norm, ("linf", "l2"))
     if x.dim() != 4:
@@ -55,25 +57,27 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally, who)
     first, change = (_stripes, _flip) if norm == "linf" else (_tiles, _move)
     best = first(x, eps, own.fold(0))
     drawn = own.fold(1).uniform(queries, 5 + x.shape[1]).to(x)
-    best_f, fooled = measure(model, best, y, climbed, targeted, index=who)
+    best_f, fooled = measure(model, best, y, climbed, targeted, tally, who)
     draws = draws_of(model)
     tally.queries += draws * len(x)
     end, value, hit = best.clone(), best_f.clone(), fooled.clone()
     row = torch.arange(len(x), device=x.device)
     for t in range(1, queries):
-        if bool(fooled.any()):
+        if due(t, x):
             left = (~fooled).nonzero()[:, 0]
-            x, y, best, best_f, drawn, row = (
-                part[left] for part in (x, y, best, best_f, drawn, row))
-        if not len(row):
-            break
+            if len(left) < len(row):
+                end[row], value[row], hit[row] = best, best_f, fooled
+                x, y, best, best_f, drawn, row, fooled = (
+                    part[left] for part in (x, y, best, best_f, drawn, row, fooled))
+                if not len(row):
+                    break
         trial = change(best, x, eps, _share(p, t - 1, queries), drawn[:, t])
-        f, fooled = measure(model, trial, y, climbed, targeted, index=who[row])
-        tally.queries += draws * len(row)
-        better = fooled | (f > best_f)
+        f, fools = measure(model, trial, y, climbed, targeted, tally, who[row])
+        tally.queries += draws * (~fooled).sum()
+        better = (fools | (f > best_f)) & ~fooled
         best, best_f = torch.where(column(better, x), trial, best), torch.where(better, f, best_f)
-        hit[row] = fooled
-        end[row[better]], value[row] = trial[better], best_f
+        fooled = fooled | fools
+    end[row], value[row], hit[row] = best, best_f, fooled
     return end, value, hit
 
 
@@ -97,10 +101,9 @@ def _side(x, p, least):
 
 def _window(u, x, s):
     """Rows (n, s) and columns (n, s) of one window of side s per image; u (n, 2) in [0, 1)."""
-    room = torch.tensor([x.shape[2] - s + 1, x.shape[3] - s + 1], device=x.device)
-    corner = (u * room).long().minimum(room - 1)
-    inside = corner[:, :, None] + torch.arange(s, device=x.device)
-    return inside[:, 0], inside[:, 1]
+    side = torch.arange(s, device=x.device)
+    return tuple((u[:, i] * room).long().clamp_max(room - 1)[:, None] + side
+                 for i, room in enumerate((x.shape[2] - s + 1, x.shape[3] - s + 1)))
 
 
 def _flip(best, x, eps, p, u):
@@ -160,7 +163,7 @@ def _move(best, x, eps, p, u):
     old = delta[first]  # (n, s, s, C)
     mass = delta.square().sum((2, 3))  # (n, C)
     unused = (eps ** 2 - mass.sum(1, keepdim=True)).clamp_min(0) / x.shape[1]
-    delta[first], delta[second] = 0, 0
+    delta[first] = delta[second] = torch.zeros_like(old)
     budget = (unused + mass - delta.square().sum((2, 3))).clamp_min(0).sqrt()
     pair = _pair(s, x)
     pair = torch.where(column(u[:, 4] < 0.5, u[:, :, None]), pair, pair.T)  # (n, s, s)

@@ -57,8 +57,9 @@ def told(x, generator):
     """
     if _batches:
         batch = _batches[-1]
-        chance, turn = batch.chance[batch.rows], batch.turn[batch.rows]
+        chance = batch.chance[batch.rows]
         if len(chance) == len(x):
-            batch.turn[batch.rows] = turn + 1
+            turn = batch.turn[batch.rows].clone()  # of a slice, it would be a view
+            batch.turn[batch.rows] += 1
             return replace(chance, turn=turn)
     return chance_of(generator, x)
