@@ -28,8 +28,9 @@ plain function, modes and eots inside it are not seen.
 where every gradient was zero in all entries (such an image was not attacked, it is returned at its
 start), how many gradients of one image (`gradients`) and how many queries (`queries`) were taken,
 and `losses`, one (N,) per step, of gradient attacks in which all images took all steps. Bad input
-and NaN gradients are a UserError; on a GPU, where no step after the first waits for an answer, one
-that appears on the way is raised at the end (utils/attack/waits.py). With too few classes for DLR
+and NaN gradients are a UserError; on a GPU, where no step after the first waits for an answer (but
+those of cw_l2 and stop_early), one that appears on the way is raised at the end
+(utils/attack/waits.py). With too few classes for DLR
 the margin loss takes its place, and K classes give at most K - 1 targets: a warning says so in one
 line.
 """
@@ -302,7 +303,7 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
         hit = is_fooled(logits, y, targeted) & (gap >= confidence)
-        hit_at[who], end_at[who] = torch.where(hit, t, hit_at[who]), t
+        hit_at[who], end_at[who] = torch.where(hit, t, hit_at[who]), torch.full_like(who, t)
         good = (hit & (size2 < norm2[who])).nonzero()[:, 0]
         if judge is not None and len(good):
             gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted,

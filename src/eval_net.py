@@ -109,30 +109,32 @@ class Tested:
             progress=progress)
 
 
-def missing_cells(net, read_in, ready, perturbations, done, s, progress):
+def missing_cells(net, ready, perturbations, done, s, progress):
     """Yields (key, cell) of what is not yet in {key: cell} `done`, where the caller puts it.
 
-    read_in(geometry): the images; ready(geometry): the same without broken files.
+    ready(geometry): the images, without broken files. UserError: these are others than before.
     """
     own, at = f"{net.name} | ", net.target.geometry
     if s.attacks and "before" not in done.get(own + "clean", {}):
         yield own + "clean", net.clean_cell(ready(at), s, progress)
     for title, attack in net.attacks(s).items():
         if own + title not in done:
-            yield own + title, net.attack_cell(attack, ready(at), done[own + "clean"]["before"],
-                                               s, progress)
+            clean = done[own + "clean"]
+            if len(clean["before"]) != len(ready(at)):
+                raise UserError(f"--save {s.save}: holds a table of {len(clean['before'])} images, "
+                                f"{len(ready(at))} can be read now; choose another folder")
+            yield own + title, net.attack_cell(attack, ready(at), clean["before"], s, progress)
     key = own + ("corruptions" if s.corruptions else "accuracy")
     if key not in done and (s.corruptions or not s.attacks):
-        shown = ready(at) if s.attacks or perturbations else read_in(at)
         yield key, measure.accuracy_cell(
-            net.defended, shown, OPS if s.corruptions else {}, batch_size=s.batch_size,
-            chance=numbered(s.seed, len(shown)), device=s.device, workers=s.workers,
+            net.defended, ready(at), OPS if s.corruptions else {}, batch_size=s.batch_size,
+            chance=numbered(s.seed, len(ready(at))), device=s.device, workers=s.workers,
             progress=progress, cell=key)
     for uap in perturbations:
         if (key := own + f"uap {uap.name}") not in done:
             yield key, measure.fooling_cell(
                 net.defended, ready(at), uap.delta, numbered(s.seed, len(ready(at))), s.device,
-                workers=s.workers, progress=progress, cell=key)
+                batch_size=s.batch_size, workers=s.workers, progress=progress, cell=key)
 
 
 def named_networks(s):
@@ -273,10 +275,11 @@ def main(args):
         "commit": about["commit"], "labels": uaps.digest(images.labels)})
     if s.overwrite:
         progress.clear()
-    read_in = cache(lambda at: data.cached(images.prepared(at, None), s.cache, workers=s.workers))
-    ready = cache(lambda at: at_hand(read_in(at), workers=s.workers, team=team))
+    ready = cache(lambda at: at_hand(
+        data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
+        team=team))
     for net in networks:
-        for key, cell in missing_cells(net, read_in, ready, perturbations, done, s, progress):
+        for key, cell in missing_cells(net, ready, perturbations, done, s, progress):
             done[key] = cell | {"commit": about["commit"], "processes": team.size}
             if team.first:
                 run.save_json(folder / "results.json", {"settings": settings, "cells": done})

@@ -52,15 +52,16 @@ def count(models, deltas, images, aims, s, device, progress):
     return {(u, m): UapCounts(aims[u], **state[u][m]) for u in deltas for m in models}
 
 
-def measure(s, images, networks, fitted, aims, device, progress=None):
+def measure(s, images, networks, fitted, aims, device, progress):
     """The counts of all networks {Geometry: {name: network}}; images are decoded once for each.
-    -> {(perturbation, network): UapCounts}, names of skipped images
+    -> {(perturbation, network): UapCounts}, names of images that were skipped in any geometry
     """
-    counts, progress = {}, progress or Progress()
+    counts, skipped = {}, {}
     for geometry, models in networks.items():
         counts |= count(models, fitted[geometry.size], read_in(geometry, images, s), aims, s,
                         device, progress)
-    return counts, [images.names[i] for i in progress.skipped]  # the same in every geometry
+        skipped |= dict.fromkeys(images.names[i] for i in progress.skipped)
+    return counts, list(skipped)
 
 
 def read_in(geometry, images, s):

@@ -15,8 +15,8 @@
 
 Natural and free training take the same number of weight steps for the same --epochs: free training
 passes over the images ceil(epochs / m) times. A run leaves NAME.pth (the network's state dict,
-which every script takes as --weights), NAME.json, log.csv, curve.png and checkpoint.pth. A run that
-was killed continues with --resume, on a CPU to the same bytes.
+which every script takes as --weights), NAME_best.pth (of the best pass on images not trained on),
+their .json, log.csv, curve.png and checkpoint.pth. A killed run continues with --resume.
 """
 
 from dataclasses import replace
@@ -146,8 +146,8 @@ class FreeTraining(Trainer):
         self.mixed.backward(loss * (self.team.size / self.joint))  # processes are averaged
         self.mixed.step(self.optimizer)
         self.done += 1
-        self.sums += torch.stack([loss.detach(), (logits.argmax(1) == y).sum(),  # no wait for a GPU
-                                  loss.new_tensor(len(y))])
+        self.sums += torch.stack([loss.detach(), (logits.argmax(1) == y).sum(),
+                                  torch.full_like(loss, len(y))])  # all without waiting
         self.bar.update()
 
     def chances(self, x):
@@ -209,7 +209,9 @@ class FreeTraining(Trainer):
     def restore(self, state):
         super().restore(state)
         self.done, self.best = state["done"], state["best"]
-        self.chosen = state.get("chosen", self.chosen)  # not in the checkpoints of older versions
+        chosen = state.get("chosen", {})  # not in the checkpoints of older versions
+        if self.held and chosen.get("images") == len(self.held):  # else on other images
+            self.chosen = chosen
         self.delta.copy_(state["delta"][self.team.rank::self.team.size])
 
 
@@ -260,9 +262,8 @@ def get_args():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
         "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
-    parser.shared(*TRAINING, "cache", cache={
-        "help": "folder that keeps decoded photographs for the next command; with --augment off "
-        "alone: random crops are cut from the files themselves"})
+    parser.shared(*TRAINING, "cache", cache={"help": "folder that keeps decoded photographs: those "
+        "of --validate, with --augment off all; random crops are cut from the files themselves"})
     return parser.parse_args()
 
 

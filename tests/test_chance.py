@@ -79,7 +79,7 @@ def test_every_kind_of_number_is_made_of_the_same_words():
     assert torch.equal(own.uniform(7).double(), (words // 256).double() / 2 ** 24)
     assert torch.equal(own.signs(7), torch.where(words < 2 ** 31, 1.0, -1.0))
     for high in (1, 2, 10, 2 ** 31):
-        assert own.integers(high, 7).tolist() == [[word * high // 2 ** 32 for word in row]
+        assert below(own.words(7), high).tolist() == [[word * high // 2 ** 32 for word in row]
                                                   for row in words.tolist()]
     highs = torch.tensor([1, 5, 9, 2, 7])[:, None]
     assert torch.equal(below(words, highs), torch.cat([
@@ -143,7 +143,8 @@ def test_bytes_bits_and_uniform_numbers_are_even(seed):
     assert 0 <= u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1
     assert abs(evenness(torch.bincount((u * 1000).long(), minlength=1000))) < SIGMAS
     for high in (3, 7, 100):
-        counts = torch.bincount(chances(8, seed).integers(high, 1 << 12).flatten(), minlength=high)
+        drawn = below(chances(8, seed).words(1 << 12), high)
+        counts = torch.bincount(drawn.flatten(), minlength=high)
         assert len(counts) == high and abs(evenness(counts)) < SIGMAS
 
 
@@ -219,7 +220,7 @@ def test_random_points_have_the_type_of_the_images_and_lie_in_the_ball(norm, dty
 
 KINDS = {"words": lambda own: own.words(5, 7), "uniform": lambda own: own.uniform(5, 7),
          "normal": lambda own: own.normal(5, 7), "signs": lambda own: own.signs(3),
-         "integers": lambda own: own.integers(9, 3), "fold": lambda own: own.fold(3).words(5)}
+         "integers": lambda own: below(own.words(3), 9), "fold": lambda own: own.fold(3).words(5)}
 KINDS |= {f"point {norm}": lambda own, norm=norm: balls.random_point(
     torch.zeros(len(own), 3, 4, 4), 0.1, norm, own) for norm in NORMS}
 KINDS |= {"stripes": lambda own: square._stripes(torch.full((len(own), 3, 9, 9), 0.5), 0.1, own),

@@ -13,6 +13,7 @@ import torch
 
 import eval_uap
 from utils import data, draw, measure, models, report_uaps, uaps
+from utils.cells import Progress
 from utils.errors import UserError
 from utils.run import save_json, save_pth
 
@@ -214,7 +215,7 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(
                    for name, value in (("a", 25), ("b", -25), ("c", 10))}}
     eval_uap.measure(Namespace(batch_size=4, workers=0, defense="none", cache=None, seed=0), images,
                      {images.geometry: {"one": Counted(), "two": Counted()}}, fitted,
-                     dict.fromkeys(fitted[32]), torch.device("cpu"))
+                     dict.fromkeys(fitted[32]), torch.device("cpu"), Progress())
     assert len(decoded) == 6
     assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)
 

@@ -309,6 +309,19 @@ def test_a_damaged_partial_file_is_measured_again_and_said_to_be(tmp_path, capsy
         path.write_text(text_)
         assert Progress(path=path, settings={}).kept == {}
         assert "partial.json: damaged" in capsys.readouterr().out
+    key, = json.loads(whole)["kept"]
+    for kept in ([], {key: 3}, {key: {"batches": "3", "skipped": [], "state": {}}},
+                 {key: {"batches": 1, "skipped": [-1], "state": {}}},
+                 {key: {"batches": 1, "skipped": [], "state": []}}):  # whole, but of another form
+        text = json.dumps(kept)
+        path.write_text(json.dumps({"sha256": cells._hash(text), "kept": kept}))
+        assert Progress(path=path, settings={}).kept == {}
+        assert "partial.json: damaged" in capsys.readouterr().out
+    for part in ({"batches": 9, "skipped": []}, {"batches": 1, "skipped": [6]}):  # of other images
+        path.write_text(whole)
+        one = Progress(path=path, settings={})
+        one.kept = {key: part | {"state": {"sum": 7}}}
+        assert one.count(images, parts, work, cell="a") == {"sum": 15}
     path.write_text(whole)
     assert Progress(path=path, settings={}).count(images, parts, None, cell="a") == {"sum": 15}
     for other in (Progress(path=path, settings={"seed": 1}), Progress(path=path, settings={})):
@@ -325,6 +338,7 @@ class Numbers:
     decoded.
     """
     size, geometry, skipped, root, labels = 1, None, (), SRC, torch.zeros(99, dtype=torch.int64)
+    stored = None
 
     def __init__(self, n, broken=()):
         self.n, self.broken = n, broken
@@ -336,6 +350,9 @@ class Numbers:
 
     def __getitem__(self, i):
         return None if i in self.broken else torch.full((1, 1, 1), i, dtype=torch.uint8)
+
+    def sha256(self):
+        return str(self.n)
 
 
 class Threads(Team):

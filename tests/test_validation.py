@@ -12,6 +12,7 @@ from test_free import digits, options
 import free_at
 from attacks import pgd
 from utils import free_run, models
+from utils.attack.chance import Chance
 from utils.data import CIFAR10, open_images
 from utils.images import spread
 from utils.team import Team
@@ -30,7 +31,7 @@ def settings(**changed):
     return SimpleNamespace(**{"validate": None, "data_dir": "digits", "data_root": "data",
                               "hold_out": None, "num_images": None, "classes_are": None,
                               "classes": list("0123456789"), "image_size": 28,
-                              "workers": 0} | changed)
+                              "workers": 0, "cache": None} | changed)
 
 
 # ------------------------------------------------------------------------- the images
@@ -95,7 +96,8 @@ def test_loss_accuracy_and_accuracy_under_pgd_10_are_those_of_a_loop(method):
         logits = model(x).detach()
         loss += F.cross_entropy(logits, y).item() * len(y)
         clean += (logits.argmax(1) == y).sum().item()
-        x_adv = pgd(model, x, y, eps=0.1, alpha=0.025, steps=10, stop_early=True)
+        x_adv = pgd(model, x, y, eps=0.1, alpha=0.025, steps=10, stop_early=True,
+                    generator=Chance(0, torch.arange(70)[index]))
         robust += (model(x_adv).argmax(1) == y).sum().item()
     assert found["val_loss"] == pytest.approx(loss / 70, rel=1e-5)
     assert found["val_acc"] == clean / 70 and 0.1 < clean / 70 < 1
@@ -108,8 +110,8 @@ def test_processes_share_the_blocks_and_find_the_same(monkeypatch):
     images, model = digits(40), models.trainable("mlp", kind="digits")
     monkeypatch.setattr(free_run, "BLOCK", 8)
 
-    def attack(model, x, y):
-        return pgd(model, x, y, eps=0.1, alpha=0.025, steps=3)
+    def attack(model, x, y, generator):
+        return pgd(model, x, y, eps=0.1, alpha=0.025, steps=3, generator=generator)
     whole = free_run.measured(model, images, attack, Team(), CPU)
     for size in (2, 3, 7):
         parts = [free_run.measured(model, images, attack, Team(rank, size), CPU)

@@ -4,18 +4,21 @@
     state = progress.count(images, parts, work, cell=key)       # of all batches, in every process
     progress.clear()                                            # when the result is saved
 
-Batch b is the work of process b % size; what is random in it belongs to its images. So every batch
-holds the same images and draws the same numbers whatever the number of processes, and their results
-are added in the order of the batches: the sums are the same, to the last bit. The processes work in
-rounds. After a round every process has the results of all of them, and the first one saves
-the sum so far, from which the same command goes on, also with another number of processes.
+Process r works on every size-th batch that is left; what is random in one belongs to its images. So
+every batch holds the same images and draws the same numbers whatever the number of processes, and
+their results are added in the order of the batches: the sums are the same, to the last bit. The
+processes work in rounds. After a round every process has the results of all of them, and the first
+one saves the sum so far, from which the same command goes on, also with another number of
+processes.
 """
 
 import hashlib
 import json
 import time
 from dataclasses import replace
+from functools import cache
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -25,6 +28,7 @@ from utils.run import write_atomic
 from utils.team import Team
 
 ROUND = 200                         # images that a process works on before results are gathered
+NOTHING = {"batches": 0, "skipped": [], "state": {}}  # of a pass: batches done, and what they gave
 EVERY = 5.0                         # seconds from one save to the next, at least
 IN_MEMORY = 10_000 * 3 * 224 * 224  # bytes of pixels; longer lists are decoded in every pass
 
@@ -34,8 +38,8 @@ def added(total, part):
     if not isinstance(part, dict):
         return total + part
     return total | {key: value if key not in total else max(total[key], value)
-                    if key == "largest" else added(total[key], value)
-                    for key, value in part.items()}
+                    if key == "largest" and not isinstance(value, dict)
+                    else added(total[key], value) for key, value in part.items()}
 
 
 # ------------------------------------------------------------------- the images of a pass
@@ -49,7 +53,8 @@ def pixels_of(images, parts, *, workers):
         return
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=[index.tolist() for index in parts], collate_fn=stack,
-        num_workers=workers, generator=torch.Generator())  # its own: the global one is not touched
+        num_workers=0 if images.stored is not None else workers,
+        generator=torch.Generator())  # its own: the global one is not touched
     for index, (good, x) in zip(parts, alive(loader), strict=True):
         yield index[good], x
 
@@ -82,7 +87,11 @@ def at_hand(images, *, workers, team):
     shape = (len(images), 3, images.size, images.size)
     small = torch.Size(shape).numel() <= IN_MEMORY
     if images.pixels is not None or images.stored is not None or (small and team.size == 1):
-        return load(images, workers=workers)
+        found = load(images, workers=workers)
+        if len(set(team.everyone(found.sha256()))) > 1:
+            raise UserError("the processes have other images in their caches; delete the folders "
+                            "of --cache")
+        return found
     if not small and team.first:
         print(f"{len(images)} images of {images.size} pixels do not stay in memory: they are "
               "checked now and decoded again in every pass; --cache DIR decodes them once",
@@ -129,8 +138,10 @@ class Progress:
         cell: what the pass depends on besides the settings; None: it is not kept. whole: a file
         that cannot be decoded is a UserError.
         """
-        key, sizes = self._key(cell), [len(index) for index in parts]
-        now = self.kept.get(key, {"batches": 0, "skipped": [], "state": {}})
+        key, sizes = self._key(images, cell), [len(index) for index in parts]
+        now = self.kept.get(key, NOTHING)
+        if now["batches"] > len(parts) or max([-1, *now["skipped"]]) >= len(images):
+            now = NOTHING
         with self.team.bar(sum(sizes), desc, sum(sizes[:now["batches"]])) as bar:
             for broken, found in shared(
                     images, parts, work, team=self.team, workers=workers, first=now["batches"],
@@ -154,16 +165,15 @@ class Progress:
     def _check(self, images, broken, whole):
         if broken and whole:
             raise UserError(f"{images.root / images.names[broken[0]]}: could be decoded when this "
-                            "command started, and cannot now; the same command goes on without it")
+                            "command started, and cannot now; restore it, or choose another --save")
         if self.team.first:
             warned(images, broken)
 
-    def _key(self, cell):
-        """Of a pass in the file: a hash of all that it depends on."""
+    def _key(self, images, cell):
+        """Of a pass in the file: a hash of all that it depends on, the code too."""
         if self.path is None or cell is None:
             return None
-        text = json.dumps([self.settings, cell], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(json.dumps([_code(), self.settings, images.sha256(), cell], sort_keys=True))
 
     def _keep(self, key, now):
         if key is None:
@@ -180,13 +190,28 @@ class Progress:
             return {}
         try:
             found = json.loads(self.path.read_bytes())
-            if found["sha256"] == _hash(json.dumps(found["kept"])):
+            if found["sha256"] == _hash(json.dumps(found["kept"])) and all(
+                    map(_is_state, found["kept"].values())):
                 return found["kept"]
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             pass
         print(f"{self.path}: damaged; what it held is measured again", flush=True)
         return {}
 
 
+def _is_state(entry):
+    """Whether it has the form of NOTHING."""
+    return (isinstance(entry, dict) and entry.keys() == NOTHING.keys()
+            and isinstance(entry["state"], dict)
+            and all(type(k) is int and k >= 0 for k in (entry["batches"], *entry["skipped"])))
+
+
 def _hash(text):
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _code():
+    """A hash of the source files: a pass is not continued by other code."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

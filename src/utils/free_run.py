@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from utils import draw, run
-from utils.data import load, to_float, unseen
+from utils.attack.chance import Chance
+from utils.data import cached, load, to_float, unseen
 from utils.errors import UserError
 
 MOST, SHARE = 500, 10  # --validate: at most so many images, and a tenth of the training images
-BLOCK = 50             # images that are measured at once, with random numbers of their own
+BLOCK = 50             # images that are measured at once
 
 
 def validation(s, images, team):
@@ -27,7 +28,8 @@ def validation(s, images, team):
                 list(held.classes) != s.classes[:len(held.classes)]):
             raise UserError("the test images have no labels, or other classes")
         backwards = held.select(list(range(len(held)))[::-1])
-        held = load(backwards.prepared(s.image_size, number), workers=s.workers)
+        held = load(cached(backwards.prepared(s.image_size, number), s.cache, workers=s.workers),
+                    workers=s.workers)
     except UserError as error:
         if team.first:
             print(f"no validation: {error}", flush=True)
@@ -47,9 +49,10 @@ def measured(model, images, attack, team, device):
     model.eval()
     for index in torch.arange(len(images)).split(BLOCK)[team.rank::team.size]:
         x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
-        x_adv = attack(model, x, y) if attack else x
+        x_adv = attack(model, x, y, generator=Chance(0, index)) if attack else None
         with torch.no_grad():
-            logits, after = model(x), model(x_adv)
+            logits = model(x)
+            after = model(x_adv) if attack else logits
         sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"),
                              (logits.argmax(1) == y).sum(), (after.argmax(1) == y).sum()]).cpu()
     return [value / len(images) for value in team.total(sums.tolist())]
@@ -70,7 +73,8 @@ def finish(training, folder, name):
     if best["net"]:
         rows = training.rows[:best["pass"]]
         _save(folder, best["net"], facts | {
-            "name": f"{name}_best", "best_pass": len(rows), "validated": best["images"],
+            "name": f"{name}_best", "passes": len(rows), "best_pass": len(rows),
+            "validated": best["images"],
             "best_score": best["score"], "weight_steps": rows[-1]["weight_steps"],
             "seconds": round(sum(row["seconds"] for row in rows), 3)})
     for suffix in () if best["net"] else (".pth", ".json"):  # of a run that was overwritten

@@ -109,11 +109,13 @@ class Trainer:
         """A pass begins, or goes on: its clock, and the random numbers that it begins with."""
         self.began = time.perf_counter() - (self.inside["seconds"] if self.inside else 0)
         self.begun = {name: generator.get_state() for name, generator in self._generators()}
+        self.begun_random = self._random()
 
     def state_inside(self):
         """The state inside a pass."""
         return self.state() | {"inside": {
             "at": self.at, "seconds": self.pass_seconds, "begun": self.begun,
+            "begun_random": self.team.everyone(self.begun_random),
             "sums": self.team.everyone(self.sums.cpu())}}
 
     def _restore_inside(self, state, inside):
@@ -125,6 +127,7 @@ class Trainer:
             "generators": {name: state[name] for name, _ in self._generators()}}
         for name, generator in self._generators():
             generator.set_state(inside["begun"][name])
+        self._set_random(inside["begun_random"][self.team.rank])
 
     def _generators(self):
         return [(name, part) for name, part in self.keep.items()

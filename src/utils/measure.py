@@ -168,18 +168,20 @@ def accuracy_cell(model, images, operations, *, batch_size, chance, device, work
         return {"n": len(y), "right": right}
     return (progress or Progress()).count(
         images, torch.arange(len(images)).split(BLOCK), counted, cell=cell, workers=workers,
-        desc="accuracy", whole=False)
+        desc="accuracy")
 
 
 @torch.no_grad()
-def fooling_cell(model, images, delta, chance, device, *, workers=0, progress=None, cell=None):
+def fooling_cell(model, images, delta, chance, device, *, batch_size=50, workers=0, progress=None,
+                 cell=None):
     """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
     def counted(index, x):
-        before, after = (predictions([model], x, device, delta=d, chance=chance[index].fold(k))
+        before, after = (predictions([model], x, device, delta=d, chance=chance[index].fold(k),
+                                     batch_size=batch_size)
                          for k, d in ((BEFORE, None), (AFTER, delta)))
         return {"n": len(x), "fooled": int((after != before).sum())}
     return (progress or Progress()).count(
-        images, torch.arange(len(images)).split(50), counted, cell=cell, workers=workers,
+        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
         desc="fooling")
 
 

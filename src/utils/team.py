@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
-DIED = "a process of this run died; what was saved is kept, the same command continues"
+DIED = ("a process of this run died; what was saved is kept: the same command continues an "
+        "evaluation, with --resume a training")
 LONGEST = timedelta(days=1)  # for which evaluations wait for the slowest process
 
 
@@ -118,7 +119,8 @@ def join_to_count(device):
 
 
 def _stopped(*_):
-    raise UserError(DIED)
+    print(f"error: {DIED}", file=sys.stderr)  # a UserError could be taken for a broken photograph
+    sys.exit(2)
 
 
 class JointSum(torch.autograd.Function):

@@ -11,8 +11,8 @@
 
 A number is a function of seed, image, turn and position; the same call gives the same numbers, so
 every use folds a constant of its own. An image has the same numbers in any batch, any order and
-any number of processes. They are integers until the last step: uniform numbers, signs and integers
-are the same to the last bit on every device, normal ones but for how it rounds log, sin and cos.
+any number of processes. They are integers until the last step: uniform numbers and signs are the
+same to the last bit on every device, normal ones but for how it rounds log, sin and cos.
 """
 
 import math
@@ -105,10 +105,6 @@ class Chance:
     def signs(self, *shape):
         """-1 or 1, float32."""
         return (1 - 2 * (self.words(*shape) >> 31)).to(torch.float32)
-
-    def integers(self, high, *shape):
-        """In 0 .. high - 1, int64; high: a number or a tensor, at most 2^31."""
-        return below(self.words(*shape), high)
 
 
 def numbered(seed, n, device="cpu"):

@@ -37,12 +37,13 @@ def telling(chance):
 
 @contextmanager
 def passing(rows):
-    """Only these rows of the batch are in the forward passes inside."""
+    """Only these rows of the batch are in the forward passes inside; slice(None): as outside."""
     if not _batches:
         yield
         return
     batch = _batches[-1]
-    before, batch.rows = batch.rows, rows
+    before, whole = batch.rows, isinstance(rows, slice) and rows == slice(None)
+    batch.rows = before if whole else rows
     try:
         yield
     finally:

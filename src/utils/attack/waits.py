@@ -1,9 +1,10 @@
 """When an attack may ask the device for a value.
 
 A CPU answers at once. Any other device is behind: the host waits until all that was queued before
-is done, and meanwhile queues nothing. So no step of an attack asks there. What a step would ask is
-kept on the device: which images are fooled, what the report counts, what is wrong. It is read once
-at the end; and images that are fooled leave the batch only now and then.
+is done, and meanwhile queues nothing. So no step of an attack asks there, but C&W's and those of
+stop_early. What a step would ask is kept on the device: which images are fooled, what the report
+counts, what is wrong. It is read once at the end; and images that are fooled leave the batch only
+now and then.
 """
 
 FREE = ("cpu",)  # kinds of device that may be asked at each step
