@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import make_dataclass
 from pathlib import Path
 
@@ -127,7 +127,8 @@ def alone(path):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / f".{path.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks: each process makes it
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
