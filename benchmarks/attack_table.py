@@ -93,7 +93,7 @@ class Pair:
 def seeded(attack, model, x, y, *, generator, report):
     """Another library's attack(model, x, y), which draws from the global generator: seeded by the
     numbers of the first image of the batch."""
-    torch.manual_seed(int(generator[:1].integers(2 ** 31)))
+    torch.manual_seed(int(generator[:1].words()))
     return attack(model, x, y)
 
 

@@ -109,7 +109,7 @@ class Trainer:
         """A pass begins, or goes on: its clock, and the random numbers that it begins with."""
         self.began = time.perf_counter() - (self.inside["seconds"] if self.inside else 0)
         self.begun = {name: generator.get_state() for name, generator in self._generators()}
-        self.begun_random = self._random()
+        self.begun_random = self._random() if isinstance(self.between, Between) else None
 
     def state_inside(self):
         """The state inside a pass."""
