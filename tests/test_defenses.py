@@ -293,7 +293,7 @@ def test_two_random_layers_of_a_network_draw_differently():
 
 
 def test_an_attacker_does_not_know_the_draws_by_which_its_images_are_judged():
-    """The same Chance for both, as a user may do who knows no better."""
+    """Even if a user gives both the same Chance."""
     x, seen = pictures(4), []
 
     class Note(nn.Module):
