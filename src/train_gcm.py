@@ -142,13 +142,13 @@ class ChallengeTraining(Trainer):
         """One epoch; each image is augmented anew. train_acc: on the images of the clean loss."""
         s, self.sums = self.s, torch.zeros(4, device=self.device)
         self.parallel.train()
-        seed = int(torch.randint(2 ** 62, (), generator=self.generator)) + self.team.rank
-        self.own_generator.manual_seed(seed)
+        seeds = torch.randint(2 ** 62, (2,), generator=self.generator) + self.team.rank
+        self.own_generator.manual_seed(int(seeds[0]))
         head, body = self.optimizer.param_groups
         factor = s.gamma ** (len(self.rows) // s.step_epochs)
         head["lr"], body["lr"] = s.lr_head * factor, s.lr_backbone * factor
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout, MixUp and CutMix take no generator
+            torch.manual_seed(int(seeds[1]))  # dropout, MixUp and CutMix take no generator
             for joint, index, x in self.minibatches(passes.one_pass(
                     self.images, s.batch_size, self.generator, self.team, workers=s.workers,
                     vary=bool(s.chances), smallest=self.smallest, skip=self.skip)):
@@ -189,7 +189,7 @@ class ChallengeTraining(Trainer):
         for index, x in found:
             block = team.rank + int(index[0]) // BLOCK * team.size
             generator.manual_seed(self.s.seed + block)
-            self.own_generator.manual_seed(self.s.seed + block)
+            self.own_generator.manual_seed(self.s.seed + block + 2 ** 32)  # of the defence
             x = data.to_float(x)
             y = held.labels[index].to(self.device)
             for k, z in enumerate((x, augment(x, PRESETS["released"], generator=generator))):

@@ -439,7 +439,7 @@ BUGS = [
         "s.gamma ** (len(self.rows) // s.step_epochs)", "1.0",
         (stage("learning_rates_are_cut_in_steps"),)),
     Bug("the same augmentation in every pass", STAGES,
-        "self.own_generator.manual_seed(seed)", "self.own_generator.manual_seed(0)",
+        "self.own_generator.manual_seed(int(seeds[0]))", "self.own_generator.manual_seed(0)",
         (stage("augmentations_are_drawn_anew_in_every_epoch"),)),
     Bug("the last epoch for the best", STAGES,
         'if (plain + augmented) / 2 > self.best["score"]:', "if True:",

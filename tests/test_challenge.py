@@ -394,6 +394,16 @@ def test_augmentations_are_drawn_anew_in_every_epoch(monkeypatch, tmp_path):
     assert (again.flatten(1).norm(dim=1) > 0.1).all()
 
 
+def test_augmentations_and_mixing_draw_from_different_numbers(monkeypatch, tmp_path):
+    training = built(monkeypatch, tmp_path)
+    drawn = []
+    monkeypatch.setattr(training, "step", lambda x, y, joint: drawn.append(
+        [training.own_generator.initial_seed(), torch.initial_seed()]) or torch.ones(4))
+    for _ in range(2):
+        training.one_pass(tqdm(disable=True))
+    assert len({seed for pair in drawn for seed in pair}) == 4  # two in each pass
+
+
 # --------------------------------------------------------------- runs, stages
 
 @pytest.mark.slow
