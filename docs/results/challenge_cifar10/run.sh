@@ -17,10 +17,10 @@ attack() {  # attack NAME STAGE DEFENCE FOLDER FLAG...
     "$PYTHON" src/gcm.py --data_dir "$DATA" --num_images 300 --model_name resnet_small \
         --weights "$weights" --defense "$defence" --save "$folder" "$@"
 }
-train stage1 --epochs 8 --step_epochs 6
-train nofgsm --epochs 8 --step_epochs 6 --w_fgsm 0 --w_fgsm_target 0
-train plain --epochs 8 --step_epochs 6 --augment none
-train stage2 --stage 2 --epochs 4 --step_epochs 3
+train stage1 --epochs 16 --step_epochs 11
+train nofgsm --epochs 16 --step_epochs 11 --w_fgsm 0 --w_fgsm_target 0
+train plain --epochs 16 --step_epochs 11 --augment none
+train stage2 --stage 2 --epochs 6 --step_epochs 4
 for name in stage1 nofgsm plain; do attack "$name" 1 gcm gcm; done
 attack stage2 2 gcm+resizepad gcm
 attack stage2 2 resizepad resizepad
