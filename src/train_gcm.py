@@ -29,25 +29,26 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from attacks import fgs_step
+import attacks
 from utils import challenge, data, models, nets, passes, run
 from utils.attack import core
+from utils.attack.telling import telling
 from utils.augment import PRESETS, augment
 from utils.cli import TRAINING, Parser, at_least, names, run_script
 from utils.defenses import adaptive, defend
 from utils.loop import Trainer, loop
 from utils.precision import Mixed
-from utils.run import make_generator
 from utils.team import in_parallel, join_team, joint_batch_norm, without_sync
 
 BLOCK = 50  # held-out images that are validated at a time
+AUGMENTED, DEFENDED = range(2)  # independent streams of an image's random numbers
 
 
 @core.attack
 def both_signs(model, x, y, *, eps, loss=core.cross_entropy):
     """x + eps sign(g) and x - eps sign(g), in [0, 1]; g: the gradient of the loss at y, (N,)."""
     _, _, g = core.gradient(model, x, y, loss, core.Tally(x), slice(None))
-    return fgs_step(x, g, eps), fgs_step(x, g, -eps)
+    return attacks.fgs_step(x, g, eps), attacks.fgs_step(x, g, -eps)
 
 
 def terms(attacked, x, y, drawn, s, loss=core.cross_entropy):
@@ -80,8 +81,7 @@ class ChallengeTraining(Trainer):
         if images.pixels is not None:
             images = replace(images, pixels=images.pixels_on(device))
         self.s, self.images, self.held = s, images, held
-        self.generator = make_generator(s.seed)  # of all processes
-        self.own_generator = make_generator(0)  # of this process: augmentations and ResizePad
+        self.generator = run.make_generator(s.seed)  # of all processes
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
                                  head=s.head, classes=len(s.classes), image_size=s.image_size,
                                  data_dir=s.data_dir, data_root=s.data_root)
@@ -102,12 +102,10 @@ class ChallengeTraining(Trainer):
         kept = {"net": self.model, "optimizer": self.optimizer, "generator": self.generator,
                 "mixed": self.mixed}
         super().__init__(device, team=team, steps=whole + (last >= self.smallest),
-                         own={"augmentations": self.own_generator},
                          keep=kept | ({"mean": self.mean} if s.ema else {}))
 
     def behind_defense(self, model):
-        return defend(model, self.s.defense, size=self.s.image_size, generator=self.own_generator,
-                      low=self.s.low)
+        return defend(model, self.s.defense, size=self.s.image_size, low=self.s.low)
 
     def step(self, x, y, joint):
         """One weight step on x, y, this process's part of a minibatch of `joint` images.
@@ -142,19 +140,21 @@ class ChallengeTraining(Trainer):
         """One epoch; each image is augmented anew. train_acc: on the images of the clean loss."""
         s, self.sums = self.s, torch.zeros(4, device=self.device)
         self.parallel.train()
-        seeds = torch.randint(2 ** 62, (2,), generator=self.generator) + self.team.rank
-        self.own_generator.manual_seed(int(seeds[0]))
+        seed, mixing = torch.randint(2 ** 62, (2,), generator=self.generator).tolist()
         head, body = self.optimizer.param_groups
         factor = s.gamma ** (len(self.rows) // s.step_epochs)
         head["lr"], body["lr"] = s.lr_head * factor, s.lr_backbone * factor
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(seeds[1]))  # dropout, MixUp and CutMix take no generator
+            torch.manual_seed(mixing + self.team.rank)  # dropout, MixUp, CutMix: no generator
             for joint, index, x in self.minibatches(passes.one_pass(
                     self.images, s.batch_size, self.generator, self.team, workers=s.workers,
                     vary=bool(s.chances), smallest=self.smallest, skip=self.skip)):
-                x = augment(x.to(self.device), s.chances, generator=self.own_generator)
-                y = self.images.labels[index].to(self.device)
-                self.sums += self.step(data.to_float(x), y, joint)
+                own = attacks.Chance(seed, index)
+                x = augment(x.to(self.device, non_blocking=True), s.chances,
+                            generator=own.fold(AUGMENTED))
+                y = self.images.labels[index].to(self.device, non_blocking=True)
+                with telling(own.fold(DEFENDED).to(self.device)):
+                    self.sums += self.step(data.to_float(x), y, joint)
                 bar.update()
         loss, right, clean, count = self.team.total(self.sums.tolist())
         return {"loss": loss / count, "train_acc": right / clean if clean else "",
@@ -177,26 +177,24 @@ class ChallengeTraining(Trainer):
     def validate(self):
         """Accuracy on the held-out images, plain and augmented; every time in the same way.
 
-        Every process decodes blocks of its own. What is random belongs to the block.
+        Every process decodes blocks of its own. What is random belongs to the image.
         """
-        team, state, generator = self.team, self.own_generator.get_state(), torch.Generator()
-        model = self.final()
+        team, model = self.team, self.final()
         mode, defended, right = model.training, self.behind_defense(model).eval(), [0, 0, 0]
         blocks = torch.arange(len(self.held)).split(BLOCK)[team.rank::team.size]
-        held = self.held.select(torch.cat(blocks).tolist()) if blocks else ()
+        mine = torch.cat(blocks) if blocks else ()
+        held = self.held.select(mine.tolist()) if blocks else ()
         found = data.batches(held, BLOCK, workers=self.s.workers, skipped=[],
                              device=self.device) if blocks else ()
         for index, x in found:
-            block = team.rank + int(index[0]) // BLOCK * team.size
-            generator.manual_seed(self.s.seed + block)
-            self.own_generator.manual_seed(self.s.seed + block + 2 ** 32)  # of the defence
-            x = data.to_float(x)
+            own, x = attacks.Chance(self.s.seed, mine[index]), data.to_float(x)
             y = held.labels[index].to(self.device)
-            for k, z in enumerate((x, augment(x, PRESETS["released"], generator=generator))):
-                right[k] += int((defended(z).argmax(1) == y).sum())
+            augmented = augment(x, PRESETS["released"], generator=own.fold(AUGMENTED))
+            with telling(own.fold(DEFENDED).to(self.device)):
+                for k, z in enumerate((x, augmented)):
+                    right[k] += int((defended(z).argmax(1) == y).sum())
             right[2] += len(y)
         model.train(mode)
-        self.own_generator.set_state(state)
         plain, augmented, n = team.total(right)
         return plain / n, augmented / n
 

@@ -18,6 +18,7 @@ FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
 RECIPES = "utils/recipes.py"
 DATA, LOOP, FINISHED = "utils/data.py", "utils/loop.py", "utils/finished.py"
 STAGES, EVALUATED, HEADS = "train_gcm.py", "eval_net.py", "utils/nets.py"
+AUGMENT = "utils/augment.py"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ def waiting(name):
 
 def free(name):
     return f"tests/test_free.py::test_{name}"
+
+
+def augmented(name):
+    return f"tests/test_augment.py::test_{name}"
 
 
 def recipe(name):
@@ -418,7 +423,8 @@ BUGS = [
         "yield weight / 2, x_adv, y", "yield weight / 2, x, y",
         (stage("both_signs_of_both_fgsm_terms_by_hand"),)),
     Bug("FGSM with one sign", STAGES,
-        "fgs_step(x, g, eps), fgs_step(x, g, -eps)", "fgs_step(x, g, eps), fgs_step(x, g, eps)",
+        "fgs_step(x, g, eps), attacks.fgs_step(x, g, -eps)",
+        "fgs_step(x, g, eps), attacks.fgs_step(x, g, eps)",
         (stage("both_signs_of_both_fgsm_terms_by_hand"),)),
     Bug("targeted FGSM at the true class", STAGES,
         "(s.w_fgsm_target, drawn.eps_target, drawn.target)",
@@ -439,8 +445,21 @@ BUGS = [
         "s.gamma ** (len(self.rows) // s.step_epochs)", "1.0",
         (stage("learning_rates_are_cut_in_steps"),)),
     Bug("the same augmentation in every pass", STAGES,
-        "self.own_generator.manual_seed(int(seeds[0]))", "self.own_generator.manual_seed(0)",
+        "own = attacks.Chance(seed, index)", "own = attacks.Chance(0, index)",
         (stage("augmentations_are_drawn_anew_in_every_epoch"),)),
+    Bug("an augmentation's numbers go by the place in the batch", AUGMENT,
+        "CHANGES[name](out[rows], stream[rows])", "CHANGES[name](out[rows], stream[:len(rows)])",
+        (augmented("an_image_gets_the_same_alone_and_in_any_batch_and_order[pepper_salt]"),)),
+    Bug("two fields of noise are one", AUGMENT,
+        "self.fields += 1", "self.fields = 1",
+        (augmented("extend_takes_every_pixel_from_one_further_down_and_right_drawn_for_each"),)),
+    Bug("photons without the rest of their mean", AUGMENT,
+        "found += v >= up_to", "found += 0",
+        (augmented("poisson_numbers_have_the_distribution_of_their_mean[0.0624]"),)),
+    Bug("processes augment with seeds of their own", STAGES,
+        "generator=own.fold(AUGMENTED))\n                y",
+        "generator=own.fold(self.team.rank))\n                y",
+        (stage("an_image_is_augmented_alike_by_any_number_of_processes"),)),
     Bug("the last epoch for the best", STAGES,
         'if (plain + augmented) / 2 > self.best["score"]:', "if True:",
         (stage("the_network_of_the_best_epoch_is_saved"),)),
@@ -451,7 +470,7 @@ BUGS = [
         "if (test.root, test.names) != (train.root, train.names):", "if False:",
         (stage("a_data_set_with_a_test_split_is_tested_on_it"),)),
     Bug("accuracy under an augmentation of the plain image", CELLS,
-        "times_right(model, z[part], y", "times_right(model, x[part], y",
+        "times_right(model, z, y, 1", "times_right(model, x, y, 1",
         (network("the_accuracy_under_a_corruption_is_that_of_a_plain_loop"),)),
     Bug("queries that are learnt away", HEADS,
         "q = self.norm_query(q + self.dropout(q))", "q = self.norm_query(q)",

@@ -5,6 +5,7 @@ known without an attack, in float64 by numpy and bisection.
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.attack.chance import numbered
 
@@ -199,3 +200,23 @@ def naive_pgd(model, x, y, *, eps, alpha, steps, norm="linf", step="sign", proje
                                   projection)
         found.append((image + delta).clamp(0, 1))
     return torch.stack(found)
+
+
+# ------------------------------------------------------------------ counting operations
+
+class Operations(TorchDispatchMode):
+    """Counts the tensor operations inside, without views, which depend on the memory order."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is not torch.ops.aten.view.default
+        return function(*args, **kwargs or {})
+
+
+def operations(call):
+    with Operations() as seen:
+        call()
+    return seen.count

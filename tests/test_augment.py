@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from attack_toys import chances, operations
 from utils import augment
+from utils.attack.chance import Chance
 from utils.augment import OPS
 from utils.errors import UserError
 
@@ -86,14 +88,65 @@ def test_p_is_the_share_of_changed_images(name):
 
 
 def test_several_operations_are_applied_in_turn():
-    x, generator = pictures(3), seeded(2)
+    x, own = pictures(12), chances(12, 2)
     before = x.clone()
-    out = augment.augment(x, {"rain": 0.7, "rotation": 0.4}, generator=seeded(2))
-    one = OPS["rain"](x, p=0.7, generator=generator)
-    assert torch.equal(out, OPS["rotation"](one, p=0.4, generator=generator))
-    assert torch.equal(x, before)
+    out = augment.augment(x, {"rain": 0.7, "rotation": 0.4}, generator=own)
+    one = OPS["rain"](x, p=0.7, generator=own)
+    assert torch.equal(out, OPS["rotation"](one, p=0.4, generator=own))
+    assert torch.equal(x, before) and not torch.equal(out, one)
     with pytest.raises(UserError, match="wanted one of"):
         augment.augment(x, {"hail": 1.0}, generator=seeded())
+
+
+def mixed(n, size):
+    """n pictures that differ, uint8, and the Chance of the images 3, 1, 4, ... of a list."""
+    x = torch.cat([pictures(1, size, seed=k) for k in range(n)])
+    return x, Chance(6, torch.tensor([3, 1, 4, 15, 9, 2, 65])[:n])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_gets_the_same_alone_and_in_any_batch_and_order(name):
+    x, own = mixed(7, (36, 44))
+    for images in (x, x.float() / 255):
+        whole = OPS[name](images, p=0.8, generator=own)
+        for rows in ([2], [6, 0, 3], slice(1, 7, 2), [5, 5, 1]):
+            part = OPS[name](images[rows], p=0.8, generator=own[rows])
+            assert torch.equal(part, whole[rows]) or images is not x and torch.allclose(
+                part, whole[rows], rtol=0, atol=1e-5)  # sums in another order
+    assert not torch.equal(whole, images)
+
+
+def test_an_image_gets_the_same_pipeline_alone_and_at_the_published_size():
+    x, own = mixed(4, (224, 224))
+    chances = dict.fromkeys(OPS, 0.3)
+    whole = augment.augment(x, chances, generator=own)
+    for rows in ([3], [2, 0]):
+        assert torch.equal(augment.augment(x[rows], chances, generator=own[rows]), whole[rows])
+    assert (whole != x).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"jpeg", "random_cut", "random_padding"}))
+def test_no_operation_loops_over_images(name):
+    """But three: the codec takes one image at a time, and so does resizing to several sizes."""
+    OPS[name](pictures(1), generator=seeded())  # fills what is kept
+    counts = []
+    for n in (2, 30):
+        x = pictures(n)
+        counts.append(operations(lambda x=x: OPS[name](x, generator=chances(len(x)))))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.0624, 1.0, 7.77, 29.99, 60.0])
+def test_poisson_numbers_have_the_distribution_of_their_mean(mean):
+    u, v = chances(50, 3).uniform(2, 4000).unbind(1)
+    found = augment.poisson(torch.full_like(u, mean), u, v).flatten()
+    n, counts = len(found), torch.bincount(found).double()
+    k = torch.arange(len(counts)).double()
+    wanted = n * (torch.special.xlogy(k, k.new_tensor(mean)) - mean - torch.lgamma(k + 1)).exp()
+    often = wanted > 5
+    chi2, free = ((counts - wanted) ** 2 / wanted)[often].sum(), max(1, int(often.sum()) - 1)
+    assert abs(chi2 - free) < 5 * math.sqrt(2 * free) or mean == 0 and not found.any()
+    assert wanted[~often].sum() * 5 + 30 > counts[~often].sum()
 
 
 RELEASED = [
@@ -204,7 +257,7 @@ def test_sizes_in_pixels_scale_with_the_image():
 def test_rotation_stays_within_five_degrees():
     x = torch.zeros(80, 1, 224, 224, dtype=torch.uint8)
     x[:, :, 110:114, 200:204] = 255  # 89.5 pixels to the right of the centre
-    out = OPS["rotation"](x, generator=seeded())[:, 0]
+    out = OPS["rotation"](x, generator=seeded(1))[:, 0]
     assert set(out.unique().tolist()) == {0, 255}  # the nearest pixel
     angles = []
     for one in out:
@@ -520,7 +573,7 @@ def test_glass_blur_takes_pixels_from_up_to_four_away_twice():
 def test_elastic_moves_points_and_then_pixels():
     t = (torch.arange(224).double() + 0.5) / 224
     x = torch.stack([t[:, None].expand(224, 224), t.expand(224, 224)])[None].expand(60, -1, -1, -1)
-    moved = 224 * (OPS["elastic"](x, generator=seeded()) - x)[:, :, 60:-60, 60:-60]
+    moved = 224 * (OPS["elastic"](x, generator=seeded(2)) - x)[:, :, 60:-60, 60:-60]
     rough = moved.diff(n=2).abs().flatten(1).median(1).values  # 0 under an affine map
     coarse = rough < 0.02
     assert near(coarse.double().mean().item(), 0.4, 60)  # two severities of five

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import train_gcm
 from attacks import fgsm
 from utils import challenge, data, finished, loop
+from utils.attack.telling import told
 from utils.augment import PRESETS
 from utils.challenge import Drawn, draw_once, number_of_terms, settle
 from utils.data import hold_out, open_images, to_float, unseen
@@ -396,12 +397,30 @@ def test_augmentations_are_drawn_anew_in_every_epoch(monkeypatch, tmp_path):
 
 def test_augmentations_and_mixing_draw_from_different_numbers(monkeypatch, tmp_path):
     training = built(monkeypatch, tmp_path)
-    drawn = []
-    monkeypatch.setattr(training, "step", lambda x, y, joint: drawn.append(
-        [training.own_generator.initial_seed(), torch.initial_seed()]) or torch.ones(4))
+    drawn, real = set(), train_gcm.augment
+    monkeypatch.setattr(train_gcm, "augment", lambda x, chances, *, generator: (
+        drawn.add(generator.seed) or real(x, chances, generator=generator)))
+    monkeypatch.setattr(training, "step", lambda x, y, joint: drawn.update(
+        [torch.initial_seed(), told(x, None).seed]) or torch.ones(4))
     for _ in range(2):
         training.one_pass(tqdm(disable=True))
-    assert len({seed for pair in drawn for seed in pair}) == 4  # two in each pass
+    assert len(drawn) == 6  # three in each pass, with those of the defence
+
+
+def test_an_image_is_augmented_alike_by_any_number_of_processes(monkeypatch, tmp_path):
+    training = built(monkeypatch, tmp_path, "--augment", "released", "--defense", "resizepad")
+
+    def seen(*team):
+        training.team, found = OneOf(*team), []
+        training.generator.manual_seed(4)
+        monkeypatch.setattr(training, "step", lambda x, y, joint: found.append(
+            (x, told(x, None).words(2))) or torch.ones(4))
+        training.one_pass(tqdm(disable=True))
+        return found
+    for one, *parts in zip(seen(0, 1), seen(0, 2), seen(1, 2), strict=True):
+        for rank, part in enumerate(parts):
+            for whole, mine in zip(one, part, strict=True):
+                assert torch.equal(whole[rank::2], mine)
 
 
 # --------------------------------------------------------------- runs, stages
@@ -791,6 +810,9 @@ def test_every_process_decodes_held_out_images_of_its_own(monkeypatch, tmp_path,
         accuracies = training.validate()
         return list(decoded), list(seen), accuracies
     names, images, accuracies = validated()
+    monkeypatch.setattr(train_gcm, "BLOCK", 3)
+    assert accuracies == validated()[2]
+    monkeypatch.setattr(train_gcm, "BLOCK", 2)
     parts = [validated(rank, 2) for rank in range(2)]
     assert len(names) == 4 and [part[0] for part in parts] == [names[:2], names[2:]]
     assert torch.equal(torch.cat(images), torch.cat(parts[0][1] + parts[1][1]))

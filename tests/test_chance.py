@@ -7,10 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attacks
-from attack_toys import chances, pictures, toy
+from attack_toys import chances, operations, pictures, toy
 from utils.attack import balls, square
 from utils.attack.chance import WORD, Chance, below, chance_of, philox
 from utils.attack.telling import telling
@@ -237,24 +236,6 @@ def test_an_image_has_the_same_numbers_in_any_batch_order_and_subset(kind):
                  torch.arange(7) % 3 == 0):
         part = own[rows]
         assert torch.equal(make(part), whole[rows]) and len(part) == len(whole[rows])
-
-
-class Operations(TorchDispatchMode):
-    """Counts the tensor operations inside, without views, which depend on the memory order."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is not torch.ops.aten.view.default
-        return function(*args, **kwargs or {})
-
-
-def operations(call):
-    with Operations() as seen:
-        call()
-    return seen.count
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,19 +42,18 @@ class Walk(Trainer):
 
     def __init__(self, now=None, **more):
         self.layer, self.generator = nn.Linear(1, 1, bias=False), torch.Generator().manual_seed(5)
-        self.now, self.mine = now or SimpleNamespace(minutes=0), torch.Generator()
+        self.now = now or SimpleNamespace(minutes=0)
         nn.init.zeros_(self.layer.weight)
-        super().__init__(CPU, steps=8, own={"mine": self.mine}, keep={
+        super().__init__(CPU, steps=8, keep={
             "net": self.layer, "generator": self.generator}, **more)
 
     def one_pass(self, bar):
         self.sums = torch.zeros(2)
         order = torch.randperm(8, generator=self.generator)
-        self.mine.manual_seed(int(order[0]))
         for k in self.minibatches(order[self.skip:]):
             with torch.no_grad():
                 self.layer.weight += k * torch.randn((), generator=self.generator)
-                self.layer.weight += torch.rand(()) + torch.rand((), generator=self.mine)
+                self.layer.weight += torch.rand(())
             self.sums += torch.stack([self.layer.weight.detach().sum(), torch.ones(())])
             self.now.minutes += 4
             bar.update()

@@ -161,13 +161,11 @@ def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
                                              chance=chances(130, 4), device=CPU)
                       for size in (130, 100, 7))
     right = {"clean": 0, "rain": 0, "rotation": 0}
-    for block, part in enumerate(torch.arange(130).split(100)):
-        x, y = to_float(images.pixels[part]), images.labels[part]
-        for k, name in enumerate(right):
-            generator = make_generator(chances(130, 4).fold(k).fold(block).seed)
-            z = x if name == "clean" else augment.OPS[name](x, generator=generator)
-            for image, label in zip(z, y, strict=True):
-                right[name] += int(model(image[None]).argmax()) == int(label)
+    for k, name in enumerate(right):
+        for i, (x, y) in enumerate(zip(to_float(images.pixels), images.labels, strict=True)):
+            own = chances(130, 4)[[i]].fold(k).fold(measure.ATTACK)
+            z = x[None] if name == "clean" else augment.OPS[name](x[None], generator=own)
+            right[name] += int(model(z).argmax()) == int(y)
     assert found == {"n": 130, "right": right} and others == [found, found]
     assert len(set(right.values())) == 3  # the comparison says something
 

@@ -2,7 +2,7 @@
 
     x = augment(x, {"rain": 0.5, "rotation": 0.1}, generator=generator)   # x (n, C, H, W)
     x = augment(x, PRESETS["released"], generator=generator)              # the authors' pipeline
-    x = OPS["fog"](x, generator=generator)
+    x = OPS["fog"](x, generator=Chance(5, index))                         # images (n,) of a list
 
 34 operations: the 32 augmentations of the challenge's classifier (arXiv:2205.10617) at their
 published strengths, and two more, random_cut and colour_jitter. 17 of the 32 are corruptions of
@@ -11,13 +11,15 @@ in pixels are meant for 224 and scale with the shorter side, down to the least t
 an image.
 
 uint8 in, uint8 out; floats in [0, 1] stay floats in [0, 1]; the result is on the device of x. All
-parameters come from `generator`, on the CPU, and fields of noise from a second generator on the
-device that is seeded by it, so that the same seed gives the same result. Unlike in the published
+parameters and fields of noise come from utils/attack/chance.py, on that device: they belong to the
+image, whatever the batch, the order and the number of processes. `generator` is a Chance of the
+images, or a torch.Generator that gives a seed to images 0 .. n - 1. Unlike in the published
 pipeline, every parameter is drawn at every call, for each image.
 """
 
 import io
 import math
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -25,10 +27,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
+from utils.attack.chance import below, chance_of
 from utils.data import to_float
 from utils.errors import UserError
 
-OPS = {}  # {name: function(x, *, p=1.0, generator) -> x}, filled by @op
+OPS = {}      # {name: function(x, *, p=1.0, generator) -> x}, filled by @op
+CHANGES = {}  # {name: the same of all images x, with their Chance}
+PARAMETERS = 8  # numbers that an operation may draw of an image, besides fields of noise
 PHASE1 = {  # the authors' revision b42da2e: {operation: probability}, in the order of application
     "pepper_salt": 0.1, "colour_points": 0.1, "gaussian_noise": 0.1, "mosaic_block": 0.1,
     "rgb_shuffle": 0.05, "rotation": 0.05, "horizontal_flip": 0.1, "vertical_flip": 0.01,
@@ -53,35 +58,46 @@ GREY = (0.299, 0.587, 0.114)  # weights of R, G, B in luma
 
 
 class Draw:
-    """Random numbers for n images on a device."""
+    """Random numbers of n images, on their device."""
 
-    def __init__(self, x, generator):
-        self.n, self.cpu = len(x), generator
+    def __init__(self, x, chance):
+        self.n, self.chance, self.used, self.fields = len(x), chance, 0, 0
         self.x = x.new_empty(0, dtype=torch.float32 if x.dtype == torch.uint8 else x.dtype)
-        seed = int(torch.randint(2 ** 62, (), generator=generator))
-        self.fields = torch.Generator(x.device).manual_seed(seed)
+
+    @cached_property
+    def parameters(self):
+        return self.chance.words(PARAMETERS)  # at once: a call costs as much for eight as for one
+
+    def words(self, count):
+        """(n, count): the next of the image's parameters, 32 random bits each."""
+        self.used += count
+        if self.used > PARAMETERS:
+            raise ValueError(f"an operation draws {self.used} parameters, PARAMETERS is less")
+        return self.parameters[:, self.used - count:self.used]
 
     def uniform(self, low, high, *shape):
         """(n, *shape), a number for each image; shape: 1, 1, 1 if not given."""
-        u = torch.rand((self.n, *(shape or (1, 1, 1))), generator=self.cpu)
-        return (low + (high - low) * u).to(self.x)
+        shape = shape or (1, 1, 1)
+        u = (self.words(math.prod(shape)) >> 8).to(torch.float32) / 2 ** 24
+        return (low + (high - low) * u).to(self.x).view(self.n, *shape)
 
     def one_of(self, values):
         """(n, 1, 1, 1): one of the values for each image; of rows of values, each column so."""
-        values = torch.as_tensor(values, dtype=torch.float64)
-        which = torch.randint(len(values), (self.n,), generator=self.cpu)
-        found = values[which].view(self.n, -1).to(self.x)
+        values = torch.as_tensor(values, dtype=torch.float64).to(self.x.dtype)
+        which = self.integers(0, len(values) - 1)
+        found = values.to(self.x.device, non_blocking=True)[which].view(self.n, -1)
         columns = [column.view(-1, 1, 1, 1) for column in found.unbind(1)]
         return columns if values.dim() > 1 else columns[0]
 
     def integers(self, low, high):
         """(n,) int64 in low .. high."""
-        return torch.randint(low, high + 1, (self.n,), generator=self.cpu).to(self.x.device)
+        return low + below(self.words(1)[:, 0], high - low + 1)
 
     def field(self, *shape, normal=False):
-        """(n, *shape): uniform numbers in [0, 1), or normal ones."""
-        make = torch.randn if normal else torch.rand
-        return make((self.n, *shape), generator=self.fields, device=self.x.device)
+        """(n, *shape): uniform numbers in [0, 1), or normal ones; others at every call."""
+        self.fields += 1
+        own = self.chance.fold(self.fields)
+        return own.normal(*shape) if normal else own.uniform(*shape)
 
 
 def op(function=None, *, as_it_is=False):
@@ -92,40 +108,49 @@ def op(function=None, *, as_it_is=False):
     """
     if function is None:
         return lambda function: op(function, as_it_is=as_it_is)
+    name = function.__name__
 
-    def applied(x, *, p=1.0, generator, inplace=False):
-        if x.dim() != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
-            raise UserError(f"{function.__name__}: given {tuple(x.shape)} {x.dtype}; wanted images "
-                            "(n, C, H, W), uint8 or float in [0, 1]")
-        chosen = (torch.rand(len(x), generator=generator) < p).nonzero()[:, 0].to(x.device)
-        if not len(chosen):
-            return x
-        part = x if len(chosen) == len(x) else x[chosen]
+    def change(x, chance):
         if as_it_is:
-            z = function(part, Draw(part, generator))
-            z = z if z.dtype == torch.uint8 else z.clamp(0, 1)
-        else:
-            z = to_float(part) if x.dtype == torch.uint8 else part.clone()
-            z = function(z, Draw(z, generator)).clamp_(0, 1)
-            z = z.mul_(255).round_().to(torch.uint8) if x.dtype == torch.uint8 else z.to(x.dtype)
-        if part is x and not inplace:
-            return z
-        out = x if inplace else x.clone()
-        out[chosen] = z
-        return out
-    applied.__name__, applied.__doc__ = function.__name__, function.__doc__
-    OPS[function.__name__] = applied
+            z = function(x, Draw(x, chance))
+            return z if z.dtype == torch.uint8 else z.clamp(0, 1)
+        z = to_float(x) if x.dtype == torch.uint8 else x.clone()
+        z = function(z, Draw(z, chance)).clamp_(0, 1)
+        return z.mul_(255).round_().to(torch.uint8) if x.dtype == torch.uint8 else z.to(x.dtype)
+
+    def applied(x, *, p=1.0, generator):
+        return augment(x, {name: p}, generator=generator)
+    applied.__name__, applied.__doc__ = name, function.__doc__
+    OPS[name], CHANGES[name] = applied, change
     return applied
 
 
 def augment(x, chances, *, generator):
-    """Applies the operations of {name: p} in turn, each to every image with probability p."""
-    x = x.clone()  # once, not for every operation
-    for name, p in chances.items():
+    """Applies the operations of {name: p} in turn, each to every image with probability p.
+
+    Under one Chance, an operation does the same to an image alone and after others. x itself if
+    nothing is chosen. UserError: no such operation, no images.
+    """
+    numbers = {name: k for k, name in enumerate(OPS)}
+    p = torch.zeros(len(OPS))
+    for name, chance in chances.items():
         if name not in OPS:
             raise UserError(f"augmentation {name}: wanted one of {', '.join(OPS)}")
-        OPS[name](x, p=p, generator=generator, inplace=True)
-    return x
+        p[numbers[name]] = chance
+    if x.dim() != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
+        raise UserError(f"augmentations: given {tuple(x.shape)} {x.dtype}; wanted images "
+                        "(n, C, H, W), uint8 or float in [0, 1]")
+    own, out = chance_of(generator, x), x
+    chosen = own.uniform(len(OPS)).cpu() < p  # waits, once for all operations
+    for name in chances:
+        rows, stream = chosen[:, numbers[name]], own.fold(numbers[name])
+        if rows.any() and rows.all():
+            out = CHANGES[name](out, stream)
+        elif rows.any():
+            rows = rows.nonzero()[:, 0].to(x.device, non_blocking=True)
+            out = out.clone() if out is x else out
+            out[rows] = CHANGES[name](out[rows], stream[rows])
+    return out
 
 
 # ----------------------------------------------------------------------- tools
@@ -170,11 +195,16 @@ def filtered(x, kernels):
     return out.view(n, c, h, w)
 
 
-def gaussian(x, sigma):
-    """Gaussian blur with standard deviation sigma (n, 1, 1, 1) in pixels."""
-    radius = max(1, min(math.ceil(2.5 * sigma.max().item()), min(x.shape[2:]) - 1))
-    t = torch.arange(-radius, radius + 1, device=x.device)
-    k = (-(t ** 2) / (2 * sigma.view(-1, 1) ** 2)).exp()
+def constant(values, x):
+    """Numbers as a tensor like x, for which nobody waits."""
+    return torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True)
+
+
+def gaussian(x, sigma, most):
+    """Gaussian blur with standard deviation sigma (n, 1, 1, 1) in pixels, up to `most`."""
+    reach = max(1, min(math.ceil(2.5 * most), min(x.shape[2:]) - 1))
+    t, sigma = torch.arange(-reach, reach + 1, device=x.device), sigma.view(-1, 1)
+    k = (-(t ** 2) / (2 * sigma ** 2)).exp() * (t.abs() <= (2.5 * sigma).ceil().clamp_min(1))
     k = (k / k.sum(1, keepdim=True)).to(x)
     return filtered(filtered(x, k[:, :, None]), k[:, None, :])
 
@@ -189,7 +219,7 @@ def smooth(noise, sigma):
 
 
 def scaled(x, size, least=1.0):
-    """A size in pixels of a 224-pixel image, in pixels of x; `least` or more."""
+    """A size in pixels of a 224-pixel image, in pixels of x; `least` or more. A tensor."""
     return (torch.as_tensor(size) * (min(x.shape[2:]) / 224)).clamp_min(least)
 
 
@@ -207,9 +237,12 @@ def line_kernels(length, width, angle):
     return k / k.sum((1, 2), keepdim=True)
 
 
-def dragged(x, radius, sigma, angle):
-    """Drawn out to one side of every pixel, by half a normal curve of up to 2 radius pixels."""
-    along, across = axes(angle, math.ceil(2 * radius.max().item()))
+def dragged(x, radius, sigma, angle, most):
+    """Drawn out to one side of every pixel, by half a normal curve of up to 2 radius pixels.
+
+    radius (n, 1, 1, 1), up to `most`.
+    """
+    along, across = axes(angle, math.ceil(2 * most))
     radius, sigma = radius.view(-1, 1, 1), sigma.view(-1, 1, 1)
     k = (-(along / sigma) ** 2 / 2).exp() * (1 - across.abs()).clamp_min(0)
     k = k * ((along > -0.5) & (along < 2 * radius + 0.5))
@@ -258,7 +291,7 @@ def colour_points(x, draw):
     if x.shape[1] == 3:
         for k, pure in enumerate(((0, 1, 0), (1, 0, 0), (0, 0, 1))):
             mine = (u >= 0.0025 * k) & (u < 0.0025 * (k + 1))
-            colour = torch.where(mine, colour.new_tensor(pure).view(1, 3, 1, 1), colour)
+            colour = torch.where(mine, constant(pure, colour).view(1, 3, 1, 1), colour)
     return torch.where(u < 0.01, colour, x)
 
 
@@ -272,7 +305,38 @@ def gaussian_noise(x, draw):
 def shot_noise(x, draw):
     """Poisson noise of 60 to 3 photons at white."""
     photons = draw.one_of((60, 25, 12, 5, 3))
-    return torch.poisson(x * photons, generator=draw.fields) / photons
+    u, v = draw.field(2, *x.shape[1:]).unbind(1)
+    return poisson(x * photons, u, v).to(x) / photons
+
+
+def poisson(mean, u, v):
+    """Poisson numbers, int64, for means up to 60, from uniform numbers u, v of the same shape.
+
+    Poisson(a + b) = Poisson(a) + Poisson(b), a in sixteenths, whose distribution functions are a
+    table, and b what is left of the mean; each by inversion.
+    """
+    row = (16 * mean).long()
+    found = torch.searchsorted(_distributions(mean.device), (row << 24) + (u * 2 ** 24).long(),
+                               right=True).sub_(COUNTS * row)
+    rest = mean - row / 16
+    term = (-rest).exp()
+    up_to = term.clone()  # P(X <= k)
+    for k in range(1, 5):  # 5 or more: once in 10^8
+        found += v >= up_to
+        term *= rest / k
+        up_to += term
+    return found
+
+
+COUNTS = 128  # a Poisson number of mean 60 is larger once in 10^14
+
+
+@cache
+def _distributions(device):
+    """(961 COUNTS,) int64: 2^24 (i + P(X <= k)) for the means i / 16 and k = 0 .. COUNTS - 1."""
+    i, k = torch.arange(961.0, dtype=torch.float64)[:, None], torch.arange(COUNTS).double()
+    p = (torch.special.xlogy(k, i / 16) - i / 16 - torch.lgamma(k + 1)).exp().cumsum(1).clamp_max(1)
+    return (2 ** 24 * i + (2 ** 24 * p).ceil()).long().flatten().to(device)
 
 
 @op
@@ -311,7 +375,7 @@ def colour_jitter(x, draw):
 
 def turned(x, angle):
     """Turns the hue by an angle (n, 1, 1, 1) and keeps the luma."""
-    to = x.new_tensor([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+    to = constant([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], x)
     a, zero, one = angle.view(-1), torch.zeros_like(angle.view(-1)), torch.ones_like(angle.view(-1))
     turn = torch.stack([one, zero, zero, zero, a.cos(), -a.sin(), zero, a.sin(), a.cos()], 1)
     matrix = torch.linalg.inv(to) @ turn.view(-1, 3, 3) @ to
@@ -340,7 +404,7 @@ def saturation(x, draw):
     times, plus = draw.one_of(((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
     value, span = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     share = (times * span / value.clamp_min(1e-8) + plus).clamp(0, 1)
-    away = torch.where(span > 0, (value - x) / span, x.new_tensor([0, 1, 1]).view(1, 3, 1, 1))
+    away = torch.where(span > 0, (value - x) / span, constant([0, 1, 1], x).view(1, 3, 1, 1))
     return value * (1 - share * away)
 
 
@@ -412,13 +476,13 @@ def elastic(x, draw):
     (row, column), (h, w) = grid(x), x.shape[2:]
     small = min(h, w) / 224
     field = alpha * small ** 2 * smooth(2 * draw.field(2, h, w) - 1, sigma * small)
-    there = min(h, w) // 3 * x.new_tensor([[1, 1], [1, -1], [-1, -1]])
+    there = min(h, w) // 3 * constant([[1, 1], [1, -1], [-1, -1]], x)
     moved = there + small * most[:, 0] * draw.uniform(-1, 1, 3, 2)
     one = torch.ones_like(moved[:, :, :1])
     back = torch.linalg.solve(torch.cat([moved, one], 2), there.expand_as(moved))  # (n, 3, 2)
     y, z = field[:, 0] + row - (h - 1) / 2, field[:, 1] + column - (w - 1) / 2
     at = torch.stack([z, y, torch.ones_like(y)], 3).flatten(1, 2).to(x) @ back
-    at = (2 * at / at.new_tensor([w, h])).view(len(x), h, w, 2)
+    at = (2 * at / constant([w, h], at)).view(len(x), h, w, 2)
     return F.grid_sample(x, at, padding_mode="reflection", align_corners=False)
 
 
@@ -431,9 +495,9 @@ def mosaic_block(x, draw):
     """
     n, channels, h, w = x.shape
     side = scaled(x, draw.integers(13, 26)).round().long()
-    most = int(side.max())
-    corner = draw.uniform(0, 1, 2, 1) * (torch.tensor([[h], [w]], device=x.device)
-                                         - 4 * side[:, None, None]).clamp_min(0)
+    most = int(scaled(x, 26).round())
+    size = torch.tensor([[h], [w]]).to(x.device, non_blocking=True)
+    corner = draw.uniform(0, 1, 2, 1) * (size - 4 * side[:, None, None]).clamp_min(0)
     t = torch.arange(most, device=x.device)
     row, column = (corner.long() + 2 * side[:, None, None] + t).unbind(1)  # (n, most)
     inside = (t[:, None] < side[:, None, None]) & (t < side[:, None, None])
@@ -463,7 +527,8 @@ def local_shuffle(x, draw):
     grids, (h, w) = grid(x), x.shape[2:]
     side = scaled(x, draw.integers(80, 100)).round().long().view(-1, 1, 1)
     count = [(size - 1) // side + 1 for size in (h, w)]  # (n, 1, 1)
-    keys = draw.field(int((count[0] * count[1]).max()))
+    least = int(scaled(x, 80).round())
+    keys = draw.field(math.prod((size - 1) // least + 1 for size in (h, w)))
     keys = keys.masked_fill(torch.arange(keys.shape[1], device=x.device)
                             >= (count[0] * count[1])[:, 0], 2)
     order = keys.argsort(1)  # patches of the image come first, in random order
@@ -504,7 +569,7 @@ def pixelate(x, draw):
 def gaussian_blur(x, draw):
     """Standard deviation 1 or 2 pixels; in small images at least half that."""
     radius = draw.one_of((1, 2))
-    return gaussian(x, scaled(x, radius, radius / 2))
+    return gaussian(x, scaled(x, radius, radius / 2), scaled(x, 2, 1.0))
 
 
 @op
@@ -522,14 +587,14 @@ def motion_blur(x, draw):
     """Drawn out in a direction within 45 degrees of the horizontal, by 20 to 40 pixels at most."""
     radius, sigma = draw.one_of(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)))
     return dragged(x, scaled(x, radius), scaled(x, sigma, 0.5),
-                   draw.uniform(-math.pi / 4, math.pi / 4))
+                   draw.uniform(-math.pi / 4, math.pi / 4), scaled(x, 20))
 
 
 @op
 def defocus_blur(x, draw):
     """The mean over a disc with a radius of 3 to 10 pixels."""
     radius = scaled(x, draw.one_of((3, 4, 6, 8, 10)), 0.6).view(-1, 1, 1)
-    reach = math.ceil(radius.max().item())
+    reach = math.ceil(scaled(x, 10, 0.6))
     t = torch.arange(-reach, reach + 1, device=x.device)
     k = (radius + 0.5 - (t[:, None] ** 2 + t ** 2).sqrt()).clamp(0, 1)
     return filtered(x, (k / k.sum((1, 2), keepdim=True)).to(x))
@@ -551,13 +616,13 @@ def glass_blur(x, draw):
     sigma, most, rounds = draw.one_of(((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2),
                                        (1.5, 4, 2)))
     (row, column), (h, w) = grid(x), x.shape[2:]
-    sigma, most = scaled(x, sigma, 0.4), scaled(x, most).round()
-    x = gaussian(x, sigma)
-    for k in range(int(rounds.max())):
+    sigma, most, widest = scaled(x, sigma, 0.4), scaled(x, most).round(), scaled(x, 1.5, 0.4)
+    x = gaussian(x, sigma, widest)
+    for k in range(3):  # an image's last rounds may move nothing
         reach = (most * (k < rounds)).view(-1, 1, 1)
         away = [((2 * draw.field(h, w) - 1) * reach).floor().long() for _ in range(2)]
         x = take(x, row + away[0], column + away[1])
-    return gaussian(x, sigma)
+    return gaussian(x, sigma, widest)
 
 
 # --------------------------------------------------------------------- weather
@@ -586,7 +651,7 @@ def snow(x, draw):
     flakes = resample(flakes, scaling(zoom, zoom, 0 * zoom, 0 * zoom))
     flakes = torch.where(flakes < least, 0, flakes).clamp_(0, 1)
     flakes = dragged(flakes, scaled(x, radius), scaled(x, sigma, 0.5),
-                     draw.uniform(-3 * math.pi / 4, -math.pi / 4))
+                     draw.uniform(-3 * math.pi / 4, -math.pi / 4), scaled(x, 12))
     white = torch.maximum(x, 1.5 * luma(x) + 0.5)
     return keep * x + (1 - keep) * white + flakes + flakes.flip(2, 3)
 
@@ -605,7 +670,7 @@ def frost(x, draw):
     keep, ice = draw.one_of(((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)))
     ridges = (1 - (2 * clouds(draw, x, 0.8) - 1).abs()) ** 4
     pale = draw.uniform(0.3, 0.6) + 0.5 * ridges
-    tint = x.new_tensor([0.88, 1.0, 1.08][:x.shape[1]]).view(1, -1, 1, 1)
+    tint = constant([0.88, 1.0, 1.08][:x.shape[1]], x).view(1, -1, 1, 1)
     return keep * x + ice * (pale * tint).clamp(0, 1)
 
 
@@ -619,9 +684,9 @@ def spatter(x, draw):
     depth = (depth - depth.mean((1, 2, 3), keepdim=True)) / depth.std((1, 2, 3), keepdim=True) - cut
     wet = depth.clamp_min(0)
     wet = strength * wet / wet.amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
-    dirt = gaussian((depth > 0).to(x), 1.5 * sigma)
+    dirt = gaussian((depth > 0).to(x), 1.5 * sigma, 1.5 * scaled(x, 4, 0.7))
     dirt = torch.where(dirt < 0.8, 0, dirt) * mud
-    water, brown = (x.new_tensor(c[:x.shape[1]]).view(1, -1, 1, 1) / 255
+    water, brown = (constant(c[:x.shape[1]], x).view(1, -1, 1, 1) / 255
                     for c in ((175, 238, 238), (63, 42, 20)))
     return x * (1 - dirt) + dirt * brown + (1 - mud) * wet * water
 

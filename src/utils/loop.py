@@ -42,14 +42,13 @@ class Trainer:
     """What lives between two epochs.
 
     steps, unit: length and unit of the progress bar of an epoch. keep {name: module, optimizer or
-    generator}: what a checkpoint holds, besides the rows of log.csv. own {name: generator}: those
-    in which the processes differ. `stopped` ends the loop.
+    generator}: what a checkpoint holds, besides the rows of log.csv. `stopped` ends the loop.
     """
     advice = "the last checkpoint is kept; type a smaller --lr"  # when a loss is not finite
 
-    def __init__(self, device, *, steps, keep, own=None, team=None, unit="it"):
+    def __init__(self, device, *, steps, keep, team=None, unit="it"):
         self.device, self.team, self.steps, self.unit = device, team or Team(), steps, unit
-        self.keep, self.own, self.rows, self.stopped = keep, own or {}, [], False
+        self.keep, self.rows, self.stopped = keep, [], False
         self.skip, self.inside = 0, None  # of a resumed pass: minibatches done, its checkpoint
         self.between = lambda: None       # what the loop does between two minibatches
         self.began = time.perf_counter()  # the pass; as if it had not been interrupted
@@ -134,16 +133,13 @@ class Trainer:
                 if isinstance(part, torch.Generator)]
 
     def _random(self):
-        """States of this process's own random numbers: `own`, and those that dropout draws."""
-        found = {name: generator.get_state() for name, generator in self.own.items()}
-        found["cpu"] = torch.get_rng_state()
+        """States of this process's own random numbers: those that dropout draws."""
+        found = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             found[self.device.type] = getattr(torch, self.device.type).get_rng_state()
         return found
 
     def _set_random(self, states):
-        for name, generator in self.own.items():
-            generator.set_state(states[name])
         torch.set_rng_state(states["cpu"])
         if self.device.type != "cpu":
             getattr(torch, self.device.type).set_rng_state(states[self.device.type])

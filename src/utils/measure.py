@@ -31,12 +31,10 @@ from utils.audit import ascents
 from utils.cells import Progress
 from utils.data import to_float
 from utils.precision import synchronize
-from utils.run import make_generator
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 COUNTED = ("zero_gradient", "gradients", "queries")  # of the attacks' reports
 BEFORE, ATTACK, AFTER = range(3)  # independent streams of an image's random numbers
-BLOCK = 100  # images that are corrupted at once: the random numbers of a corruption are theirs
 
 
 def wilson(k, n):
@@ -161,13 +159,11 @@ def accuracy_cell(model, images, operations, *, batch_size, chance, device, work
         right = dict.fromkeys(("clean", *operations), 0)
         for k, name in enumerate(right):
             own = chance[index].fold(k)
-            drawn = make_generator(own.fold(int(index[0]) // BLOCK).seed)
-            z = x if name == "clean" else operations[name](x, generator=drawn)
-            right[name] += sum(int(times_right(model, z[part], y[part], 1, own[part]).sum())
-                               for part in torch.arange(len(y)).split(batch_size))
+            z = x if name == "clean" else operations[name](x, generator=own.fold(ATTACK))
+            right[name] += int(times_right(model, z, y, 1, own.fold(AFTER)).sum())
         return {"n": len(y), "right": right}
     return (progress or Progress()).count(
-        images, torch.arange(len(images)).split(BLOCK), counted, cell=cell, workers=workers,
+        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
         desc="accuracy")
 
 
