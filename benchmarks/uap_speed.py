@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from bench import show, times_as_fast
-from train_sga import clamped_ce, input_gradient, sga_gradient
+from train_sga import input_gradient, sga_gradient
 from utils.attack.balls import cut
+from utils.attack.universal import clamped_ce
 from utils.cli import Parser, at_least, run_script
 from utils.models import input_size, load_model
 from utils.precision import LAYOUTS, Fast, fastest, synchronize, to_layout, training
