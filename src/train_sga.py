@@ -16,7 +16,7 @@ checkpoint.pth in its folder. A killed run continues with --resume and ends in t
 """
 
 from argparse import BooleanOptionalAction
-from functools import cached_property, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from pathlib import Path
 from statistics import fmean
 
@@ -36,14 +36,16 @@ from utils.attack.universal import (
     rows,
     warp,
 )
-from utils.cli import TRAINING, Parser, at_least, names, radius, run_script
-from utils.data import NAMED, cached, load, to_float
+from utils.cli import TRAINING, Parser, at_least, names, radius, run_script, seeds
+from utils.data import cached, load, to_float
 from utils.defenses import adaptive, defend, is_random
 from utils.errors import UserError
 from utils.loop import Trainer, loop
-from utils.measure import predictions
-from utils.sga_run import METHODS, fooled, save_perturbation, settle, uap_name, watched
+from utils.sga_run import METHODS, Run, fooled, save_perturbation, settle, watched
+from utils.sga_team import gathered, jobs_of, predicted
+from utils.team import Team, join_team
 
+ALONE = Team()    # one process
 SPGD_CHUNK = 50   # images per backward pass of SPGD: 250 at once need 27 GB on VGG16
 HELD = ("delta", "v", "labels", "amp", "layout")  # by a checkpoint, besides the generator
 
@@ -66,13 +68,13 @@ def model_gradient(model, x, delta, y, loss, generator=None):
     return value.detach(), torch.autograd.grad(value, delta)[0]
 
 
-def input_gradient(models, x, delta, y, loss, generator=None):
+def input_gradient(models, x, delta, y, loss, generator=None, team=ALONE):
     """Means over the models of their losses and of their gradients, added in the models' order.
 
-    y: what model_gradient takes, for each model.
+    y: what model_gradient takes, for each model. team: processes that share the models.
     """
-    found = [model_gradient(model, x, delta, of_model, loss, generator)
-             for model, of_model in zip(models, y, strict=True)]
+    found = gathered(team, [partial(model_gradient, model, x, delta, of_model, loss, generator)
+                            for model, of_model in zip(models, y, strict=True)], delta)
     return tuple(reduce(torch.add, one) / len(models) for one in zip(*found, strict=True))
 
 
@@ -94,15 +96,18 @@ def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, augment=None, tick
     return losses / len(draws), total
 
 
-def spgd_gradient(gradient, x, y, delta, draws, *, augment=None, tick=lambda: None, **_):
-    """The gradient of the whole batch; draws (M, n) partition it, to bound memory."""
-    total, losses = torch.zeros_like(delta), 0
-    for j, index in enumerate(draws):
+def spgd_gradient(gradient, x, y, delta, draws, *, augment=None, tick=lambda: None, team=ALONE,
+                  **_):
+    """The gradient of the whole batch; draws (M, n) partition it, and the team shares them."""
+    def chunk(j, index):
+        tick()
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, delta, rows(y, index))
+        return gradient(batch, delta, rows(y, index))
+    total, losses = torch.zeros_like(delta), 0
+    works = [partial(chunk, j, index) for j, index in enumerate(draws)]
+    for index, (value, g) in zip(draws, gathered(team, works, delta), strict=True):
         total += g * (len(index) / len(x))
         losses = losses + value * (len(index) / len(x))
-        tick()
     return losses, total
 
 
@@ -127,10 +132,10 @@ class SgaTraining(Trainer):
     """The epochs of SGA or SPGD with settings s; models: the surrogates without their defence."""
     advice = "the last checkpoint is kept; look at the weights, or try --amp off"
 
-    def __init__(self, s, models, images, generator, device):
+    def __init__(self, s, models, images, generator, device, team=ALONE):
         parts = torch.arange(len(images)).split(s.batch_size)
         self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
-        super().__init__(device, steps=len(self.uses), keep={"generator": generator})
+        super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
         self.behind = partial(defend, name=s.defense, size=s.image_size, generator=generator)
         self.measured = [self.behind(model) for model in models]
@@ -141,14 +146,14 @@ class SgaTraining(Trainer):
     def start(self):
         """What a new run keeps to: labels f(x) (S, N), precision, memory order; delta is zero."""
         s, n = self.s, self.s.minibatch if self.s.method == "sga" else SPGD_CHUNK
-        self.labels = predictions(self.measured, self.pixels, self.device)
+        self.labels = predicted(self.team, self.measured, self.pixels, self.device)
         self.delta = self.v = torch.zeros((1, *self.pixels.shape[1:]))
         x, y = to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
         y = [None] * len(y) if s.loss in COMPARING else y
-        self.amp, self.layout = precision.fastest(
+        self.amp, self.layout = self.team.from_first(lambda: precision.fastest(
             self.models, lambda fast, x: input_gradient(
                 self.seen(fast), x, self.delta.to(x), y, self.loss),
-            x, amp=s.amp, layout=s.layout, deterministic=s.deterministic)
+            x, amp=s.amp, layout=s.layout, deterministic=s.deterministic))
 
     def seen(self, fast):
         """What the loss is of: a layer of each Fast(Sequential(first, net)), or its logits."""
@@ -171,7 +176,8 @@ class SgaTraining(Trainer):
     def gradient(self):
         """gradient(x, delta, y) -> loss, g"""
         both = self.generator if self.s.loss in COMPARING and is_random(self.s.defense) else None
-        return partial(input_gradient, self.attacked, loss=self.loss, generator=both)
+        return partial(input_gradient, self.attacked, loss=self.loss, generator=both,
+                       team=self.team if len(self.models) > 1 else ALONE)
 
     def compared(self, x, index):
         """y of each model: labels, or clean outputs, None where each step has other images."""
@@ -196,7 +202,8 @@ class SgaTraining(Trainer):
     def one_pass(self, bar):
         """One outer step for each large batch."""
         s, self.sums = self.s, torch.zeros((), device=self.device)
-        aggregate = sga_gradient if s.method == "sga" else spgd_gradient
+        aggregate = sga_gradient if s.method == "sga" else partial(
+            spgd_gradient, team=ALONE if len(self.models) > 1 else self.team)
         self.delta, self.v = (precision.to_layout(t.to(self.device), self.layout)
                               for t in (self.delta, self.v))
         order = torch.randperm(len(self.pixels), generator=self.generator).split(s.batch_size)
@@ -263,36 +270,26 @@ def get_args():
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="memory order of the images; auto: the faster by timing")
-    parser.shared(*TRAINING, "cache")
+    parser.shared(*TRAINING, "cache", seed={"type": seeds, "default": [0], "help": "fixes "
+        "everything random; several, as 0,1,2: one run each, which processes share"})
     return parser.parse_args()
 
 
 def main(args):
-    device = run.resolve_device(args.device)
-    s, images, surrogates = settle(args)
-    name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
-    folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}")
-    flags = run.result_flags(s, "preset", device=device.type, weights=s.weights_are,
-                             data_dir=f"image list {images.sha256()[:16]}")
-    saved = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
-    models = [one.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
-              for one in surrogates]
-    print(f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
-          f"{images.sha256()[:16]}; surrogate {', '.join(s.model_name)}", flush=True)
-    images = load(cached(images, s.cache, workers=s.workers), workers=s.workers)
-    training = SgaTraining(s, models, images, run.make_generator(s.seed), device)
-    training.resume(saved, folder)
-    if saved is None:
-        run.write_atomic(folder / "images.txt", images.listing().encode())
-        run.save_pth(folder / "checkpoint.pth", {**training.state(), "flags": flags})
-    if training.layers:
-        print(f"the loss compares the output of {', '.join(training.layers)}", flush=True)
-    print(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
-          f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
-          f"n={len(training.watched)} of these images, in that precision", flush=True)
-    loop(training, s.epochs, folder, flags, deterministic=s.deterministic,
-         minutes=s.checkpoint_minutes)
-    save_perturbation(training, folder, name)
+    team, device = join_team(run.resolve_device(args.device))
+    s, images, surrogates = team.in_turn(lambda: settle(args))
+    jobs = jobs_of(s, team)
+    ready = cache(lambda: load(cached(images, s.cache, workers=s.workers), workers=s.workers))
+    for job, sharing in jobs:
+        one = Run.opened(job, images, sharing, device, several=len(s.seed) > 1)
+        models = [target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
+                  for target in surrogates]
+        training = SgaTraining(job, models, ready(), run.make_generator(job.seed), device, sharing)
+        one.begin(training)
+        loop(training, s.epochs, one.folder, one.flags, deterministic=s.deterministic,
+             desc=one.desc, minutes=s.checkpoint_minutes)
+        save_perturbation(training, one.folder, one.name)
+    team.leave()
 
 
 if __name__ == "__main__":

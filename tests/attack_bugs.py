@@ -76,6 +76,10 @@ def augmented(name):
     return f"tests/test_augment.py::test_{name}"
 
 
+def shared(name):
+    return f"tests/test_sga_team.py::test_{name}"
+
+
 def recipe(name):
     return f"tests/test_recipes.py::test_{name}"
 
@@ -466,6 +470,12 @@ BUGS = [
         "generator=own.fold(AUGMENTED))\n                y",
         "generator=own.fold(self.team.rank))\n                y",
         (stage("an_image_is_augmented_alike_by_any_number_of_processes"),)),
+    Bug("gradients in the order of the processes", "utils/sga_team.py",
+        "parts[k % team.size][k // team.size] for", "parts[k * team.size // len(works)]["
+        "k % len(mine)] for", (shared("each_process_does_its_works_and_all_get_all_in_order[5]"),)),
+    Bug("labels of another process's images", "utils/sga_team.py",
+        "blocks[rank::team.size])] = part", "blocks[::team.size])] = part",
+        (shared("a_process_without_images_takes_part_all_the_same"),)),
     Bug("the last epoch for the best", STAGES,
         'if (plain + augmented) / 2 > self.best["score"]:', "if True:",
         (stage("the_network_of_the_best_epoch_is_saved"),)),
@@ -515,7 +525,8 @@ BUGS = [
         "if not math.isfinite(loss) or broken:", "if False:",
         ("tests/test_loop.py::test_a_loss_that_is_not_finite_stops_before_the_checkpoint",)),
     Bug("outputs are drawn towards the clean ones", UNIVERSAL,
-        "return -F.cosine_similarity", "return F.cosine_similarity", (uap(f"{COSINE}[None-False]"),)),
+        "return -F.cosine_similarity", "return F.cosine_similarity",
+        (uap(f"{COSINE}[None-False]"),)),
     Bug("lengths of the outputs count", UNIVERSAL,
         "-F.cosine_similarity(h, clean).mean()", "-(h * clean).sum(1).mean()",
         (uap(f"{COSINE}[4-False]"),)),

@@ -1,15 +1,28 @@
 """Of train_sga.py: settings and presets, what a run measures of itself, and what it leaves."""
 
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
 import torch
 
 from utils import draw
 from utils.attack.universal import COMPARING
-from utils.data import PRESETS, opened
+from utils.data import NAMED, PRESETS, opened
 from utils.errors import UserError
-from utils.measure import predictions, share
+from utils.measure import share
 from utils.models import num_classes, one_each, targets_of
 from utils.report import percent
-from utils.run import provenance, save_json, save_pth, settled, write_atomic
+from utils.run import (
+    RunFolder,
+    provenance,
+    result_flags,
+    save_json,
+    save_pth,
+    settled,
+    write_atomic,
+)
+from utils.sga_team import predicted
 from utils.sources import label_of
 
 METHODS = {  # of --preset: what it sets where the flag is not typed
@@ -77,6 +90,51 @@ def uap_name(s):
     return "_".join([s.method, networks, *(k for k, on in extra.items() if on)])
 
 
+# ------------------------------------------------------------------------ a run
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One perturbation to be made: what it is called, its folder, flags and checkpoint."""
+    name: str
+    folder: RunFolder
+    flags: dict
+    saved: dict    # None: a new run
+    desc: str      # what an epoch is called
+    images: str    # what is said of them
+
+    @classmethod
+    def opened(cls, s, images, team, device, several):
+        """images: names only; several: a command makes runs of several seeds."""
+        name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
+        path = (s.save or Path("runs") / f"{data}_{name}") / (f"seed{s.seed}" if several else "")
+        folder = team.in_turn(lambda: RunFolder(path, lock=team.first))
+        digest = images.sha256()[:16]
+        flags = result_flags(s, "preset", device=device.type, weights=s.weights_are,
+                             data_dir=f"image list {digest}",
+                             **({"processes": team.size} if team.size > 1 else {}))
+        saved = team.from_first(lambda: folder.load_checkpoint(
+            flags, resume=s.resume, overwrite=s.overwrite, grows=True))
+        return cls(name, folder, flags, saved, f"seed {s.seed} epoch" if several else "epoch",
+                   f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
+                   f"{digest}; surrogate {', '.join(s.model_name)}")
+
+    def begin(self, training):
+        """The training starts, or goes on where the checkpoint ends."""
+        say = partial(print, flush=True) if training.team.first else lambda text: None
+        say(self.images)
+        training.resume(self.saved, self.folder)
+        if self.saved is None:
+            state = training.state()  # of all processes
+            if training.team.first:
+                write_atomic(self.folder / "images.txt", training.images.listing().encode())
+                save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
+        if training.layers:
+            say(f"the loss compares the output of {', '.join(training.layers)}")
+        say(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
+            f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
+            f"n={len(training.watched)} of these images, in that precision")
+
+
 # ------------------------------------------------------------------------ figures, files
 
 def watched(images, gradients):
@@ -89,13 +147,14 @@ def watched(images, gradients):
 
 
 def fooled(training, models, index=slice(None)):
-    """[{metric: share}, one for each of the models] on the training images of that index.
+    """[{metric: share}, one for each of the models] on the training images of that index, which
+    the processes share.
 
     training: train_sga.SgaTraining; models: its surrogates, in the precision to measure in.
     """
     before, target, found = training.labels[:, index], training.s.target, []
-    after = predictions(models, training.pixels[index], training.device,
-                        delta=training.delta.contiguous())
+    after = predicted(training.team, models, training.pixels[index], training.device,
+                      delta=training.delta.contiguous())
     for b, a in zip(before, after, strict=True):
         found.append({"fooling_ratio": share((a != b).sum().item(), len(b))})
         if target is not None:
@@ -109,6 +168,8 @@ def save_perturbation(training, folder, name):
     """Saves the perturbation, the facts of its run and the pictures; prints how well it fools."""
     s, images, delta = training.s, training.images, training.delta[0].contiguous()
     shares = fooled(training, training.measured)
+    if not training.team.first:
+        return
     save_pth(folder / f"{name}.pth", delta)
     save_json(folder / f"{name}.json", {
         "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
