@@ -59,8 +59,8 @@ def _check(s, kind, classes):
         raise UserError(f"--target {s.target} --loss {s.loss}: this loss has no classes to steer "
                         "to; type --loss ce or --loss logit")
     if s.layer and s.loss != "feature":
-        raise UserError(f"--layer {s.layer} --loss {s.loss}: no layer is compared; type --loss "
-                        "feature")
+        raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: no layer is compared; type "
+                        "--loss feature")
     if s.bpda and "gcm" not in s.defense:
         raise UserError(f"--bpda --defense {s.defense}: no gcm layer there; type --defense gcm")
     if s.minibatch > s.batch_size:
