@@ -17,7 +17,7 @@ Nothing else may run on the machine meanwhile. Images/s count gradients of one i
 
 import statistics
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from train_sga import input_gradient, sga_gradient
 from utils.attack.balls import cut
 from utils.attack.universal import Features, clamped_ce, cosine_loss, feature_layer
 from utils.cli import Parser, at_least, run_script
+from utils.graphs import Graphed
 from utils.models import input_size, load_model
 from utils.precision import LAYOUTS, Fast, fastest, synchronize, to_layout, training
 from utils.run import provenance, resolve_device
@@ -54,10 +55,17 @@ def get_args():
     return parser.parse_args()
 
 
-def ours(fast, x, y, delta, draws):
-    loss, wanted = (cosine_loss, [None]) if isinstance(fast, Features) else (LOSS, y[None])
+@lru_cache(maxsize=1)
+def gradient_of(fast):
+    """gradient(x, delta, y) as train_sga.py computes it: on a GPU as one graph."""
+    loss = cosine_loss if isinstance(fast, Features) else LOSS
     gradient = partial(input_gradient, [fast], loss=loss)
-    return sga_gradient(gradient, x, wanted, delta, draws, eps=EPS, alpha=ALPHA)[1]
+    return Graphed(gradient) if next(fast.parameters()).is_cuda else gradient
+
+
+def ours(fast, x, y, delta, draws):
+    wanted = [None] if isinstance(fast, Features) else y[None]
+    return sga_gradient(gradient_of(fast), x, wanted, delta, draws, eps=EPS, alpha=ALPHA)[1]
 
 
 def plain(model, x, y, delta, draws):

@@ -40,6 +40,7 @@ from utils.cli import TRAINING, Parser, at_least, names, radius, run_script, see
 from utils.data import cached, load, to_float
 from utils.defenses import adaptive, defend, is_random
 from utils.errors import UserError
+from utils.graphs import Graphed
 from utils.loop import Trainer, loop
 from utils.sga_run import METHODS, Run, fooled, save_perturbation, settle, watched
 from utils.sga_team import gathered, jobs_of, predicted
@@ -176,8 +177,10 @@ class SgaTraining(Trainer):
     def gradient(self):
         """gradient(x, delta, y) -> loss, g"""
         both = self.generator if self.s.loss in COMPARING and is_random(self.s.defense) else None
-        return partial(input_gradient, self.attacked, loss=self.loss, generator=both,
-                       team=self.team if len(self.models) > 1 else ALONE)
+        team = self.team if len(self.models) > 1 else ALONE
+        found = partial(input_gradient, self.attacked, loss=self.loss, generator=both, team=team)
+        still = self.device.type == "cuda" and team.size == 1 and not is_random(self.s.defense)
+        return Graphed(found) if still else found
 
     def compared(self, x, index):
         """y of each model: labels, or clean outputs, None where each step has other images."""
