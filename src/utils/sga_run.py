@@ -140,7 +140,7 @@ class Run:
 def watched(images, gradients):
     """Indices of the images whose fooling ratio is logged after each epoch of so many gradients.
 
-    A forward pass costs about a third of a gradient, so these cost at most 2 % of the epoch.
+    A forward pass is about a third of a gradient, so these are about 2 % of the epoch's passes.
     """
     return torch.linspace(0, images - 1, min(
         WATCHED, images, max(1, gradients // PER_IMAGE))).long()

@@ -64,9 +64,8 @@ def find_uaps(paths, kind):
         if not path.is_dir():
             found.append(path)
             continue
-        below = [p.with_suffix(".pth") for p in sorted(path.rglob("*.json"))
-                 if p.with_suffix(".pth").is_file() and _facts(p).get("kind") == kind
-                 and "scale" in _facts(p)]
+        below = [file for p in sorted(path.rglob("*.json")) if (file := _beside(p))
+                 and _facts(p).get("kind") == kind and "scale" in _facts(p)]
         if not below:
             raise UserError(f"--uaps {path}: no perturbation for {kind} images in this folder; "
                             "make one with train_sga.py, or type the name of a file")
@@ -114,6 +113,12 @@ def read_uap(path, *, scale, eps):
         raise UserError(f"{path}: largest |delta| is {uap.largest:.2f}/255, over --eps "
                         f"{eps * 255:g}/255; type --eps {uap.largest:.4g}/255 to allow it")
     return uap
+
+
+def _beside(facts):
+    """The perturbation that a NAME.json describes: NAME.pth, else NAME.png; None if neither."""
+    files = (facts.with_suffix(suffix) for suffix in (".pth", ".png"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _facts(path):
