@@ -14,7 +14,7 @@ export PYTHONPATH=src
     --steps 20 --results "$RUNS/sga.json"
 "$PYTHON" benchmarks/attack_speed.py --model_name resnet50 --attacks pgd_linf --device "$DEVICE" \
     --results "$RUNS/pgd.json"
-"$PYTHON" benchmarks/free_cost.py --data_dir "$DATA" --model_name preactresnet18 --bf16 \
+"$PYTHON" benchmarks/free_cost.py --data_dir "$DATA" --model_name preact_resnet18 --bf16 \
     --minibatches 20 --device "$DEVICE" --results "$RUNS/free.json"
 exec "$PYTHON" benchmarks/gpu_table.py --tables "$RUNS/sga.csv" "$RUNS/pgd.csv" "$RUNS/free.csv" \
     --device "$DEVICE" --results "$RUNS/all.json"
