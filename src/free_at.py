@@ -59,9 +59,7 @@ def free_minibatch(step, x, y, delta, *, eps, alpha, m, box=False):
 
 
 def fast_start(model, x, y, u, *, eps, alpha, loss=F.cross_entropy):
-    """One signed step from the random point x + eps (2 u - 1), cut to [0, 1] before the gradient is
-    taken there; u (n, C, H, W) in [0, 1).
-    """
+    """One signed step from x + eps (2 u - 1), cut to [0, 1] first; u (n, C, H, W) in [0, 1)."""
     start = (x + eps * (2 * u - 1)).clamp(0, 1).requires_grad_()
     g, = torch.autograd.grad(loss(model(start), y).mean(), start)
     return (x + (start.detach() - x + alpha * g.sign()).clamp(-eps, eps)).clamp(0, 1)
@@ -106,11 +104,12 @@ class FreeTraining(Trainer):
         self.bar, self.sums = bar, torch.zeros(3, device=self.device)  # loss, right, images
         for joint, index, x in self.minibatches(one_pass(
                 self.images, s.batch_size, self.generator, self.team, vary=s.augment == "auto",
-                smallest=self.smallest, workers=s.workers, shift=s.shift, skip=self.skip)):
+                smallest=self.smallest, workers=s.workers, shift=s.shift, skip=self.skip,
+                device=self.device)):
             if self.done == self.total:
                 break
             self.joint = joint  # images of the minibatch over all processes
-            self.minibatch(to_float(x.to(self.device)), self.images.labels[index].to(self.device))
+            self.minibatch(to_float(x), self.images.labels[index].to(x.device, non_blocking=True))
         loss, right, count = self.team.total(self.sums.tolist())
         return {"loss": loss / count, "train_acc": right / count, "weight_steps": self.done}
 

@@ -3,9 +3,12 @@
 #   sh src/train.sh                                           digits, offline, one to two minutes
 #   DATA=/data/imagenet/train MODEL=vgg16 sh src/train.sh         the paper's setting
 #   DATA=imagenette sh src/train.sh --augment                     downloaded; ours, for few images
+#   PROCESSES=4 DATA=/data/imagenet/train sh src/train.sh --seed 0,1,2,3    a GPU for each seed
 set -eu
 DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder (docs/data.md)
 MODEL=${MODEL:-}         # surrogate; empty: the data set's own (digits: cnn, ImageNet: vgg16)
+PROCESSES=${PROCESSES:-} # that share seeds, or surrogates of MODEL=a,b; empty: one
 
 . "$(dirname "$0")/env.sh"
-exec "$PYTHON" "$root/src/train_sga.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} "$@"
+exec "$PYTHON" ${PROCESSES:+-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES"} \
+    "$root/src/train_sga.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} "$@"

@@ -148,10 +148,10 @@ class ChallengeTraining(Trainer):
             torch.manual_seed(mixing + self.team.rank)  # dropout, MixUp, CutMix: no generator
             for joint, index, x in self.minibatches(passes.one_pass(
                     self.images, s.batch_size, self.generator, self.team, workers=s.workers,
-                    vary=bool(s.chances), smallest=self.smallest, skip=self.skip)):
+                    vary=bool(s.chances), smallest=self.smallest, skip=self.skip,
+                    device=self.device)):
                 own = attacks.Chance(seed, index)
-                x = augment(x.to(self.device, non_blocking=True), s.chances,
-                            generator=own.fold(AUGMENTED))
+                x = augment(x, s.chances, generator=own.fold(AUGMENTED))
                 y = self.images.labels[index].to(self.device, non_blocking=True)
                 with telling(own.fold(DEFENDED).to(self.device)):
                     self.sums += self.step(data.to_float(x), y, joint)

@@ -17,6 +17,7 @@ GCM = "gcm.py"
 FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
 RECIPES = "utils/recipes.py"
 DATA, LOOP, FINISHED = "utils/data.py", "utils/loop.py", "utils/finished.py"
+SGA, UNIVERSAL = "train_sga.py", "utils/attack/universal.py"
 STAGES, EVALUATED, HEADS = "train_gcm.py", "eval_net.py", "utils/nets.py"
 AUGMENT = "utils/augment.py"
 
@@ -75,6 +76,10 @@ def augmented(name):
     return f"tests/test_augment.py::test_{name}"
 
 
+def shared(name):
+    return f"tests/test_sga_team.py::test_{name}"
+
+
 def recipe(name):
     return f"tests/test_recipes.py::test_{name}"
 
@@ -87,6 +92,10 @@ def sheet(name):
     return f"tests/test_exercise.py::test_{name}"
 
 
+def uap(name):
+    return f"tests/test_universal.py::test_{name}"
+
+
 OPTIMUM = "on_a_linear_model_the_optimum_is_reached_and_not_passed"
 BALL = "the_result_is_in_the_ball_and_in_the_box_and_worse_than_the_clean_image"
 AS_BEFORE = "model_images_labels_and_global_random_numbers_are_as_before"
@@ -95,6 +104,7 @@ UNDEFENDED = "an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_netwo
 STEPS = "apgd_takes_the_steps_of_its_paper_whatever_the_losses"
 CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
 QUERIES = "square_is_that_of_its_paper_query_by_query"
+COSINE = "the_cosine_of_logits_or_features_equals_the_naive_oracle"
 MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_what_is_left"
 NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
 
@@ -460,6 +470,12 @@ BUGS = [
         "generator=own.fold(AUGMENTED))\n                y",
         "generator=own.fold(self.team.rank))\n                y",
         (stage("an_image_is_augmented_alike_by_any_number_of_processes"),)),
+    Bug("gradients in the order of the processes", "utils/sga_team.py",
+        "parts[k % team.size][k // team.size] for", "parts[k * team.size // len(works)]["
+        "k % len(mine)] for", (shared("each_process_does_its_works_and_all_get_all_in_order[5]"),)),
+    Bug("labels of another process's images", "utils/sga_team.py",
+        "blocks[rank::team.size])] = part", "blocks[::team.size])] = part",
+        (shared("a_process_without_images_takes_part_all_the_same"),)),
     Bug("the last epoch for the best", STAGES,
         'if (plain + augmented) / 2 > self.best["score"]:', "if True:",
         (stage("the_network_of_the_best_epoch_is_saved"),)),
@@ -508,6 +524,40 @@ BUGS = [
     Bug("a loss that is not finite is saved", LOOP,
         "if not math.isfinite(loss) or broken:", "if False:",
         ("tests/test_loop.py::test_a_loss_that_is_not_finite_stops_before_the_checkpoint",)),
+    Bug("outputs are drawn towards the clean ones", UNIVERSAL,
+        "return -F.cosine_similarity", "return F.cosine_similarity",
+        (uap(f"{COSINE}[None-False]"),)),
+    Bug("lengths of the outputs count", UNIVERSAL,
+        "-F.cosine_similarity(h, clean).mean()", "-(h * clean).sum(1).mean()",
+        (uap(f"{COSINE}[4-False]"),)),
+    Bug("the clean side sees the perturbed image", SGA,
+        "            y = model(x)\n", "            y = model(cut(x + delta))\n",
+        (uap(f"{COSINE}[None-True]"),)),
+    Bug("the clean side has the gradient too", SGA,
+        "with torch.no_grad(), drawing(chance):", "with drawing(chance):",
+        (uap("the_clean_side_has_no_gradient"),)),
+    Bug("outputs of other images once they are kept", UNIVERSAL,
+        "else of_model[index] for of_model in y", "else of_model[:len(index)] for of_model in y",
+        (uap("outputs_that_are_given_are_those_that_would_be_computed"),)),
+    Bug("clean outputs that are kept although every step warps its images", SGA,
+        "if s.augment or is_random(s.defense):", "if is_random(s.defense):",
+        (uap("two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle[True]"),)),
+    Bug("a random defence draws for the clean side alone", SGA,
+        "    with drawing(chance):\n        value", "    with drawing(None):\n        value",
+        (uap("through_a_random_defence_both_sides_draw_the_same_and_each_step_draws_anew"),)),
+    Bug("the members of an ensemble are compared with the first one's outputs", SGA,
+        "for model, of_model in zip(models, y, strict=True)]",
+        "for model, of_model in zip(models, y[:1] * len(models), strict=True)]",
+        (uap("each_member_is_compared_with_its_own_outputs"),)),
+    Bug("the feature map of the classifier", UNIVERSAL,
+        "_last_feature_map(calls[:begins], len(x))", "_last_feature_map(calls, len(x))",
+        (uap("the_last_feature_map_of_torchvision_networks_is_found[squeezenet1_1]"),)),
+    Bug("the map after pooling", UNIVERSAL,
+        "AFTERWARDS = (*POOLING, nn", "AFTERWARDS = (nn",
+        (uap("the_last_feature_map_of_torchvision_networks_is_found[alexnet]"),)),
+    Bug("a preset wins over typed flags", "utils/sga_run.py",
+        "for k, v in method.items() if getattr(args, k) is None", "for k, v in method.items()",
+        (uap("a_preset_sets_what_is_not_typed"),)),
 ]
 
 

@@ -31,6 +31,9 @@ SMALLEST = {  # script -> flags
                         "--results", "out.json"],
     "free_cost.py": [*DIGITS, "--batch_size", 8, "--minibatches", 1, "--turns", 1, "--replays", 2,
                      "--steps", 1, "--workers", 0, "--bf16", "--results", "out.json"],
+    "gpu_table.py": ["--model_name", "squeezenet1_0", "--num_images", 3, "--image_size", 32,
+                     "--turns", 1, "--device", "cpu", "--results", "out.json"],
+    "scale_cost.py": ["--measure", "memory", "--sizes", 10, "--results", "out.json"],
     "uap_memory.py": ["--num_images", 4],
     "uap_speed.py": ["--model_name", "squeezenet1_0", "--steps", 1, "--rounds", 1, "--minibatch", 2,
                      "--image_size", 64, "--layout", "channels_last", "--results", "out.json"]}
@@ -39,6 +42,8 @@ LEAVES = {  # script -> files; the others print only
     "attack_table.py": {"out/results.json", "out/results.csv", "out/results.md"},
     "augment_speed.py": {"out.json"}, "chance_speed.py": {"out.json", "out.csv", "out.md"},
     "free_cost.py": {"out.json", "out.csv", "out.md"},
+    "gpu_table.py": {"out.json", "out.csv", "out.md"},
+    "scale_cost.py": {"out.json", "out.csv", "out.md"},
     "uap_speed.py": {"out.json", "out.csv", "out.md"}}
 
 
@@ -82,6 +87,34 @@ def test_it_runs_and_leaves_its_table(name, run_here, tmp_path):
         if file == "out.csv":  # what docs/results takes over
             with open(tmp_path / file, newline="") as lines:
                 assert list(csv.reader(lines)) == [head, *body]
+
+
+def test_the_table_of_a_gpu_holds_the_figures_of_the_other_tables(run_here, tmp_path, refused):
+    (tmp_path / "sga.csv").write_text("model,precision,img/s,peak MB\nvgg16,bf16,20.5,\n"
+                                      "vgg16,float32,10.1 (0.5),300\n")
+    flags = SMALLEST["gpu_table.py"]
+    done = run_here("gpu_table.py", *flags, "--tables", "sga.csv")
+    assert [row for row in tables(done.stdout)[0] if row[0].startswith("sga")] == [
+        ["sga: vgg16, bf16", "img/s", "20.5"], ["sga: vgg16, float32", "img/s", "10.1 (0.5)"],
+        ["sga: vgg16, float32", "peak MB", "300"]]
+    refused(run_here("gpu_table.py", *flags, "--tables", "none.csv"), "none.csv")
+
+
+def test_speed_and_cache_are_measured_on_the_same_photographs(run_here, tmp_path, monkeypatch):
+    import scale_cost
+    seen = []
+
+    def run(folder, script, *flags, processes=1):
+        flags = dict(zip(flags[::2], flags[1::2], strict=True))
+        seen.append((processes, flags.get("--num_images"), "--cache" in flags))
+        assert sum(path.suffix == ".jpg" for path in (folder / "photos").rglob("*")) == 20
+        return flags.get("--num_images", 20) / processes, 7.0
+    monkeypatch.setattr(scale_cost, "run", run)
+    done = run_here("scale_cost.py", "--measure", "processes", "cache", "--photographs", 10)
+    assert seen == [(1, 10, False), (1, 20, False), (2, 10, False), (2, 20, False),
+                    (1, None, False), (1, None, True), (1, None, True)]
+    values = [row[2] for row in tables(done.stdout)[0][2:]]
+    assert values == ["1.0", "2.0", "20.0", "20.0", "20.0"]
 
 
 # ------------------------------------------------------------- what is compared with what

@@ -277,6 +277,10 @@ PHOTOS = ("--data_dir", "photos", "--image_size", 32, "--model_name", "cnn_bn", 
 RUNS = {
     "sga": ("train_sga.py", *SGA),
     "sga, momentum, diversity": ("train_sga.py", *SGA, "--momentum", 0.9, "--augment"),
+    "sga, features": ("train_sga.py", *SGA, "--model_name", "cnn", "--loss", "feature"),
+    "sga, features, random defence": (
+        "train_sga.py", *SGA, "--model_name", "cnn", "--preset", "transfer", "--iter", 2,
+        "--defense", "resizepad"),
     "spgd": ("train_sga.py", *SGA, "--method", "spgd"),
     "sga, random defence": ("train_sga.py", *SGA, "--defense", "gcm+resizepad", "--bpda"),
     "free": ("free_at.py", *FREE, "--epochs", 4, "--guard", "stop"),

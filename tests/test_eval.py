@@ -362,7 +362,12 @@ def test_a_folder_stands_for_its_perturbations_that_were_made_on_this_kind_of_da
         save_pth(tmp_path / kind / "sga.pth", deltas["grid"])
         save_pth(tmp_path / kind / "checkpoint.pth", {})
         save_json(tmp_path / kind / "sga.json", {"kind": kind, "scale": 1})
+        (tmp_path / kind / "sga.png").write_bytes(b"")  # of the same run
     assert uaps.find_uaps([tmp_path], "digits") == [tmp_path / "digits" / "sga.pth"]
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "ready" / "sga.png").write_bytes(draw.encode_delta(deltas["grid"]))
+    save_json(tmp_path / "ready" / "sga.json", {"kind": "digits", "scale": 1})
+    assert uaps.find_uaps([tmp_path / "ready"], "digits") == [tmp_path / "ready" / "sga.png"]
     both = uaps.read_uaps([tmp_path / k / "sga.pth" for k in ("digits", "imagenet")],
                           scale="auto", eps=EPS)
     np.save(tmp_path / "digits" / "sga.npy", deltas["free"].numpy())

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 import free_at
 from attack_toys import pictures, toy
-from utils import models, recipes
+from utils import models, passes, recipes
 from utils.data import CIFAR10, load, open_images
 from utils.errors import UserError
 from utils.finished import images_for
@@ -294,6 +294,54 @@ def test_crops_are_those_of_torchvision_with_the_seed_that_is_given(photographs)
     seeds = [list(enumerate(range(k, k + 6))) for k in range(0, 60, 6)]
     plain = [x for _, x in random_crops(images, seeds, workers=0)]
     assert len({x.sum().item() for x in torch.cat(plain)}) == 60
+
+
+class Batch:
+    """Stands for a minibatch in the memory of the CPU, pinned by the loader or not."""
+    device = torch.device("cpu")
+
+    def __init__(self, pinned):
+        self.pinned, self.sent = pinned, []
+
+    def is_pinned(self):
+        return self.pinned
+
+    def pin_memory(self):
+        self.sent.append("pinned here")
+        return self
+
+    def to(self, device, **options):
+        self.sent.append((str(device), options))
+        return self
+
+
+@pytest.mark.parametrize(("device", "workers", "pinned"), [
+    ("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False), ("mps", 2, False)])
+def test_crops_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, photographs, device,
+                                                              workers, pinned):
+    images = open_images(photographs, split="train").prepared(32, None)
+    given, made = [], []
+
+    def loader(dataset, batch_sampler, **options):
+        given.append(options)
+        made.extend(Batch(options["pin_memory"]) for _ in batch_sampler)
+        return [(list(range(len(keys))), x) for keys, x in zip(batch_sampler, made, strict=True)]
+    monkeypatch.setattr("torch.utils.data.DataLoader", loader)
+    found = list(passes.one_pass(
+        images, 4, torch.Generator(), Team(), vary=True, smallest=1, workers=workers,
+        device=torch.device(device)))
+    assert [n for n, _, _ in found] == [4, 2] and len(made) == 2
+    assert given[0]["pin_memory"] is pinned and given[0]["num_workers"] == workers
+    sent = [(device, {"non_blocking": True})]
+    assert all(x.sent == ["pinned here"] * (device == "cuda" and not pinned) + sent for x in made)
+
+
+def test_minibatches_are_where_they_are_wanted():
+    images = load(open_images("digits", split="train").prepared(28, 20), workers=0)
+    for device in ("cpu", "meta"):
+        for _, _, x in passes.one_pass(images, 5, torch.Generator(), Team(), vary=True, smallest=1,
+                                       workers=0, device=torch.device(device)):
+            assert x.device.type == device and x.dtype == torch.uint8
 
 
 def test_a_broken_photograph_is_left_out_of_its_minibatch(photographs, capsys):

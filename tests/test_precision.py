@@ -289,7 +289,7 @@ def test_running_out_of_memory_is_neither_float32_nor_a_device_that_cannot(hardw
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_running_out_of_memory_while_timing_is_one_line(run_here, monkeypatch, error):
-    def gradient(models, x, delta, y, loss):
+    def gradient(models, x, delta, y, loss, generator=None):
         if models[0].amp == "bf16":
             raise error
         return real(models, x, delta, y, loss)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import train_sga as sga
+from utils import sga_run
+from utils.attack.universal import clamped_ce
 from utils.data import Images, open_images, to_float
 from utils.models import load_model
 from utils.nets import build_small
@@ -225,7 +227,7 @@ def test_computing_gradients_changes_neither_the_global_rng_nor_weights_flags_gr
 
 def test_an_image_past_beta_counts_beta_and_gives_no_gradient():
     logits = torch.tensor([[0.0, 20.0], [1.0, 0.0]], requires_grad=True)  # CE of label 0: 20, 0.31
-    value = sga.clamped_ce(logits, torch.tensor([0, 0]), 9.0)
+    value = clamped_ce(logits, torch.tensor([0, 0]), 9.0)
     value.backward()
     near = -np.log(np.exp(1) / (np.exp(1) + 1))
     assert value.item() == pytest.approx((9 + near) / 2, rel=1e-6)
@@ -272,7 +274,7 @@ def options(**changed):
         "method": "sga", "batch_size": 5, "minibatch": 3, "iter": 4, "eps": EPS, "alpha": ALPHA,
         "momentum": 0.0, "augment": False, "loss": "ce", "beta": 9.0, "target": None,
         "defense": "none", "bpda": False, "image_size": SIDE, "amp": "off", "layout": "contiguous",
-        "deterministic": False}
+        "deterministic": False, "layer": None}
         | changed)
 
 
@@ -353,7 +355,7 @@ def test_the_perturbation_raises_the_loss_that_is_ascended():
     y = clean_labels([model], x)[0]
     for method in ("sga", "spgd"):
         delta, *_ = epochs(options(method=method), model, pixels, 3)
-        clean, after = (sga.clamped_ce(model(z), y, 9.0) for z in (x, (x + delta).clamp(0, 1)))
+        clean, after = (clamped_ce(model(z), y, 9.0) for z in (x, (x + delta).clamp(0, 1)))
         assert after > clean
 
 
@@ -473,7 +475,8 @@ def test_the_labels_of_a_run_are_clean_predictions_not_the_ground_truth(run_here
 
 def test_the_logged_fooling_ratio_is_the_mean_over_the_surrogates_on_the_watched_images(
         monkeypatch):
-    monkeypatch.setattr(sga, "WATCHED", 5)
+    monkeypatch.setattr(sga_run, "WATCHED", 5)
+    monkeypatch.setattr(sga_run, "PER_IMAGE", 1)
     models, pixels = [toy(seed, torch.float32) for seed in (0, 1)], pictures()
     training = training_of(options(target=1, eps=1.0), models, pixels)
     training.delta = torch.rand((1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))

@@ -101,6 +101,14 @@ def names(text):
     return found
 
 
+def seeds(text):
+    """argparse type: '0,1,2' -> [0, 1, 2]."""
+    found = [at_least(0, high=2 ** 62)(one) for one in names(text)]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"'{text}' holds a seed twice; type others: 0,1,2")
+    return found
+
+
 # -------------------------------------------------------------------- shared flags
 
 SHARED = {

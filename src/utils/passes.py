@@ -14,15 +14,18 @@ from utils.data import Images, alive, read_rgb, stack
 from utils.errors import UserError
 
 
-def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4, skip=0):
+def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4, skip=0,
+             device=None):
     """Iterator over (n of the joint minibatch, index (m,) of this process's images,
     x (m, C, H, W) uint8), of which the first `skip` are left out. All is drawn before the first.
 
     Process p takes images p, p + size, ... of every minibatch; a last minibatch of fewer than
     `smallest` images is left out. vary: photographs are cropped by RandomResizedCrop and mirrored,
     CIFAR-10 is shifted by up to `shift` pixels and mirrored, digits stay as they are. Every image
-    gets the same crop whatever the number of processes.
+    gets the same crop whatever the number of processes. device: where x is wanted; None: where it
+    was made. To a GPU it is copied from pinned memory while the workers crop the next minibatches.
     """
+    gpu = device is not None and device.type == "cuda"
     order = torch.randperm(len(images), generator=generator)
     u = torch.rand((3, len(images)), generator=generator)
     seeds = torch.randint(2 ** 62, (len(images),), generator=generator)
@@ -31,14 +34,22 @@ def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, sh
     own = [part[team.rank::team.size] for part in joint]
     if images.pixels is None and vary:
         plan = [list(zip(order[p].tolist(), seeds[p].tolist(), strict=True)) for p in own]
-        found = random_crops(images, plan, workers=workers)
+        found = random_crops(images, plan, workers=workers, pinned=gpu)
     else:
         found = ((order[p], _pixels(images, order[p], u[:, p], vary, shift)) for p in own)
-    return ((len(part), index, x) for part, (index, x) in zip(joint, found, strict=True))
+    return ((len(part), index, x if device is None else sent(x, device))
+            for part, (index, x) in zip(joint, found, strict=True))
+
+
+def sent(x, device):
+    """x on the device, on the way to which nothing waits."""
+    if x.device.type == "cpu" and device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def _pixels(images, index, u, vary, shift):
-    pixels = images.pixels[index.to(images.pixels.device)]
+    pixels = images.pixels[index.to(images.pixels.device, non_blocking=True)]
     if not vary or images.kind in ("digits", "mnist"):
         return pixels
     return crop_flip(F.pad(pixels, (shift,) * 4), images.size, u)
@@ -66,7 +77,7 @@ class Crops(torch.utils.data.Dataset):
         return image.flip(2) if mirrored else image
 
 
-def random_crops(images, plan, *, workers):
+def random_crops(images, plan, *, workers, pinned=False):
     """Yields (index (n,), x (n, 3, H, W) uint8) for every list of (i, seed) in the list `plan`.
 
     A file that cannot be decoded is named on stderr and left out. UserError if no file of a
@@ -74,7 +85,7 @@ def random_crops(images, plan, *, workers):
     """
     loader = torch.utils.data.DataLoader(
         Crops(images), batch_sampler=plan, collate_fn=stack, num_workers=workers,
-        generator=torch.Generator())
+        pin_memory=pinned and workers > 0, generator=torch.Generator())
     for keys, (good, x) in zip(plan, alive(loader), strict=True):
         for k in sorted(set(range(len(keys))) - set(good)):
             tqdm.write(f"warning: {images.root / images.names[keys[k][0]]}: cannot be decoded, "
@@ -87,7 +98,7 @@ def random_crops(images, plan, *, workers):
 def crop_flip(x, size, u):
     """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
     n, channels, height, width = x.shape
-    u, line = u.to(x.device), partial(torch.arange, device=x.device)
+    u, line = u.to(x.device, non_blocking=True), partial(torch.arange, device=x.device)
     top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)
                  for i, side in ((0, height), (1, width)))
     row, column = (corner[:, None] + line(size) for corner in (top, left))

@@ -59,6 +59,15 @@ class Team:
                 raise UserError(DIED) from error
         return parts
 
+    def all(self, x):
+        """The tensors x of all processes, alike in shape and type, on the device of x."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        try:
+            torch.distributed.all_gather(parts, x)
+        except RuntimeError as error:
+            raise UserError(DIED) from error
+        return parts
+
     def from_first(self, make):
         """What make() returns in the first process, in all of them; so with its UserError."""
         if self.size == 1:

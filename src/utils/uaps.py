@@ -1,6 +1,4 @@
-"""Universal perturbations: what is read from files, and what train_sga.py measures and leaves.
-
-Files may be anybody's and are never trusted:
+"""Universal perturbations as files, which may be anybody's and are never trusted:
 
     .pth    a plain tensor (C, H, W) or (1, C, H, W), or a dict that holds one
     .npy    the same, also (H, W, C)
@@ -19,24 +17,14 @@ import torch.nn.functional as F
 
 from utils import draw
 from utils.errors import UserError
-from utils.measure import predictions, share
-from utils.models import one_each, targets_of
-from utils.report import percent
 from utils.run import (
     is_plain,
     load_json,
     load_pth,
-    provenance,
-    save_json,
-    save_pth,
-    write_atomic,
 )
-from utils.sources import label_of
 
 LARGEST = 4096  # pixels of a side
 TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, more than fp16 rounding needs
-MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
-           "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +64,8 @@ def find_uaps(paths, kind):
         if not path.is_dir():
             found.append(path)
             continue
-        below = [p.with_suffix(".pth") for p in sorted(path.rglob("*.json"))
-                 if p.with_suffix(".pth").is_file() and _facts(p).get("kind") == kind
-                 and "scale" in _facts(p)]
+        below = [file for p in sorted(path.rglob("*.json")) if (file := _beside(p))
+                 and _facts(p).get("kind") == kind and "scale" in _facts(p)]
         if not below:
             raise UserError(f"--uaps {path}: no perturbation for {kind} images in this folder; "
                             "make one with train_sga.py, or type the name of a file")
@@ -126,6 +113,12 @@ def read_uap(path, *, scale, eps):
         raise UserError(f"{path}: largest |delta| is {uap.largest:.2f}/255, over --eps "
                         f"{eps * 255:g}/255; type --eps {uap.largest:.4g}/255 to allow it")
     return uap
+
+
+def _beside(facts):
+    """The perturbation that a NAME.json describes: NAME.pth, else NAME.png; None if neither."""
+    files = (facts.with_suffix(suffix) for suffix in (".pth", ".png"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _facts(path):
@@ -209,67 +202,3 @@ def fit_size(uap, size, channels, eps, resize):
     delta = F.interpolate(uap.delta[None], size=(size, size), mode="bilinear",
                           align_corners=False, antialias=True)[0]
     return delta.clamp(-eps, eps)
-
-
-# -------------------------------------------------------------------- training
-
-def surrogates_of(names, weights, images, image_size=None):
-    """[Target] of the networks that a perturbation is made on together, all for one size of images.
-
-    A name may occur twice, with other weights. UserError: unknown ones, or sizes that differ.
-    """
-    found = [targets_of([[name]], [[one]], (), images, image_size)[0]
-             for name, one in zip(names, one_each(names, weights), strict=True)]
-    sizes = sorted({surrogate.size for surrogate in found})
-    if len(sizes) > 1:
-        raise UserError(f"--model_name {','.join(names)}: trained for images of {sizes} pixels; "
-                        "type the one to use, as --image_size 224")
-    return found
-
-
-def uap_name(s):
-    """What a perturbation is called, by all settings of its making that are not defaults.
-    """
-    extra = {"augment": s.augment, s.defense: s.defense != "none", "bpda": s.bpda,
-             f"target{s.target}": s.target is not None}
-    networks = "+".join(map(label_of, s.model_name))
-    return "_".join([s.method, networks, *(k for k, on in extra.items() if on)])
-
-
-def fooled(training, index=slice(None)):
-    """[{metric: share}, one for each surrogate] on the training images of that index, in float32.
-
-    training: train_sga.SgaTraining.
-    """
-    before, target, found = training.labels[:, index], training.s.target, []
-    after = predictions(training.measured, training.pixels[index], training.device,
-                        delta=training.delta.contiguous())
-    for b, a in zip(before, after, strict=True):
-        found.append({"fooling_ratio": share((a != b).sum().item(), len(b))})
-        if target is not None:
-            others = b != target
-            found[-1]["targeted_success"] = share((a[others] == target).sum().item(),
-                                                  others.sum().item())
-    return found
-
-
-def save_perturbation(training, folder, name):
-    """Saves the perturbation, the facts of its run and the pictures; prints how well it fools."""
-    s, images, delta = training.s, training.images, training.delta[0].contiguous()
-    shares = fooled(training)
-    save_pth(folder / f"{name}.pth", delta)
-    save_json(folder / f"{name}.json", {
-        "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
-        **{key: getattr(s, key) for key in MADE_BY}, "weights": s.weights_are,
-        "data_dir": str(s.data_dir), "labels": getattr(s, "labels", None),
-        "classes_are": getattr(s, "classes", None), "num_images": len(images),
-        "skipped": list(images.skipped), "images_sha256": images.sha256(),
-        "on_training_images": dict(zip(s.model_name, shares, strict=True)),
-        "amp": training.amp, "layout": training.layout, "seconds": round(training.seconds, 1),
-        **provenance(training.device, s.deterministic)})
-    write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
-    write_atomic(folder / "curve.png", draw.curves(training.rows, name))
-    for surrogate, found in zip(s.model_name, shares, strict=True):
-        for metric, value in found.items():
-            print(f"{metric} {percent(value)} on the training images, {surrogate}")
-    print(f"saved {folder / name}.pth (.json, .png), {training.seconds:.0f} s")

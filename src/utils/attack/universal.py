@@ -1,0 +1,191 @@
+"""Of universal perturbations: losses to ascend, the layer that a loss compares, input diversity.
+
+    ce, logit       of the label: a loss of (logits, y)
+    cosine          -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
+    feature         the same, of the last feature map before pooling   FG-UAP, arXiv:2209.13113
+
+The last two need no labels. They compare the network's outputs with those for the clean image.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.attack.telling import telling
+from utils.errors import UserError
+
+LOSSES = ("ce", "logit", "cosine", "feature")
+COMPARING = LOSSES[2:]  # outputs for the perturbed image with those for the clean one
+
+
+def clamped_ce(logits, y, beta):
+    """mean(min(CE, beta)); an image past beta counts as fooled and gives no gradient. Sec. 3.1"""
+    return F.cross_entropy(logits, y, reduction="none").clamp(max=beta).mean()
+
+
+def logit_loss(logits, y):
+    """Minus the mean logit of the label."""
+    return -logits.gather(1, y[:, None]).mean()
+
+
+def cosine_loss(h, clean):
+    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D)."""
+    return -F.cosine_similarity(h, clean).mean()
+
+
+def make_loss(name, beta, target):
+    """loss(outputs (N, D), labels (N,) or clean outputs (N, D)) to ascend.
+
+    With a target: minus the loss of the logits towards it.
+    """
+    if target is not None:  # y is ignored; no clamp, which would silence the far images
+        plain = F.cross_entropy if name == "ce" else logit_loss
+        return lambda logits, y: -plain(logits, torch.full_like(y, target))
+    if name in COMPARING:
+        return cosine_loss
+    return (lambda logits, y: clamped_ce(logits, y, beta)) if name == "ce" else logit_loss
+
+
+def rows(y, index):
+    """Of each model's labels or outputs those of some images; None stays None."""
+    return [of_model if of_model is None else of_model[index] for of_model in y]
+
+
+def drawing(chance):
+    """Context in which random layers draw from `chance`, None: from their own generators."""
+    return nullcontext() if chance is None else telling(chance)
+
+
+# ------------------------------------------------------------- the last feature map
+
+class _Reached(Exception):
+    """The layer's output, on its way out of the forward pass."""
+
+
+class Features(nn.Module):
+    """(N, C, H, W) -> (N, D) float32: what one layer of a model gives, flattened.
+
+    layer: the module's name in model.named_modules(). Later layers are not computed.
+    """
+
+    def __init__(self, model, layer):
+        super().__init__()
+        self.model, self.layer = model, layer
+
+    def forward(self, x):
+        def stop(module, args, out):
+            raise _Reached(out)
+
+        handle = self.model.get_submodule(self.layer).register_forward_hook(stop)
+        try:
+            self.model(x)
+        except _Reached as reached:
+            return reached.args[0].flatten(1).float()
+        finally:
+            handle.remove()
+        raise AssertionError(f"{self.layer} has no part in the forward pass")
+
+
+POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+AFTERWARDS = (*POOLING, nn.LayerNorm, nn.Dropout, nn.Identity)  # gives no feature map of its own
+
+
+def layers_of(models, s, x):
+    """Of each Sequential(first layer, net) the layer that the loss is of, [] if it is the logits.
+
+    s: settings of train_sga.py; x (1, C, H, W) uint8. The names are those in the net.
+    """
+    if s.loss != "feature":
+        return []
+    given = s.layer or [None]
+    if len(given) not in (1, len(models)):
+        raise UserError(f"--layer {','.join(given)}: {len(given)} for {len(models)} networks; type "
+                        "one for all, or one for each")
+    x = (x / 255).repeat(2, 1, 1, 1)
+    return [feature_layer(model[1], model[0](x), name)
+            for model, name in zip(models, given * (len(models) // len(given)), strict=True)]
+
+
+def feature_layer(net, x, name=None):
+    """The layer whose output --loss feature compares: `name`, or the last feature map of the net.
+
+    x (N, C, H, W), N > 1: images as the net takes them. UserError: no such layer, none that is
+    found, or no tensor with a row for each image.
+    """
+    calls, begins = _dry_run(net, x)
+    if name is None:
+        found = _last_feature_map(calls[:begins], len(x))
+        if found is None:
+            raise UserError("--loss feature: this network has no feature map before its classifier;"
+                            " type --layer NAME, or --loss cosine")
+        return found
+    outs = [out for called, _, out in calls if called == name]
+    if not outs:
+        some = ", ".join([called for called, *_ in calls if called.count(".") < 2][:12])
+        raise UserError(f"--layer {name}: no such layer in the forward pass; wanted one of {some}")
+    if len(outs) > 1 or not torch.is_tensor(outs[0]) or len(outs[0]) != len(x):
+        raise UserError(f"--layer {name}: is called more than once, or gives no tensor with a row "
+                        "for each image; type the block that it is in")
+    return name
+
+
+@torch.no_grad()
+def _dry_run(net, x):
+    """[(name, module, output)] as modules end, and how many had when the classifier began.
+
+    The classifier is the last layer with weights; in SqueezeNet that is a convolution.
+    """
+    calls, begins, handles = [], [0], []
+    for name, module in net.named_modules():
+        if name:
+            handles.append(module.register_forward_hook(
+                lambda module, args, out, name=name: calls.append((name, module, out))))
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            handles.append(module.register_forward_pre_hook(
+                lambda module, args: begins.append(len(calls))))
+    try:
+        net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, begins[-1]
+
+
+def _last_feature_map(calls, n):
+    """The last name that is called once and gives n maps (C, H, W) or n rows of tokens (T, D)."""
+    names, without, found = [name for name, *_ in calls], set(), None
+    for name, module, out in calls:
+        if isinstance(module, AFTERWARDS):
+            without.add(id(out))  # and the blocks that end with it, which give the same tensor
+        if (torch.is_tensor(out) and id(out) not in without and len(out) == n
+                and out.ndim in (3, 4) and out[0].numel() > out.shape[1 if out.ndim == 4 else 2]
+                and names.count(name) == 1):
+            found = name
+    return found
+
+
+# ------------------------------------------------------------- input diversity
+
+FLIP, SCALE, SHIFT, ROTATE = 0.5, (0.7, 1.3), 0.2, 0.0  # of --augment: docs/uap.md
+
+
+def draw_maps(shape, generator):
+    """Affine maps (*shape, 2, 3): flip, scale, shift (share of the side) and rotation by chance."""
+    u = torch.rand((5, *shape), generator=generator)
+    flip = torch.where(u[0] < FLIP, -1.0, 1.0)
+    scale = SCALE[0] + (SCALE[1] - SCALE[0]) * u[1]
+    angle = math.radians(ROTATE) * (2 * u[2] - 1)
+    dx, dy = 2 * SHIFT * (2 * u[3:] - 1)  # affine_grid's side is 2 long
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    return torch.stack([torch.stack([flip * cos, -sin, dx], -1),
+                        torch.stack([flip * sin, cos, dy], -1)], -2)
+
+
+def warp(x, maps):
+    """Every image through its own affine map, reflected at the borders. (N,C,H,W), (N,2,3)"""
+    grid = F.affine_grid(maps, x.shape, align_corners=False)
+    moved = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    return torch.empty_like(x).copy_(moved)  # grid_sample forgets the memory order of x

@@ -1,0 +1,190 @@
+"""Of train_sga.py: settings and presets, what a run measures of itself, and what it leaves."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from utils import draw
+from utils.attack.universal import COMPARING
+from utils.data import NAMED, PRESETS, opened
+from utils.errors import UserError
+from utils.measure import share
+from utils.models import num_classes, one_each, targets_of
+from utils.report import percent
+from utils.run import (
+    RunFolder,
+    provenance,
+    result_flags,
+    save_json,
+    save_pth,
+    settled,
+    write_atomic,
+)
+from utils.sga_team import predicted
+from utils.sources import label_of
+
+METHODS = {  # of --preset: what it sets where the flag is not typed
+    "paper": {"augment": False, "loss": "ce", "batch_size": 250},
+    "few_images": {"augment": True, "loss": "ce", "batch_size": 250},
+    "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
+MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
+           "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
+WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epoch for each
+
+
+# ------------------------------------------------------------------------ settings
+
+def settle(args):
+    """Settings with the presets filled in, images (names only), surrogates as Targets."""
+    method = METHODS[args.preset]
+    s = settled(args, **{k: v for k, v in method.items() if getattr(args, k) is None})
+    images = opened(s, "train")
+    preset, chosen = PRESETS[images.kind], s.model_name or [PRESETS[images.kind].surrogate]
+    surrogates = surrogates_of(chosen, sum(s.weights, []), images, s.image_size)
+    _check(s, images.kind, len(surrogates[0].classes) or num_classes(images.kind))
+    s = settled(s, eps=s.eps or preset.eps, alpha=s.alpha or preset.alpha, model_name=chosen,
+                weights_are=[one.described for one in surrogates],
+                num_images=s.num_images or preset.num_images, image_size=surrogates[0].size,
+                momentum=0.9 * s.augment if s.momentum is None else s.momentum)
+    return s, images.prepared(s.image_size, s.num_images), surrogates
+
+
+def _check(s, kind, classes):
+    """UserError for flags that cannot work together."""
+    if s.target is not None and s.target >= classes:
+        raise UserError(f"--target {s.target}: {kind} has classes 0 to {classes - 1}")
+    if s.target is not None and s.loss in COMPARING:
+        raise UserError(f"--target {s.target} --loss {s.loss}: this loss has no classes to steer "
+                        "to; type --loss ce or --loss logit")
+    if s.layer and s.loss != "feature":
+        raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: no layer is compared; type "
+                        "--loss feature")
+    if s.bpda and "gcm" not in s.defense:
+        raise UserError(f"--bpda --defense {s.defense}: no gcm layer there; type --defense gcm")
+    if s.minibatch > s.batch_size:
+        raise UserError(f"--minibatch {s.minibatch} --batch_size {s.batch_size}: a minibatch "
+                        "is drawn from the batch; type a smaller --minibatch")
+
+
+def surrogates_of(names, weights, images, image_size=None):
+    """[Target] of the networks that a perturbation is made on together, all for one size of images.
+
+    A name may occur twice, with other weights. UserError: unknown ones, or sizes that differ.
+    """
+    found = [targets_of([[name]], [[one]], (), images, image_size)[0]
+             for name, one in zip(names, one_each(names, weights), strict=True)]
+    sizes = sorted({surrogate.size for surrogate in found})
+    if len(sizes) > 1:
+        raise UserError(f"--model_name {','.join(names)}: trained for images of {sizes} pixels; "
+                        "type the one to use, as --image_size 224")
+    return found
+
+
+def uap_name(s):
+    """What a perturbation is called, by all settings of its making that are not defaults."""
+    extra = {"augment": s.augment, s.loss: s.loss != "ce", s.defense: s.defense != "none",
+             "bpda": s.bpda, f"target{s.target}": s.target is not None}
+    networks = "+".join(map(label_of, s.model_name))
+    return "_".join([s.method, networks, *(k for k, on in extra.items() if on)])
+
+
+# ------------------------------------------------------------------------ a run
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One perturbation to be made: what it is called, its folder, flags and checkpoint."""
+    name: str
+    folder: RunFolder
+    flags: dict
+    saved: dict    # None: a new run
+    desc: str      # what an epoch is called
+    images: str    # what is said of them
+
+    @classmethod
+    def opened(cls, s, images, team, device, several):
+        """images: names only; several: a command makes runs of several seeds."""
+        name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
+        path = (s.save or Path("runs") / f"{data}_{name}") / (f"seed{s.seed}" if several else "")
+        folder = team.in_turn(lambda: RunFolder(path, lock=team.first))
+        digest = images.sha256()[:16]
+        flags = result_flags(s, "preset", device=device.type, weights=s.weights_are,
+                             data_dir=f"image list {digest}",
+                             **({"processes": team.size} if team.size > 1 else {}))
+        saved = team.from_first(lambda: folder.load_checkpoint(
+            flags, resume=s.resume, overwrite=s.overwrite, grows=True))
+        return cls(name, folder, flags, saved, f"seed {s.seed} epoch" if several else "epoch",
+                   f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
+                   f"{digest}; surrogate {', '.join(s.model_name)}")
+
+    def begin(self, training):
+        """The training starts, or goes on where the checkpoint ends."""
+        say = partial(print, flush=True) if training.team.first else lambda text: None
+        say(self.images)
+        training.resume(self.saved, self.folder)
+        if self.saved is None:
+            state = training.state()  # of all processes
+            if training.team.first:
+                write_atomic(self.folder / "images.txt", training.images.listing().encode())
+                save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
+        if training.layers:
+            say(f"the loss compares the output of {', '.join(training.layers)}")
+        say(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
+            f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
+            f"n={len(training.watched)} of these images, in that precision")
+
+
+# ------------------------------------------------------------------------ figures, files
+
+def watched(images, gradients):
+    """Indices of the images whose fooling ratio is logged after each epoch of so many gradients.
+
+    A forward pass is about a third of a gradient, so these are about 2 % of the epoch's passes.
+    """
+    return torch.linspace(0, images - 1, min(
+        WATCHED, images, max(1, gradients // PER_IMAGE))).long()
+
+
+def fooled(training, models, index=slice(None)):
+    """[{metric: share}, one for each of the models] on the training images of that index, which
+    the processes share.
+
+    training: train_sga.SgaTraining; models: its surrogates, in the precision to measure in.
+    """
+    before, target, found = training.labels[:, index], training.s.target, []
+    after = predicted(training.team, models, training.pixels[index], training.device,
+                      delta=training.delta.contiguous())
+    for b, a in zip(before, after, strict=True):
+        found.append({"fooling_ratio": share((a != b).sum().item(), len(b))})
+        if target is not None:
+            others = b != target
+            found[-1]["targeted_success"] = share((a[others] == target).sum().item(),
+                                                  others.sum().item())
+    return found
+
+
+def save_perturbation(training, folder, name):
+    """Saves the perturbation, the facts of its run and the pictures; prints how well it fools."""
+    s, images, delta = training.s, training.images, training.delta[0].contiguous()
+    shares = fooled(training, training.measured)
+    if not training.team.first:
+        return
+    save_pth(folder / f"{name}.pth", delta)
+    save_json(folder / f"{name}.json", {
+        "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
+        **{key: getattr(s, key) for key in MADE_BY}, "weights": s.weights_are,
+        **({"layers": training.layers} if training.layers else {}),
+        "data_dir": str(s.data_dir), "labels": getattr(s, "labels", None),
+        "classes_are": getattr(s, "classes", None), "num_images": len(images),
+        "skipped": list(images.skipped), "images_sha256": images.sha256(),
+        "on_training_images": dict(zip(s.model_name, shares, strict=True)),
+        "gradients": len(s.model_name) * sum(training.uses) * s.epochs,
+        "amp": training.amp, "layout": training.layout, "seconds": round(training.seconds, 1),
+        **provenance(training.device, s.deterministic)})
+    write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
+    write_atomic(folder / "curve.png", draw.curves(training.rows, name))
+    for surrogate, found in zip(s.model_name, shares, strict=True):
+        for metric, value in found.items():
+            print(f"{metric} {percent(value)} on the training images, {surrogate}")
+    print(f"saved {folder / name}.pth (.json, .png), {training.seconds:.0f} s")
