@@ -9,6 +9,7 @@
     strongest      of these, what every table calls its strongest: Auto-PGD on two losses, Square
     bpda, eot      for adaptive attackers                 Athalye et al., arXiv:1802.00420
     apgd           Auto-PGD, in utils/attack/apgd.py      Croce and Hein, arXiv:2003.01690
+    fab            the nearest image, utils/attack/fab.py Croce and Hein, arXiv:1907.02044
     square         no gradient, utils/attack/square.py    Andriushchenko et al., arXiv:1912.00049
 
     model = load_model("resnet50")                 # [0, 1] pixels -> logits
@@ -65,12 +66,13 @@ from utils.attack.core import (
     one_of,
     two_or_more,
 )
+from utils.attack.fab import fab
 from utils.attack.square import square
 from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
-__all__ = ["Chance", "apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step",
-           "mim", "pgd", "square", "strongest", "strongest_title", "worst_case"]
+__all__ = ["Chance", "apgd", "bim", "bpda", "cw_l2", "eot", "fab", "fgs_step", "fgsm", "fgv",
+           "fgv_step", "mim", "pgd", "square", "strongest", "strongest_title", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
@@ -399,7 +401,7 @@ def _in_turn(model, x, y, attacks, targeted, generator):
         if len(who):
             with passing(who):
                 x_adv = run(model, x[who], y[who], generator=own[who].fold(k), report=one, **more)
-            x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 gives a mask as well
+            x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 and fab give a mask too
             fooled = measure(model, x_adv, y[who], margin, targeted, index=who)[1]
             result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
         blind = one.pop("zero_gradient", torch.zeros_like(fooled))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attack/core.py", "utils/attack/balls.py"
 APGD, SQUARE = "utils/attack/apgd.py", "utils/attack/square.py"
+FAB = "utils/attack/fab.py"
 CHANCE, TELLING = "utils/attack/chance.py", "utils/attack/telling.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "utils/measure.py", "utils/audit.py"
 GCM = "gcm.py"
@@ -62,6 +63,10 @@ def count(name):
     return f"tests/test_measure.py::test_{name}"
 
 
+def border(name):
+    return f"tests/test_fab.py::test_{name}"
+
+
 def waiting(name):
     return f"tests/test_no_waiting.py::test_{name}"
 
@@ -91,6 +96,7 @@ STEPS = "apgd_takes_the_steps_of_its_paper_whatever_the_losses"
 CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
 QUERIES = "square_is_that_of_its_paper_query_by_query"
 MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_what_is_left"
+ITERATION = "fab_is_that_of_its_paper_image_by_image"
 NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
 
 BUGS = [
@@ -135,7 +141,7 @@ BUGS = [
     Bug("the strongest attack wants a targeted DLR of three classes", ATTACKS,
         "TARGETS, ENOUGH = 9, 4", "TARGETS, ENOUGH = 9, 3",
         (few("the_strongest_attack_needs_no_warning_because_its_title_says_what_runs[3]"),)),
-    Bug("the label is one of its own targets", APGD,
+    Bug("the label is one of its own targets", CORE,
         "min(targets, wrong)", "targets",
         (paper("apgd_on_few_classes_runs_once_towards_each_wrong_one[dlr_targeted-linf-0.05-9-2]"),
          few("a_line_says_where_there_are_fewer_wrong_classes_than_targets"))),
@@ -194,7 +200,7 @@ BUGS = [
     Bug("targeted DLR over z_1 - z_3", CORE,
         "(top[:, 2] + top[:, 3]) / 2", "top[:, 2]",
         (paper(f"{CURVED}[linf dlr_targeted]"),)),
-    Bug("targeted DLR towards the least likely classes", APGD,
+    Bug("targeted DLR towards the least likely classes", CORE,
         "argsort(1, descending=True)", "argsort(1)",
         (paper(f"{CURVED}[linf dlr_targeted]"),)),
     Bug("Square's hills are flat at the top", SQUARE,
@@ -226,6 +232,39 @@ BUGS = [
     Bug("images that Square has fooled stay in the batch", SQUARE,
         "if due(t, x):", "if False:",
         (paper(f"{QUERIES}[linf]"),)),
+    Bug("FAB goes to the plane and not a little beyond", FAB,
+        "ETA, BETA = 0.1, 1.05", "ETA, BETA = 0.1, 1.0", (border(f"{ITERATION}[l2]"),)),
+    Bug("FAB never steps back from an adversarial image", FAB,
+        "1.05, 0.9  #", "1.05, 1.0  #", (border(f"{ITERATION}[l2]"),)),
+    Bug("FAB is not drawn towards the clean image", FAB,
+        "ALPHA_MAX, ETA, BETA = 0.1", "ALPHA_MAX, ETA, BETA = 0.0",
+        (border(f"{ITERATION}[linf]"),)),
+    Bug("FAB looks at the plane as if it went through the clean image's value", FAB,
+        "f_x = f + (g * (s.x - s.at)).flatten(1).sum(1)", "f_x = f",
+        (border(f"{ITERATION}[linf]"),)),
+    Bug("FAB keeps its last adversarial image instead of the nearest", FAB,
+        "nearer = fooled & (here < s.size) & ~s.done", "nearer = fooled & ~s.done",
+        (border(f"{ITERATION}[linf]"),)),
+    Bug("FAB flees the border", FAB, "-torch.cat([f, f_x]), norm", "torch.cat([f, f_x]), norm",
+        (border("on_a_linear_network_it_finds_the_nearest_image[l2-greys-5]"),)),
+    Bug("a plane in Linf as if in L2", FAB, 'slope if norm == "l2" else', 'slope if norm else',
+        (border("the_projection_on_a_plane_is_that_of_a_bisection[linf-torch.float64]"),)),
+    Bug("a plane without the box", FAB, "torch.where(side > 0, 1 - z, z).masked",
+        "torch.ones_like(z).masked",
+        (border("the_projection_on_a_plane_is_that_of_a_bisection[l2-torch.float64]"),)),
+    Bug("a plane in L1 by the coordinates of the smallest slopes", FAB,
+        "sort(1, descending=True)", "sort(1)",
+        (border("the_projection_on_a_plane_is_that_of_a_bisection[l1-torch.float64]"),)),
+    Bug("FAB succeeds outside the radius", FAB,
+        "success = size <= eps if eps < math.inf else size.isfinite()",
+        "success = size.isfinite()",
+        (border("with_a_radius_it_succeeds_where_the_nearest_image_is_inside"),)),
+    Bug("FAB starts again where it started", FAB,
+        "norm, own[who].fold(k)) if k >= len(goals) \\\n", "norm, own[who].fold(k)) if False \\\n",
+        (border("restarts_begin_at_half_of_the_smallest_norm_or_radius[None]"),)),
+    Bug("FAB's images stay in the batch once they are within the radius", FAB,
+        "        s.done = s.size <= eps", "        pass",
+        (border("images_within_the_radius_leave_the_batch"),)),
     Bug("the generator is ignored", CHANCE,
         "    if generator is None:\n", "    if True:\n",
         (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),

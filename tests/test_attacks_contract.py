@@ -47,11 +47,15 @@ class Case:
         return x_adv[0] if isinstance(x_adv, tuple) else x_adv
 
 
+STARTING = (attacks.pgd, attacks.apgd, attacks.square)  # from a random point
+
+
 def case(attack, norm="linf", **options):
     """The named options, and eps of the norm."""
-    named = {"norm": norm} if attack in (attacks.pgd, attacks.apgd, attacks.square) else {}
-    start = options.get("random_start", attack in (attacks.pgd, attacks.apgd, attacks.square))
-    return Case(attack, norm, EPS[norm], {"eps": EPS[norm]} | named | options, random=start,
+    named = {"norm": norm} if attack in (*STARTING, attacks.fab) else {}
+    start = options.get("random_start", attack in STARTING or "restarts" in options)
+    options = {"eps": EPS[norm]} | named | options
+    return Case(attack, norm, options["eps"], options, random=start,
                 gradients=attack is not attacks.square)
 
 
@@ -80,7 +84,10 @@ CASES = {
     "pgd restarts": case(attacks.pgd, alpha=0.02, steps=3, restarts=3),
     "pgd stop_early": case(attacks.pgd, alpha=0.02, steps=4, stop_early=True),
     "apgd linf restarts": case(attacks.apgd, steps=6, restarts=2),
+    "fab restarts": case(attacks.fab, "l1", steps=2, restarts=4, targets=1, eps=20.0),
 }
+CASES |= {f"fab {norm}": case(attacks.fab, norm, steps=4, targets=K - 1, eps=3 * EPS[norm])
+          for norm in EPS}  # no image is nearer than EPS in Linf
 CASES |= {f"apgd {norm} {loss}": case(attacks.apgd, norm, steps=8, loss=loss, targets=K - 1)
           for norm in EPS for loss in ("ce", "dlr", "dlr_targeted")}
 CASES |= {f"pgd {norm} {step} {projection}": case(
@@ -89,7 +96,7 @@ CASES |= {f"pgd {norm} {step} {projection}": case(
     for norm in EPS for step in ("sign", "normalized", "dense", "sparse")
     for projection in ("exact", "rescale")}
 MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "strongest", "square linf",
-        "square l2", "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce",
+        "square l2", "fab linf", "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce",
         "apgd l2 dlr_targeted"]
 every_case = pytest.mark.parametrize("name", CASES)
 main_case = pytest.mark.parametrize("name", MAIN)  # one of each kind is enough to test refusals

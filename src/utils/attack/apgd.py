@@ -7,7 +7,6 @@
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from utils.attack.core import (
     forward,
     gradient,
     is_fooled,
+    likeliest_wrong,
     margin,
     margin_towards,
     measure,
@@ -76,13 +76,8 @@ def _loss(model, x, y, loss, targets, targeted):
         logits = forward(model, x, y)
     if targeted:  # y is the goal, and the model's own prediction is the label to leave
         return (lambda logits, y, goal: towards(y)(logits, goal)), [logits.argmax(1)]
-    wrong = logits.shape[1] - 1
-    if targets > wrong:
-        warnings.warn(f"targets={targets}, but of {wrong + 1} classes {wrong} are wrong: "
-                      f"{wrong} will be targets", stacklevel=1)
-    ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     return (lambda logits, y, goal: towards(goal)(logits, y),
-            list(ranked[:, :min(targets, wrong)].unbind(1)))
+            likeliest_wrong(logits, y, targets))
 
 
 @dataclass

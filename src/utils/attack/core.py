@@ -198,6 +198,18 @@ def _too_few(logits, wanted):
     return classes < wanted
 
 
+def likeliest_wrong(logits, y, targets):
+    """[(N,)] of `targets` classes: the likeliest but y, the next likeliest, and so on. Of K classes
+    K - 1 are wrong: if more are asked for, all of these, and one line says so.
+    """
+    wrong = logits.shape[1] - 1
+    if targets > wrong:
+        warnings.warn(f"targets={targets}, but of {wrong + 1} classes {wrong} are wrong: "
+                      f"{wrong} will be targets", stacklevel=1)
+    ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+    return list(ranked[:, :min(targets, wrong)].unbind(1))
+
+
 def margin_towards(target):
     """From y to the target: z_target - z_y."""
     def loss(logits, y):
