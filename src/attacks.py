@@ -6,7 +6,8 @@
     mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
     cw_l2          the smallest L2 norm that fools        Carlini and Wagner, arXiv:1608.04644
     worst_case     several attacks, each on the images that the ones before did not fool
-    strongest      of these, what every table calls its strongest: Auto-PGD on two losses, Square
+    strongest_quick  of these: Auto-PGD on two losses, Square with few queries
+    autoattack     the standard evaluation, utils/attack/several.py
     bpda, eot      for adaptive attackers                 Athalye et al., arXiv:1802.00420
     apgd           Auto-PGD, in utils/attack/apgd.py      Croce and Hein, arXiv:2003.01690
     fab            the nearest image, utils/attack/fab.py Croce and Hein, arXiv:1907.02044
@@ -37,7 +38,6 @@ line.
 """
 
 import math
-from functools import partial
 
 import torch
 
@@ -58,21 +58,26 @@ from utils.attack.core import (
     Tally,
     ascend,
     attack,
-    forward,
     gradient,
     is_fooled,
     margin,
     measure,
     one_of,
-    two_or_more,
 )
 from utils.attack.fab import fab
+from utils.attack.several import (
+    autoattack,
+    autoattack_title,
+    quick_title,
+    strongest_quick,
+    worst_case,
+)
 from utils.attack.square import square
-from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
-__all__ = ["Chance", "apgd", "bim", "bpda", "cw_l2", "eot", "fab", "fgs_step", "fgsm", "fgv",
-           "fgv_step", "mim", "pgd", "square", "strongest", "strongest_title", "worst_case"]
+__all__ = ["Chance", "apgd", "autoattack", "autoattack_title", "bim", "bpda", "cw_l2", "eot", "fab",
+           "fgs_step", "fgsm", "fgv", "fgv_step", "mim", "pgd", "quick_title", "square",
+           "strongest_quick", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
@@ -326,87 +331,3 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         w = space.hold(w - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8))
     return found, norm2, norm2.isfinite() & (hit_at > end_at - patience)
-
-
-# ---------------------------------------------------------------------------------- several attacks
-
-@attack
-def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=None):
-    """Each attack on the images that the ones before did not fool; x where none succeeds.
-
-    attacks: {name: attack(model, x, y, generator=, report=)}, such as functools.partial(pgd,
-    eps=...); with targeted=True they are called with targeted=True. For each attack the report has
-    the numbers of images `tried` and `fooled`, and of those that were not fooled because their
-    gradient was zero (`zero_gradient`): they may only look robust.
-    """
-    if not isinstance(attacks, dict):
-        raise UserError("worst_case takes attacks by name; type {'pgd': partial(pgd, eps=...)}")
-    result, found, _ = _in_turn(model, x, y, attacks, targeted, generator)
-    if report is not None:
-        report.update(found)
-    return result
-
-
-TARGETS, ENOUGH = 9, 4  # of APGD-T, as published; classes that the targeted DLR loss needs
-
-
-@attack
-def strongest(model, x, y, *, eps, queries=1000, targeted=False, generator=None, report=None):
-    """The strongest attack within Linf eps: APGD-CE, APGD-T, Square, as in worst_case.
-
-    APGD-T runs on the targeted DLR loss towards each of the nine likeliest wrong classes, or of
-    all if there are fewer; with two and three classes, for which it is not defined, on the
-    margin loss. strongest_title says what is run. The report has worst_case's, and the totals.
-    """
-    result, found, blind = x, {}, torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if len(x):
-        with torch.no_grad(), telling(chance_of(None, x[:1])):  # not among an image's draws
-            classes = forward(model, x[:1], y[:1]).shape[1]
-        result, found, blind = _in_turn(model, x, y, _strongest(classes, eps, queries), targeted,
-                                        generator)
-    if report is not None:
-        totals = {key: sum(one.get(key, 0) for one in found.values())
-                  for key in ("gradients", "queries")}
-        report.update(found, zero_gradient=blind, **totals)
-    return result
-
-
-def strongest_title(classes, queries):
-    """What `strongest` runs on a network of so many classes: 'APGD-CE + APGD-T + Square 1000'."""
-    return " + ".join(_strongest(classes, 0, queries))
-
-
-def _strongest(classes, eps, queries):
-    """{name: attack} of `strongest`; the name says where APGD-T is not the published one."""
-    two_or_more(classes)
-    targets, enough = min(TARGETS, classes - 1), classes >= ENOUGH
-    less = [f"{targets} target{'s' * (targets > 1)}"] * (targets < TARGETS)
-    less += ["margin loss"] * (not enough)
-    return {"APGD-CE": partial(apgd, eps=eps),
-            "APGD-T" + (f" ({', '.join(less)})" if less else ""): partial(
-                apgd, eps=eps, loss="dlr_targeted" if enough else "margin_targeted",
-                targets=targets),
-            f"Square {queries}": partial(square, eps=eps, queries=queries)}
-
-
-def _in_turn(model, x, y, attacks, targeted, generator):
-    """What worst_case returns; its report; whose gradients (N,) were all zero, in all attacks."""
-    own, result, found = chance_of(generator, x), x.clone(), {}
-    more = {"targeted": True} if targeted else {}
-    alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
-    seen, moved = torch.zeros_like(alive), torch.zeros_like(alive)
-    for k, (name, run) in enumerate(attacks.items()):
-        who, one = alive.nonzero()[:, 0], {}
-        fooled = alive[who]
-        if len(who):
-            with passing(who):
-                x_adv = run(model, x[who], y[who], generator=own[who].fold(k), report=one, **more)
-            x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 and fab give a mask too
-            fooled = measure(model, x_adv, y[who], margin, targeted, index=who)[1]
-            result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
-        blind = one.pop("zero_gradient", torch.zeros_like(fooled))
-        if one.get("gradients"):
-            seen[who], moved[who] = True, moved[who] | ~blind
-        found[name] = {**one, "tried": len(who), "fooled": int(fooled.sum()),
-                       "zero_gradient": int((blind & ~fooled).sum())}
-    return result, found, seen & ~moved

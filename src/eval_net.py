@@ -5,7 +5,8 @@
     pgd20        PGD-20                            steps of eps / 4 from a random start, 1706.06083
     pgd50x10     PGD-50-10                         the same, from ten random starts
     cw50         CW-50                             the same on C&W's margin, one start, 1608.04644
-    strongest    APGD-CE + APGD-T + Square 1000    each on what is left, 2003.01690
+    strongest_quick  APGD-CE + APGD-T + Square 1000  each on what is left, 2003.01690
+    autoattack   AutoAttack                        APGD-CE, APGD-T, FAB-T, Square 5000, 2003.01690
 
     python eval_net.py                                                   # digits, offline
     python eval_net.py --runs runs/free/natural runs/free/free8 --save runs/free
@@ -38,7 +39,8 @@ from utils.errors import UserError
 from utils.halving import Halving
 from utils.team import join_to_count
 
-ATTACKS = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest")
+QUICK = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest_quick")
+ATTACKS = (*QUICK, "autoattack")
 
 
 # ---------------------------------------------------------------- what is measured
@@ -49,8 +51,10 @@ def linf_attacks(eps, queries, classes=10, random=False):
     made = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
             "PGD-50-10": partial(steps, steps=50, restarts=10),
             "CW-50": partial(steps, steps=50, loss="margin"),
-            attacks.strongest_title(classes, queries): partial(attacks.strongest, eps=eps,
-                                                               queries=queries)}
+            attacks.quick_title(classes, queries): partial(attacks.strongest_quick, eps=eps,
+                                                           queries=queries),
+            attacks.autoattack_title(classes, random): partial(
+                attacks.autoattack, eps=eps, version="rand" if random else "standard")}
     return {name: measure.Attack(title, "linf", eps, attack)
             for name, (title, attack) in zip(ATTACKS, made.items(), strict=True)}
 
@@ -205,7 +209,7 @@ def get_args():
     parser.shared("model_name", "geometry", "weights", weights={"default": None, "help":
         "of --model_name: V1, V2, random, a state dict (.pth, .safetensors) or a folder with "
         "NAME.pth; one for all or for each; None: V1"})
-    add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(ATTACKS),
+    add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(QUICK),
         help="columns of the table")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: that of the runs' "
         "training, for other networks 8/255, on digits and mnist 0.2")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attack/core.py", "utils/attack/balls.py"
 APGD, SQUARE = "utils/attack/apgd.py", "utils/attack/square.py"
-FAB = "utils/attack/fab.py"
+FAB, SEVERAL = "utils/attack/fab.py", "utils/attack/several.py"
 CHANCE, TELLING = "utils/attack/chance.py", "utils/attack/telling.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "utils/measure.py", "utils/audit.py"
 GCM = "gcm.py"
@@ -65,6 +65,10 @@ def count(name):
 
 def border(name):
     return f"tests/test_fab.py::test_{name}"
+
+
+def whole(name):
+    return f"tests/test_autoattack.py::test_{name}"
 
 
 def waiting(name):
@@ -128,17 +132,17 @@ BUGS = [
     Bug("momentum of gradients of any length", ATTACKS,
         'mu * v[who] + unit(g, "l1")', "mu * v[who] + g",
         (form("mim_is_the_naive_loop_with_a_running_mean_of_gradients_of_l1_norm_1[1.0]"),)),
-    Bug("worst_case forgets whom it has fooled", ATTACKS,
+    Bug("worst_case forgets whom it has fooled", SEVERAL,
         "result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False",
         "result[who[fooled]] = x_adv[fooled]",
         (form("worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fooled"),)),
-    Bug("the strongest attack does not choose its classes", ATTACKS,
-        'eps=eps, loss="dlr_targeted" if', 'eps=eps, loss="dlr" if',
+    Bug("the strongest attack does not choose its classes", SEVERAL,
+        'apgd, loss="dlr_targeted" if', 'apgd, loss="dlr" if',
         (form(f"{MEMBERS}[4-APGD-T (3 targets)-dlr_targeted]"),)),
-    Bug("three classes are two targets, of which one is tried", ATTACKS,
-        "min(TARGETS, classes - 1)", "min(TARGETS, max(classes - 2, 1))",
+    Bug("three classes are two targets, of which one is tried", SEVERAL,
+        "min(published, classes - 1)", "min(published, max(classes - 2, 1))",
         (form(f"{MEMBERS}[3-APGD-T (2 targets, margin loss)-margin_targeted]"),)),
-    Bug("the strongest attack wants a targeted DLR of three classes", ATTACKS,
+    Bug("the strongest attack wants a targeted DLR of three classes", SEVERAL,
         "TARGETS, ENOUGH = 9, 4", "TARGETS, ENOUGH = 9, 3",
         (few("the_strongest_attack_needs_no_warning_because_its_title_says_what_runs[3]"),)),
     Bug("the label is one of its own targets", CORE,
@@ -214,7 +218,7 @@ BUGS = [
         ".clamp_min(0) / x.shape[1]", ".clamp_min(0)",
         (paper(f"{QUERIES}[l2]"),)),
     Bug("Square's schedule is for 10,000 queries whatever their number", SQUARE,
-        "t * 10000 // queries", "t",
+        "t * PUBLISHED // planned", "t",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("sides of squares rounded down", SQUARE,
         "round(math.sqrt(p * h * w))", "int(math.sqrt(p * h * w))",
@@ -265,6 +269,27 @@ BUGS = [
     Bug("FAB's images stay in the batch once they are within the radius", FAB,
         "        s.done = s.size <= eps", "        pass",
         (border("images_within_the_radius_leave_the_batch"),)),
+    Bug("hills of L2 in L1", SQUARE, '"l1": 4}', '"l1": 2}', (paper(f"{QUERIES}[l1]"),)),
+    Bug("the mass of an L1 square is that of its channel", SQUARE,
+        "else budget * x.shape[1]", "else budget", (paper(f"{QUERIES}[l1]"),)),
+    Bug("an image that is fooled at three times the radius counts as fooled", APGD,
+        "is_fooled(logits, s.y, targeted) & inside", "is_fooled(logits, s.y, targeted)",
+        (whole("an_image_that_is_fooled_only_outside_the_radius_is_not_fooled"),)),
+    Bug("all stages at the radius itself", APGD,
+        "[(3, larger), (2, larger)", "[(1, larger), (1, larger)",
+        (whole("in_l1_the_first_steps_are_taken_in_larger_balls"),)),
+    Bug("AutoAttack's Square has the schedule of its queries", SEVERAL,
+        "queries=QUERIES, rescale=False", "queries=QUERIES, rescale=True",
+        (whole("the_members_have_the_settings_of_the_authors"),)),
+    Bug("AutoAttack in L1 starts at the radius", SEVERAL,
+        "climb = partial(apgd, stages=l1, **same)", "climb = partial(apgd, stages=False, **same)",
+        (whole("the_members_have_the_settings_of_the_authors"),)),
+    Bug("every random defence passes for one that is not", SEVERAL,
+        "> SAME * one.norm(dim=1)", "> one.norm(dim=1)",
+        (whole("a_flag_says_what_looks_wrong[random-said2]"),)),
+    Bug("a loss that never rose is not noticed", APGD,
+        "alive & (value <= clean_f)", "alive & (value < -math.inf)",
+        (whole("a_flag_says_what_looks_wrong[flat-said1]"),)),
     Bug("the generator is ignored", CHANCE,
         "    if generator is None:\n", "    if True:\n",
         (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),

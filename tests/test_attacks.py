@@ -750,10 +750,10 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
         left = [i for i, hit in zip(left, fooled, strict=True) if not hit]
     assert all(fooled for _, fooled in counted) and counted[-1][0] >= 3  # every member is needed
     model.back = 0
-    x_adv = attacks.strongest(model, x, y, eps=0.06, queries=queries, generator=seeded(3),
+    x_adv = attacks.strongest_quick(model, x, y, eps=0.06, queries=queries, generator=seeded(3),
                               report=report)
     assert torch.equal(x_adv, wanted)
-    assert attacks.strongest_title(classes, queries) == " + ".join(members)
+    assert attacks.quick_title(classes, queries) == " + ".join(members)
     assert [(report[name]["tried"], report[name]["fooled"]) for name in members] == counted
     assert report["gradients"] == model.back
     assert report["queries"] == report["Square 200"]["queries"] > 0
@@ -761,7 +761,7 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
 
 
 def test_titles_of_the_strongest_attack_say_where_few_classes_change_it():
-    titles = {k: attacks.strongest_title(k, 500) for k in (2, 3, 4, 9, 10, 1000)}
+    titles = {k: attacks.quick_title(k, 500) for k in (2, 3, 4, 9, 10, 1000)}
     assert titles == {
         2: "APGD-CE + APGD-T (1 target, margin loss) + Square 500",
         3: "APGD-CE + APGD-T (2 targets, margin loss) + Square 500",
@@ -769,7 +769,7 @@ def test_titles_of_the_strongest_attack_say_where_few_classes_change_it():
         9: "APGD-CE + APGD-T (8 targets) + Square 500",
         10: "APGD-CE + APGD-T + Square 500", 1000: "APGD-CE + APGD-T + Square 500"}
     with pytest.raises(UserError, match="two or more classes"):
-        attacks.strongest_title(1, 500)
+        attacks.quick_title(1, 500)
 
 
 # -------------------------------------------------------------------------- square

@@ -24,6 +24,7 @@ from attack_toys import (
     size,
     toy,
 )
+from utils.attack import several
 from utils.defenses import ResizePad
 from utils.errors import UserError
 
@@ -71,6 +72,16 @@ def worst_case(model, x, y, *, eps, targeted=False, **options):
     return attacks.worst_case(model, x, y, parts(targeted, eps), targeted=targeted, **options)
 
 
+def autoattack(model, x, y, **options):
+    """With few steps, which it takes by default."""
+    few = functools.partial
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(several, "QUERIES", 5)
+        patch.setattr(several, "apgd", few(attacks.apgd, steps=3))
+        patch.setattr(several, "fab", few(attacks.fab, steps=2))
+        return attacks.autoattack(model, x, y, **options)
+
+
 CASES = {
     "fgsm": case(attacks.fgsm),
     "fgv": Case(attacks.fgv, eps=0.04, options={"alpha": 0.04}),
@@ -78,9 +89,12 @@ CASES = {
     "mim": case(attacks.mim, alpha=0.02, steps=4),
     "cw_l2": Case(attacks.cw_l2, options={"steps": 40, "binary_steps": 3, "c": 10.0}),
     "worst_case": Case(worst_case, "linf", 0.15, {"eps": 0.15}, random=True),
-    "strongest": Case(attacks.strongest, "linf", 0.15, {"eps": 0.15, "queries": 20}, random=True),
+    "strongest_quick": Case(attacks.strongest_quick, "linf", 0.15, {"eps": 0.15, "queries": 20},
+                            random=True),
     "square linf": case(attacks.square, queries=20),
     "square l2": case(attacks.square, "l2", queries=20),
+    "square l1": case(attacks.square, "l1", queries=20, eps=20.0),
+    "autoattack": Case(autoattack, "linf", 0.15, {"eps": 0.15}, random=True),
     "pgd restarts": case(attacks.pgd, alpha=0.02, steps=3, restarts=3),
     "pgd stop_early": case(attacks.pgd, alpha=0.02, steps=4, stop_early=True),
     "apgd linf restarts": case(attacks.apgd, steps=6, restarts=2),
@@ -95,7 +109,7 @@ CASES |= {f"pgd {norm} {step} {projection}": case(
     alpha=ALPHA[{"sign": "linf", "normalized": "l2"}.get(step, "l1")])
     for norm in EPS for step in ("sign", "normalized", "dense", "sparse")
     for projection in ("exact", "rescale")}
-MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "strongest", "square linf",
+MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "strongest_quick", "square linf",
         "square l2", "fab linf", "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce",
         "apgd l2 dlr_targeted"]
 every_case = pytest.mark.parametrize("name", CASES)
@@ -303,7 +317,8 @@ def test_every_call_takes_one_number_of_a_generator(name, world):
 def test_random_numbers_follow_their_images(world):
     _, x, y = world
     turn = torch.tensor([5, 3, 4, 1, 0, 2])
-    for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case", "strongest"):
+    for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case",
+                 "strongest_quick"):
         there = CASES[name](toy(torch.float64), x[turn].double(), y[turn],
                             generator=chances(N)[turn])
         here = CASES[name](toy(torch.float64), x.double(), y, generator=chances(N))
@@ -473,11 +488,11 @@ def test_bad_images_and_labels_are_refused_in_one_line(name, word, spoil, world)
 OPTIONS = [
     ("eps", [-0.1, float("inf"), float("nan"), "inf"], ["fgsm", "bim", "mim", "pgd linf sign exact",
                                                         "apgd linf ce", "square linf",
-                                                        "strongest"]),
+                                                        "strongest_quick"]),
     ("alpha", [-0.1, float("inf"), "0.1"], ["fgv", "bim", "mim", "pgd linf sign exact"]),
     ("steps", [0, -1, 2.5], ["bim", "mim", "pgd linf sign exact", "apgd linf ce", "cw_l2"]),
     ("restarts", [0, -1], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
-    ("queries", [0, 1.5], ["square linf", "strongest"]),
+    ("queries", [0, 1.5], ["square linf", "strongest_quick"]),
     ("norm", ["l3", "Linf", None], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
     ("norm", ["l1"], ["square linf"]),
     ("loss", ["mse", None], ["fgsm", "fgv", "bim", "mim", "pgd linf sign exact", "apgd linf ce"]),
@@ -514,7 +529,7 @@ def test_a_model_that_gives_no_logits_per_image_is_refused(name, world):
 
 
 @pytest.mark.parametrize("name", ["pgd linf sign exact", "apgd linf ce", "square linf",
-                                  "worst_case", "strongest"])
+                                  "worst_case", "strongest_quick"])
 def test_random_numbers_of_another_number_of_images_are_refused(name, world):
     refused("chance[rows]", CASES[name], *world, generator=chances(N - 1))
 

@@ -84,7 +84,7 @@ MOVING = {name: one for name, one in CASES.items() if name != "pgd stop_early"
     f"apgd {norm} margin": case(attacks.apgd, norm, loss="margin", steps=8)
     for norm in ("linf", "l2", "l1")} | {"mim margin": case(
         attacks.mim, alpha=0.02, steps=4, loss="margin")}
-del MOVING["cw_l2"], MOVING["strongest"]
+del MOVING["cw_l2"], MOVING["strongest_quick"]
 
 
 def per_step(run, few, more=5):
@@ -201,7 +201,7 @@ def test_without_asking_the_images_and_the_report_are_the_same(name, strong, wor
 
 @pytest.mark.parametrize("strong", [1, 3])
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith((
-    "apgd", "fab", "square", "strongest", "worst_case"))])
+    "apgd", "autoattack", "fab", "square", "strongest_quick", "worst_case"))])
 def test_fooled_images_that_wait_long_to_leave_change_nothing(name, strong, world, monkeypatch):
     """Neither their own results nor those of other images: they leave after 24 steps here."""
     unasked(name, strong, world, monkeypatch, [
