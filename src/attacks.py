@@ -14,6 +14,7 @@
     square         no gradient, utils/attack/square.py    Andriushchenko et al., arXiv:1912.00049
 
     model = load_model("resnet50")                 # [0, 1] pixels -> logits
+    x_adv = pgd(model, x, y, eps=8 / 255)          # 20 steps of eps / 4 from a random start
     x_adv = pgd(model, x, y, norm="l2", eps=8.0, alpha=0.6, steps=20, generator=generator)
 
 The contract. x (N, ...) float32 or float64 in [0, 1], y (N,) int64: the labels to leave, or with
@@ -38,6 +39,7 @@ line.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,14 +77,37 @@ from utils.attack.several import (
 from utils.attack.square import square
 from utils.errors import UserError
 
-__all__ = ["Chance", "apgd", "autoattack", "autoattack_title", "bim", "bpda", "cw_l2", "eot", "fab",
-           "fgs_step", "fgsm", "fgv", "fgv_step", "mim", "pgd", "quick_title", "square",
-           "strongest_quick", "worst_case"]
+__all__ = ["Chance", "Norm", "apgd", "autoattack", "autoattack_title", "bim", "bpda", "cw_l2",
+           "eot", "fab", "fgs_step", "fgsm", "fgv", "fgv_step", "mim", "pgd", "quick_title",
+           "square", "strongest_quick", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
 
 STEPS = {"linf": "sign", "l2": "normalized", "l1": "sparse"}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm, and what pgd chooses for it.
+
+    name: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
+    'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
+    of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
+    then box, as the other libraries do.
+    """
+    name: str = "linf"
+    step: str = None
+    q: float = 0.05
+    projection: str = "exact"
+
+    def __post_init__(self):
+        one_of("norm", self.name, NORMS)
+        one_of("projection", self.projection, ("exact", "rescale"))
+
+    @property
+    def direction(self):
+        return _direction(self.step or STEPS[self.name], self.q)
 
 
 def _direction(step, q):
@@ -186,22 +211,20 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", st
 
 
 @attack
-def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, projection="exact",
-        random_start=True, restarts=1, targeted=False, loss="ce", stop_early=False, generator=None,
-        report=None):
-    """Projected gradient descent from a random point of the ball.
+def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=True, restarts=1,
+        targeted=False, loss="ce", stop_early=False, generator=None, report=None, **choices):
+    """Projected gradient descent from a random point of the ball, in steps of alpha, or eps / 4.
 
-    norm: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
-    'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
-    of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
-    then box, as the other libraries do. loss: 'ce', 'margin' (with l2: what tables call C&W
-    L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to be climbed. restarts: per image, the
-    one that fools is kept, or else that of the highest loss. stop_early: fooled images leave the
-    batch and are not restarted, which saves time; the textbook attack takes all steps.
+    norm: 'linf', 'l2', 'l1', or a Norm, which has the step and the projection; these can also be
+    typed here, as `choices`: norm="l1", step="dense" is norm=Norm("l1", step="dense"). loss: 'ce',
+    'margin' (with l2: what tables call C&W L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to
+    be climbed. restarts: per image, the one that fools is kept, or else that of the highest loss.
+    stop_early: fooled images leave the batch and are not restarted, which saves time; the textbook
+    attack takes all steps.
     """
-    one_of("norm", norm, NORMS)
-    one_of("projection", projection, ("exact", "rescale"))
-    move, climbed, tally = _direction(step or STEPS[norm], q), ascend(loss, targeted), Tally(x)
+    norm = replace(norm, **choices) if isinstance(norm, Norm) else Norm(norm, **choices)
+    move, climbed, tally = norm.direction, ascend(loss, targeted), Tally(x)
+    alpha = eps / 4 if alpha is None else alpha
     if restarts > 1 and not random_start:
         raise UserError(f"restarts={restarts} are all the same without a random start; type "
                         "random_start=True or restarts=1")
@@ -213,11 +236,11 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
         if not len(who):
             break
         x0, y0 = x[who], y[who]
-        start = nearest(x0 + random_point(x0, eps, norm, own[who].fold(k)), x0, eps,
-                        norm) if random_start else x0
+        start = nearest(x0 + random_point(x0, eps, norm.name, own[who].fold(k)), x0, eps,
+                        norm.name) if random_start else x0
         x_adv = _climb(model, x0, y0, start, who, steps=steps, alpha=alpha,
                        direction=lambda g, _, at: move(g, at),
-                       into_ball=lambda z, x: nearest(z, x, eps, norm, projection),
+                       into_ball=lambda z, x: nearest(z, x, eps, norm.name, norm.projection),
                        loss=climbed, targeted=targeted, stop_early=stop_early, tally=tally)
         if restarts == 1:
             best = x_adv

@@ -728,6 +728,27 @@ class OneForEach(nn.Module):
         return (z * torch.where(level > 0.75, 1000, 1))[:, :self.classes]
 
 
+def test_the_everyday_call_of_pgd_takes_twenty_steps_of_a_quarter_of_the_radius():
+    model, x = toy(), pictures()
+    y, report = predicted(model, x), {}
+    short = attacks.pgd(model, x, y, eps=8 / 255, report=report)
+    assert report["gradients"] == 20 * len(x)
+    assert torch.equal(short, attacks.pgd(model, x, y, eps=8 / 255, alpha=2 / 255, steps=20,
+                                          norm="linf", step="sign", projection="exact"))
+
+
+def test_the_choices_of_a_norm_are_one_object():
+    model, x = toy(), pictures()
+    y, same = predicted(model, x), {"eps": 5.0, "alpha": 1.0, "steps": 4}
+    choices = {"step": "dense", "projection": "rescale"}
+    norm = attacks.Norm("l1", **choices)
+    ours = attacks.pgd(model, x, y, norm=norm, **same)
+    assert torch.equal(ours, attacks.pgd(model, x, y, norm="l1", **choices, **same))
+    assert not torch.equal(ours, attacks.pgd(model, x, y, norm="l1", **same))
+    assert torch.equal(attacks.pgd(model, x, y, norm=norm, step="sparse", **same), attacks.pgd(
+        model, x, y, norm="l1", step="sparse", projection="rescale", **same))
+
+
 @pytest.mark.parametrize(("classes", "name", "loss"), [
     (4, "APGD-T (3 targets)", "dlr_targeted"), (3, "APGD-T (2 targets, margin loss)",
                                                 "margin_targeted"),

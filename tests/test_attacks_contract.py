@@ -494,7 +494,6 @@ OPTIONS = [
     ("restarts", [0, -1], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
     ("queries", [0, 1.5], ["square linf", "strongest_quick"]),
     ("norm", ["l3", "Linf", None], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
-    ("norm", ["l1"], ["square linf"]),
     ("loss", ["mse", None], ["fgsm", "fgv", "bim", "mim", "pgd linf sign exact", "apgd linf ce"]),
     ("step", ["big"], ["pgd linf sign exact"]),
     ("projection", ["none"], ["pgd linf sign exact"]),

@@ -29,8 +29,7 @@ def settings(norm, version, classes=10):
     assert {(part.keywords["eps"], part.keywords["norm"]) for part in parts.values()} == {
         (0.1, norm)}
     return {name: {key: value for key, value in part.keywords.items()
-                   if key not in ("eps", "norm") and value is not False}
-            | ({"rescale": False} if name.startswith("Square") else {})
+                   if key not in ("eps", "norm") and (key, value) != ("stages", False)}
             for name, part in parts.items()}
 
 

@@ -79,7 +79,8 @@ def _check(x, y, options):
             if not isinstance(value, kind) or not least <= value < math.inf:
                 raise UserError(f"{name}={value!r}; wanted a {'whole ' * least}number of at least "
                                 f"{least}")
-    if options.get("norm", "linf") == "linf" and options.get("eps", 0) > 1:
+    norm = options.get("norm", "linf")
+    if getattr(norm, "name", norm) == "linf" and options.get("eps", 0) > 1:
         raise UserError(f"eps={options['eps']} in linf, but pixels live in [0, 1]; type eps=8/255")
 
 
