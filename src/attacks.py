@@ -3,7 +3,8 @@
     fgsm           one signed step                        Goodfellow et al., arXiv:1412.6572
     fgv            one step along the gradient itself     Rozsa et al., arXiv:1605.01775
     bim, pgd       projected gradient steps               arXiv:1607.02533; Madry et al., 1706.06083
-    mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
+    mim            signed steps along a running mean      Dong et al., arXiv:1710.06081; with
+                   DI and TI, utils/attack/diverse.py     arXiv:1803.06978, 1904.02884
     cw_l2          the smallest L2 norm that fools        Carlini and Wagner, arXiv:1608.04644
     worst_case     several attacks, each on the images that the ones before did not fool
     strongest_quick  of these: Auto-PGD on two losses, Square with few queries
@@ -66,6 +67,7 @@ from utils.attack.core import (
     measure,
     one_of,
 )
+from utils.attack.diverse import Diverse, blurred
 from utils.attack.fab import fab
 from utils.attack.several import (
     autoattack,
@@ -192,12 +194,22 @@ def bim(model, x, y, *, eps, alpha, steps, targeted=False, loss="ce", stop_early
 
 
 @attack
-def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", stop_early=False,
-        generator=None, report=None):
-    """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf."""
+def mim(model, x, y, *, eps, alpha, steps, mu=1.0, diverse=0.0, blur=0, targeted=False, loss="ce",
+        stop_early=False, generator=None, report=None):
+    """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf.
+
+    For transfer to other networks (utils/attack/diverse.py): diverse, DI's probability that an
+    image is scaled and padded in a step, 0.5 as published; blur, the odd side of TI's kernel, by
+    which gradients are convolved, 15 as published for 299 pixels. 0: neither.
+    """
+    if blur not in (0, *range(1, 1000, 2)) or not 0 <= diverse <= 1:
+        raise UserError(f"diverse={diverse}, blur={blur}; wanted a probability, and 0 or an odd "
+                        "number of pixels")
     tally, v = Tally(x), torch.zeros_like(x)
+    model = Diverse(model, diverse) if diverse else model
 
     def direction(g, who, _):
+        g = blurred(g, blur) if blur else g
         v[who] = mu * v[who] + unit(g, "l1")
         return v[who].sign()
 

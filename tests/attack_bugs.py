@@ -18,7 +18,7 @@ GCM = "gcm.py"
 FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
 RECIPES = "utils/recipes.py"
 DATA, LOOP, FINISHED = "utils/data.py", "utils/loop.py", "utils/finished.py"
-STAGES, EVALUATED, HEADS = "train_gcm.py", "eval_net.py", "utils/nets.py"
+STAGES, EVALUATED, HEADS = "train_gcm.py", "utils/tested.py", "utils/nets.py"
 
 
 @dataclass(frozen=True)
@@ -526,7 +526,7 @@ BUGS = [
     Bug("measured without the defence", EVALUATED,
         "self.defended, images, draws", "self.model, images, draws",
         (network("a_network_is_measured_behind_its_defence_in_all_draws"),)),
-    Bug("another step size than the table says", EVALUATED,
+    Bug("another step size than the table says", "eval_net.py",
         "alpha=eps / 4", "alpha=eps / 2",
         (network("the_cells_are_those_of_the_attacks_called_one_by_one"),)),
     Bug("tested on images that were trained on", FINISHED,

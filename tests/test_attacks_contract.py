@@ -54,7 +54,8 @@ STARTING = (attacks.pgd, attacks.apgd, attacks.square)  # from a random point
 def case(attack, norm="linf", **options):
     """The named options, and eps of the norm."""
     named = {"norm": norm} if attack in (*STARTING, attacks.fab) else {}
-    start = options.get("random_start", attack in STARTING or "restarts" in options)
+    start = options.get("random_start", attack in STARTING or "diverse" in options
+                        or "restarts" in options)
     options = {"eps": EPS[norm]} | named | options
     return Case(attack, norm, options["eps"], options, random=start,
                 gradients=attack is not attacks.square)
@@ -87,6 +88,7 @@ CASES = {
     "fgv": Case(attacks.fgv, eps=0.04, options={"alpha": 0.04}),
     "bim": case(attacks.bim, alpha=0.02, steps=4),
     "mim": case(attacks.mim, alpha=0.02, steps=4),
+    "mim diverse blur": case(attacks.mim, alpha=0.02, steps=4, diverse=0.5, blur=3),
     "cw_l2": Case(attacks.cw_l2, options={"steps": 40, "binary_steps": 3, "c": 10.0}),
     "worst_case": Case(worst_case, "linf", 0.15, {"eps": 0.15}, random=True),
     "strongest_quick": Case(attacks.strongest_quick, "linf", 0.15, {"eps": 0.15, "queries": 20},
@@ -499,6 +501,8 @@ OPTIONS = [
     ("projection", ["none"], ["pgd linf sign exact"]),
     ("q", [0.0, -0.5, 1.5], ["pgd l1 sparse exact"]),
     ("mu", [-1.0, float("nan")], ["mim"]),
+    ("diverse", [-0.1, 1.5], ["mim"]),
+    ("blur", [-1, 2, 2.5], ["mim"]),
     ("binary_steps", [0], ["cw_l2"]),
     ("c", [-1.0], ["cw_l2"]),
     ("lr", [-0.01], ["cw_l2"]),
