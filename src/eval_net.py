@@ -1,17 +1,19 @@
 """Networks in one table: accuracy, accuracy under attack, corruptions, universal perturbations.
 
-    --attacks    column                            attack within Linf eps
-    fgsm         FGSM                              one signed step, arXiv:1412.6572
-    pgd20        PGD-20                            steps of eps / 4 from a random start, 1706.06083
-    pgd50x10     PGD-50-10                         the same, from ten random starts
-    cw50         CW-50                             the same on C&W's margin, one start, 1608.04644
-    strongest_quick  APGD-CE + APGD-T + Square 1000  each on what is left, 2003.01690
-    autoattack   AutoAttack                        APGD-CE, APGD-T, FAB-T, Square 5000, 2003.01690
+    --attacks         column                          attack within Linf eps
+    fgsm              FGSM                            one signed step, arXiv:1412.6572
+    pgd20             PGD-20                          steps of eps / 4, random start, 1706.06083
+    pgd50x10          PGD-50-10                       the same, from ten random starts
+    cw50              CW-50                           the same on C&W's margin, 1608.04644
+    strongest_quick   APGD-CE + APGD-T + Square 1000  each on what is left, 2003.01690
+    autoattack        AutoAttack                      the same whole, with FAB-T and Square 5000
 
     python eval_net.py                                                   # digits, offline
     python eval_net.py --runs runs/free/natural runs/free/free8 --save runs/free
     python eval_net.py --runs runs/challenge/stage1 --attacks none --corruptions
     python eval_net.py --data_dir /data/imagenet/val --model_name resnet50 vit_b_16 --num_images 500
+    python eval_net.py --model_name mlp cnn --attacks none --eps_curve --transfer --diverse
+    python eval_net.py --attacks pgd20 --save_images saved         # PNG, and again --from_images
     python eval_net.py --runs runs/challenge/stage1 --data_dir /data/test --predict  # no labels
 
 --runs takes what free_at.py, train_gcm.py and fgsm_mnist.py left: data, radius and defence are

@@ -67,6 +67,10 @@ def border(name):
     return f"tests/test_fab.py::test_{name}"
 
 
+def extra(name):
+    return f"tests/test_eval_extras.py::test_{name}"
+
+
 def whole(name):
     return f"tests/test_autoattack.py::test_{name}"
 
@@ -290,6 +294,28 @@ BUGS = [
     Bug("a loss that never rose is not noticed", APGD,
         "alive & (value <= clean_f)", "alive & (value < -math.inf)",
         (whole("a_flag_says_what_looks_wrong[flat-said1]"),)),
+    Bug("saved images are rounded out of the ball", "utils/saved.py",
+        "near = near.clamp(-most, most)", "pass",
+        (extra("rounded_images_are_levels_inside_the_ball[greys-linf-0.03490196078431373]"),)),
+    Bug("saved images are measured before they are saved", CELLS,
+        "right8 = times_right(model, x8, y", "right8 = times_right(model, x, y",
+        (extra("saved_images_are_measured_again_and_as_from_images"),)),
+    Bug("saved images are measured on the clean ones", "utils/saved.py",
+        "found[k] = read_png(path, found[k]).to(x.device)", "read_png(path, found[k])",
+        (extra("saved_images_are_measured_again_and_as_from_images"),)),
+    Bug("a curve forgets whom a smaller radius has fooled", "utils/curves.py",
+        'left = done[key]["after"]', "left = clean",
+        (extra("a_curve_is_the_attack_at_every_radius_on_what_is_left"),)),
+    Bug("FAB's curve counts the images inside", "utils/curves.py", "size > eps]", "size < eps]",
+        (extra("the_curve_of_fab_counts_the_images_that_are_farther_away"),)),
+    Bug("a transfer table whose lines are its columns", "utils/transfer.py",
+        "net.defended, x_adv, y, net.draws", "source.defended, x_adv, y, net.draws",
+        (extra("a_transfer_is_the_sources_images_on_the_target[False]"),)),
+    Bug("every image is diverse", "utils/attack/diverse.py", ".to(x) < self.p", ".to(x) < 1",
+        (extra("diverse_inputs_change_about_so_many_images"),)),
+    Bug("gradients are blurred to another size", "utils/attack/diverse.py",
+        "linspace(-SPREAD, SPREAD", "linspace(-1, 1",
+        (extra("blurred_gradients_are_those_of_a_loop"),)),
     Bug("the generator is ignored", CHANCE,
         "    if generator is None:\n", "    if True:\n",
         (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),
@@ -310,7 +336,7 @@ BUGS = [
         "telling(own.fold(LAYERS))", "telling(own)",
         (layer("an_attacker_does_not_know_the_draws_by_which_its_images_are_judged"),)),
     Bug("images are judged by the draws that they were attacked with", CELLS,
-        "draws, own.fold(AFTER)", "draws, own.fold(ATTACK)",
+        "(model, x_adv, y, draws, own.fold(AFTER", "(model, x_adv, y, draws, own.fold(ATTACK",
         (count("draws_before_and_after_an_attack_are_independent"),)),
     Bug("the same start after every restart", ATTACKS,
         "norm.name, own[who].fold(k)), x0", "norm.name, own[who].fold(0)), x0",
