@@ -14,6 +14,7 @@ import torch
 from utils.attack.balls import NORMS, column, nearest, random_point, sparse_sign, unit
 from utils.attack.chance import chance_of
 from utils.attack.core import (
+    Rows,
     Tally,
     ascend,
     attack,
@@ -87,7 +88,7 @@ def _loss(model, x, y, loss, targets, targeted):
 
 
 @dataclass
-class _State:
+class _State(Rows):
     """Where one run stands, a row for each image in the batch."""
     row: torch.Tensor        # which image of the run, int64
     x: torch.Tensor          # (n, ...) the clean image
@@ -107,10 +108,6 @@ class _State:
     width: torch.Tensor      # L1: share of the entries that a step moves
     moved: torch.Tensor      # L1: how many entries the best point had moved at the last checkpoint
     fooled: torch.Tensor     # at the best point; such images only wait to leave the batch
-
-    def select(self, rows):
-        """These rows of everything."""
-        return _State(**{name: part[rows] for name, part in vars(self).items()})
 
     def see(self, f, hit):
         """The losses at this point, and whom it fools: it is their best one, whatever the loss."""

@@ -154,6 +154,14 @@ def _raise_for(k, message):
         raise UserError(message.format(k))
 
 
+class Rows:
+    """A base of dataclasses that hold tensors with a row for each image in the batch."""
+
+    def select(self, rows):
+        """These rows of everything."""
+        return type(self)(**{name: part[rows] for name, part in vars(self).items()})
+
+
 # ------------------------------------------------------- losses and gradients
 
 def cross_entropy(logits, y):

@@ -16,6 +16,7 @@ import torch
 from utils.attack.balls import FIXED, NORMS, ROUNDS, TINY, column, norm_of, random_point, unit
 from utils.attack.chance import chance_of
 from utils.attack.core import (
+    Rows,
     Tally,
     ascend,
     attack,
@@ -87,7 +88,7 @@ def _start(x, size, eps, norm, own):
 # ------------------------------------------------------------------------ one run
 
 @dataclass
-class _State:
+class _State(Rows):
     """Where one run stands, a row for each image in the batch."""
     row: torch.Tensor    # which image of the run, int64
     x: torch.Tensor      # (n, ...) the clean image
@@ -97,10 +98,6 @@ class _State:
     found: torch.Tensor  # (n, ...) the nearest adversarial image of all runs
     size: torch.Tensor   # its norm
     done: torch.Tensor   # whether it is within eps; such images only wait to leave the batch
-
-    def select(self, rows):
-        """These rows of everything."""
-        return _State(**{name: part[rows] for name, part in vars(self).items()})
 
 
 def _run(model, x, y, goal, start, found, size, *, norm, eps, steps, targeted, tally, who):
