@@ -3,15 +3,19 @@
     fgsm           one signed step                        Goodfellow et al., arXiv:1412.6572
     fgv            one step along the gradient itself     Rozsa et al., arXiv:1605.01775
     bim, pgd       projected gradient steps               arXiv:1607.02533; Madry et al., 1706.06083
-    mim            signed steps along a running mean      Dong et al., arXiv:1710.06081
+    mim            signed steps along a running mean      Dong et al., arXiv:1710.06081; with
+                   DI and TI, utils/attack/diverse.py     arXiv:1803.06978, 1904.02884
     cw_l2          the smallest L2 norm that fools        Carlini and Wagner, arXiv:1608.04644
     worst_case     several attacks, each on the images that the ones before did not fool
-    strongest      of these, what every table calls its strongest: Auto-PGD on two losses, Square
+    strongest_quick  of these: Auto-PGD on two losses, Square with few queries
+    autoattack     the standard evaluation, utils/attack/several.py
     bpda, eot      for adaptive attackers                 Athalye et al., arXiv:1802.00420
     apgd           Auto-PGD, in utils/attack/apgd.py      Croce and Hein, arXiv:2003.01690
+    fab            the nearest image, utils/attack/fab.py Croce and Hein, arXiv:1907.02044
     square         no gradient, utils/attack/square.py    Andriushchenko et al., arXiv:1912.00049
 
     model = load_model("resnet50")                 # [0, 1] pixels -> logits
+    x_adv = pgd(model, x, y, eps=8 / 255)          # 20 steps of eps / 4 from a random start
     x_adv = pgd(model, x, y, norm="l2", eps=8.0, alpha=0.6, steps=20, generator=generator)
 
 The contract. x (N, ...) float32 or float64 in [0, 1], y (N,) int64: the labels to leave, or with
@@ -36,7 +40,7 @@ line.
 """
 
 import math
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,25 +61,55 @@ from utils.attack.core import (
     Tally,
     ascend,
     attack,
-    forward,
     gradient,
     is_fooled,
     margin,
     measure,
     one_of,
-    two_or_more,
+)
+from utils.attack.diverse import Diverse, blurred
+from utils.attack.fab import fab
+from utils.attack.several import (
+    autoattack,
+    autoattack_title,
+    quick_title,
+    strongest_quick,
+    worst_case,
 )
 from utils.attack.square import square
-from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
-__all__ = ["Chance", "apgd", "bim", "bpda", "cw_l2", "eot", "fgs_step", "fgsm", "fgv", "fgv_step",
-           "mim", "pgd", "square", "strongest", "strongest_title", "worst_case"]
+__all__ = ["Chance", "Norm", "apgd", "autoattack", "autoattack_title", "bim", "bpda", "cw_l2",
+           "eot", "fab", "fgs_step", "fgsm", "fgv", "fgv_step", "mim", "pgd", "quick_title",
+           "square", "strongest_quick", "worst_case"]
 
 
 # ------------------------------------------------------------------------ one step: direction, move
 
 STEPS = {"linf": "sign", "l2": "normalized", "l1": "sparse"}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm, and what pgd chooses for it.
+
+    name: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
+    'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
+    of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
+    then box, as the other libraries do.
+    """
+    name: str = "linf"
+    step: str = None
+    q: float = 0.05
+    projection: str = "exact"
+
+    def __post_init__(self):
+        one_of("norm", self.name, NORMS)
+        one_of("projection", self.projection, ("exact", "rescale"))
+
+    @property
+    def direction(self):
+        return _direction(self.step or STEPS[self.name], self.q)
 
 
 def _direction(step, q):
@@ -160,12 +194,22 @@ def bim(model, x, y, *, eps, alpha, steps, targeted=False, loss="ce", stop_early
 
 
 @attack
-def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", stop_early=False,
-        generator=None, report=None):
-    """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf."""
+def mim(model, x, y, *, eps, alpha, steps, mu=1.0, diverse=0.0, blur=0, targeted=False, loss="ce",
+        stop_early=False, generator=None, report=None):
+    """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf.
+
+    For transfer to other networks (utils/attack/diverse.py): diverse, DI's probability that an
+    image is scaled and padded in a step, 0.5 as published; blur, the odd side of TI's kernel, by
+    which gradients are convolved, 15 as published for 299 pixels. 0: neither.
+    """
+    if blur not in (0, *range(1, 1000, 2)) or not 0 <= diverse <= 1:
+        raise UserError(f"diverse={diverse}, blur={blur}; wanted a probability, and 0 or an odd "
+                        "number of pixels")
     tally, v = Tally(x), torch.zeros_like(x)
+    model = Diverse(model, diverse) if diverse else model
 
     def direction(g, who, _):
+        g = blurred(g, blur) if blur else g
         v[who] = mu * v[who] + unit(g, "l1")
         return v[who].sign()
 
@@ -179,22 +223,20 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, targeted=False, loss="ce", st
 
 
 @attack
-def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, projection="exact",
-        random_start=True, restarts=1, targeted=False, loss="ce", stop_early=False, generator=None,
-        report=None):
-    """Projected gradient descent from a random point of the ball.
+def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=True, restarts=1,
+        targeted=False, loss="ce", stop_early=False, generator=None, report=None, **choices):
+    """Projected gradient descent from a random point of the ball, in steps of alpha, or eps / 4.
 
-    norm: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
-    'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
-    of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
-    then box, as the other libraries do. loss: 'ce', 'margin' (with l2: what tables call C&W
-    L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to be climbed. restarts: per image, the
-    one that fools is kept, or else that of the highest loss. stop_early: fooled images leave the
-    batch and are not restarted, which saves time; the textbook attack takes all steps.
+    norm: 'linf', 'l2', 'l1', or a Norm, which has the step and the projection; these can also be
+    typed here, as `choices`: norm="l1", step="dense" is norm=Norm("l1", step="dense"). loss: 'ce',
+    'margin' (with l2: what tables call C&W L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to
+    be climbed. restarts: per image, the one that fools is kept, or else that of the highest loss.
+    stop_early: fooled images leave the batch and are not restarted, which saves time; the textbook
+    attack takes all steps.
     """
-    one_of("norm", norm, NORMS)
-    one_of("projection", projection, ("exact", "rescale"))
-    move, climbed, tally = _direction(step or STEPS[norm], q), ascend(loss, targeted), Tally(x)
+    norm = replace(norm, **choices) if isinstance(norm, Norm) else Norm(norm, **choices)
+    move, climbed, tally = norm.direction, ascend(loss, targeted), Tally(x)
+    alpha = eps / 4 if alpha is None else alpha
     if restarts > 1 and not random_start:
         raise UserError(f"restarts={restarts} are all the same without a random start; type "
                         "random_start=True or restarts=1")
@@ -206,11 +248,11 @@ def pgd(model, x, y, *, eps, alpha, steps, norm="linf", step=None, q=0.05, proje
         if not len(who):
             break
         x0, y0 = x[who], y[who]
-        start = nearest(x0 + random_point(x0, eps, norm, own[who].fold(k)), x0, eps,
-                        norm) if random_start else x0
+        start = nearest(x0 + random_point(x0, eps, norm.name, own[who].fold(k)), x0, eps,
+                        norm.name) if random_start else x0
         x_adv = _climb(model, x0, y0, start, who, steps=steps, alpha=alpha,
                        direction=lambda g, _, at: move(g, at),
-                       into_ball=lambda z, x: nearest(z, x, eps, norm, projection),
+                       into_ball=lambda z, x: nearest(z, x, eps, norm.name, norm.projection),
                        loss=climbed, targeted=targeted, stop_early=stop_early, tally=tally)
         if restarts == 1:
             best = x_adv
@@ -324,87 +366,3 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         w = space.hold(w - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8))
     return found, norm2, norm2.isfinite() & (hit_at > end_at - patience)
-
-
-# ---------------------------------------------------------------------------------- several attacks
-
-@attack
-def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=None):
-    """Each attack on the images that the ones before did not fool; x where none succeeds.
-
-    attacks: {name: attack(model, x, y, generator=, report=)}, such as functools.partial(pgd,
-    eps=...); with targeted=True they are called with targeted=True. For each attack the report has
-    the numbers of images `tried` and `fooled`, and of those that were not fooled because their
-    gradient was zero (`zero_gradient`): they may only look robust.
-    """
-    if not isinstance(attacks, dict):
-        raise UserError("worst_case takes attacks by name; type {'pgd': partial(pgd, eps=...)}")
-    result, found, _ = _in_turn(model, x, y, attacks, targeted, generator)
-    if report is not None:
-        report.update(found)
-    return result
-
-
-TARGETS, ENOUGH = 9, 4  # of APGD-T, as published; classes that the targeted DLR loss needs
-
-
-@attack
-def strongest(model, x, y, *, eps, queries=1000, targeted=False, generator=None, report=None):
-    """The strongest attack within Linf eps: APGD-CE, APGD-T, Square, as in worst_case.
-
-    APGD-T runs on the targeted DLR loss towards each of the nine likeliest wrong classes, or of
-    all if there are fewer; with two and three classes, for which it is not defined, on the
-    margin loss. strongest_title says what is run. The report has worst_case's, and the totals.
-    """
-    result, found, blind = x, {}, torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if len(x):
-        with torch.no_grad(), telling(chance_of(None, x[:1])):  # not among an image's draws
-            classes = forward(model, x[:1], y[:1]).shape[1]
-        result, found, blind = _in_turn(model, x, y, _strongest(classes, eps, queries), targeted,
-                                        generator)
-    if report is not None:
-        totals = {key: sum(one.get(key, 0) for one in found.values())
-                  for key in ("gradients", "queries")}
-        report.update(found, zero_gradient=blind, **totals)
-    return result
-
-
-def strongest_title(classes, queries):
-    """What `strongest` runs on a network of so many classes: 'APGD-CE + APGD-T + Square 1000'."""
-    return " + ".join(_strongest(classes, 0, queries))
-
-
-def _strongest(classes, eps, queries):
-    """{name: attack} of `strongest`; the name says where APGD-T is not the published one."""
-    two_or_more(classes)
-    targets, enough = min(TARGETS, classes - 1), classes >= ENOUGH
-    less = [f"{targets} target{'s' * (targets > 1)}"] * (targets < TARGETS)
-    less += ["margin loss"] * (not enough)
-    return {"APGD-CE": partial(apgd, eps=eps),
-            "APGD-T" + (f" ({', '.join(less)})" if less else ""): partial(
-                apgd, eps=eps, loss="dlr_targeted" if enough else "margin_targeted",
-                targets=targets),
-            f"Square {queries}": partial(square, eps=eps, queries=queries)}
-
-
-def _in_turn(model, x, y, attacks, targeted, generator):
-    """What worst_case returns; its report; whose gradients (N,) were all zero, in all attacks."""
-    own, result, found = chance_of(generator, x), x.clone(), {}
-    more = {"targeted": True} if targeted else {}
-    alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
-    seen, moved = torch.zeros_like(alive), torch.zeros_like(alive)
-    for k, (name, run) in enumerate(attacks.items()):
-        who, one = alive.nonzero()[:, 0], {}
-        fooled = alive[who]
-        if len(who):
-            with passing(who):
-                x_adv = run(model, x[who], y[who], generator=own[who].fold(k), report=one, **more)
-            x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 gives a mask as well
-            fooled = measure(model, x_adv, y[who], margin, targeted, index=who)[1]
-            result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False
-        blind = one.pop("zero_gradient", torch.zeros_like(fooled))
-        if one.get("gradients"):
-            seen[who], moved[who] = True, moved[who] | ~blind
-        found[name] = {**one, "tried": len(who), "fooled": int(fooled.sum()),
-                       "zero_gradient": int((blind & ~fooled).sum())}
-    return result, found, seen & ~moved

@@ -6,7 +6,7 @@
     3  evaluation                    accuracies: clean, and adversarial of the images right before
     4  adversarial training          joint_gradient; --train fgs; (b) curve.png
     5  variations                    --train clean | noise | fgs | fgv, each with --batch_norm
-    beyond the sheet                 PGD-40, and `strongest` of attacks.py; suspicions in
+    beyond the sheet                 PGD-40, and `strongest_quick` of attacks.py; suspicions in
                                      utils/report_mnist.py
 
     python fgsm_mnist.py --train fgs                                # digits, offline, seconds
@@ -167,11 +167,11 @@ def image_gradient(model, x, y):
 
 
 def stronger(model, images, s, device):
-    """{pgd40, strongest: share}: the same under iterated attacks as strong as FGS."""
+    """{pgd40, strongest_quick: share}: the same under iterated attacks as strong as FGS."""
     eps = s.alpha_fgs
     runs = {
         "pgd40": partial(attacks.pgd, eps=eps, alpha=eps / 30, steps=40, stop_early=True),
-        "strongest": partial(attacks.strongest, eps=eps, queries=s.queries)}
+        "strongest_quick": partial(attacks.strongest_quick, eps=eps, queries=s.queries)}
     same = {"draws": 1, "batch_size": EVAL_BATCH, "device": device,
             "chance": numbered(0, len(images))}
     before, found = measure.times_right_on(model, images, **same), {}
@@ -285,7 +285,7 @@ def train_all(args):
         "variation": s.name, "kind": images.kind, "epochs": s.epochs, "alpha_fgs": s.alpha_fgs,
         "alpha_fgv": s.alpha_fgv, "label": s.label, "num_images": len(images),
         "test_images": len(test), "attacked": len(few), "images_sha256": images.sha256(),
-        "strongest": attacks.strongest_title(models.num_classes(images.kind), s.queries),
+        "strongest_quick": attacks.quick_title(models.num_classes(images.kind), s.queries),
         **provenance(device)}, found)
 
 

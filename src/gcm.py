@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from attacks import apgd, cw_l2, fgsm, pgd, square, strongest, strongest_title
+import attacks as per_image
+from attacks import apgd, cw_l2, fgsm, pgd, square
 from utils import defenses, measure, papers, report, report_gcm, run
 from utils.attack import balls
 from utils.cells import Progress
@@ -74,8 +75,8 @@ class Cell:
             words += [f"w={self.w:g}", f"epsilon={s.epsilon:g}"]
         if defenses.is_random(self.defense):
             words += [f"low={s.low}", f"draws={s.draws}"]
-        words += [self.attacker, self.attack]
-        if self.attack in ("square", "strongest"):
+        words += [self.attacker, self.attack.removesuffix("_quick")]  # as older tables have it
+        if self.attack in ("square", "strongest_quick"):
             words.append(str(s.queries))
         return " ".join(words)
 
@@ -103,7 +104,8 @@ def measure_cell(cell, network, s, progress):
 
 STEPS, RELATIVE = 20, 3 / 40  # RobustART's PGD: steps, and step size over eps
 FARTHER = (4, 8)              # times eps, in the audit: robustness should fall to zero
-MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest")  # columns besides the paper's
+MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest_quick",
+        "autoattack")  # columns besides the paper's
 
 
 def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, random=False):
@@ -133,8 +135,12 @@ def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, random=Fa
         "apgd": measure.Attack(f"APGD {shown}", "linf", linf, partial(apgd, eps=linf)),
         "square": measure.Attack(f"Square {shown}", "linf", linf,
                                  partial(square, eps=linf, queries=queries)),
-        "strongest": measure.Attack(f"{strongest_title(classes, queries)} {shown}", "linf", linf,
-                                    partial(strongest, eps=linf, queries=queries)),
+        "strongest_quick": measure.Attack(
+            f"{per_image.quick_title(classes, queries)} {shown}", "linf", linf,
+            partial(per_image.strongest_quick, eps=linf, queries=queries)),
+        "autoattack": measure.Attack(
+            f"{per_image.autoattack_title(classes, random)} {shown}", "linf", linf,
+            partial(per_image.autoattack, eps=linf, version="rand" if random else "standard")),
         **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=not random) for k in FARTHER}}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attack/core.py", "utils/attack/balls.py"
 APGD, SQUARE = "utils/attack/apgd.py", "utils/attack/square.py"
+FAB, SEVERAL = "utils/attack/fab.py", "utils/attack/several.py"
 CHANCE, TELLING = "utils/attack/chance.py", "utils/attack/telling.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "utils/measure.py", "utils/audit.py"
 GCM = "gcm.py"
@@ -18,7 +19,7 @@ FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
 RECIPES = "utils/recipes.py"
 DATA, LOOP, FINISHED = "utils/data.py", "utils/loop.py", "utils/finished.py"
 SGA, UNIVERSAL = "train_sga.py", "utils/attack/universal.py"
-STAGES, EVALUATED, HEADS = "train_gcm.py", "eval_net.py", "utils/nets.py"
+STAGES, EVALUATED, HEADS = "train_gcm.py", "utils/tested.py", "utils/nets.py"
 AUGMENT = "utils/augment.py"
 
 
@@ -64,6 +65,18 @@ def count(name):
     return f"tests/test_measure.py::test_{name}"
 
 
+def border(name):
+    return f"tests/test_fab.py::test_{name}"
+
+
+def extra(name):
+    return f"tests/test_eval_extras.py::test_{name}"
+
+
+def whole(name):
+    return f"tests/test_autoattack.py::test_{name}"
+
+
 def waiting(name):
     return f"tests/test_no_waiting.py::test_{name}"
 
@@ -106,6 +119,7 @@ CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
 QUERIES = "square_is_that_of_its_paper_query_by_query"
 COSINE = "the_cosine_of_logits_or_features_equals_the_naive_oracle"
 MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_what_is_left"
+ITERATION = "fab_is_that_of_its_paper_image_by_image"
 NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
 
 BUGS = [
@@ -116,7 +130,7 @@ BUGS = [
         "how)\n    return (x + delta).clamp_(0, 1)", "how)\n    return x + delta",
         (rule(f"{BALL}[float32-bim]"),)),
     Bug("projection around the last iterate instead of the image", ATTACKS,
-        "nearest(z, x, eps, norm, projection)", "nearest(z, z, eps, norm, projection)",
+        "nearest(z, x, eps, norm.name, norm.p", "nearest(z, z, eps, norm.name, norm.p",
         (rule(f"{BALL}[float32-bim]"),)),
     Bug("mean loss", CORE, "value.sum()", "value.mean()",
         (rule("an_image_alone_is_treated_as_in_a_batch[cw_l2]"),)),
@@ -137,20 +151,20 @@ BUGS = [
     Bug("momentum of gradients of any length", ATTACKS,
         'mu * v[who] + unit(g, "l1")', "mu * v[who] + g",
         (form("mim_is_the_naive_loop_with_a_running_mean_of_gradients_of_l1_norm_1[1.0]"),)),
-    Bug("worst_case forgets whom it has fooled", ATTACKS,
+    Bug("worst_case forgets whom it has fooled", SEVERAL,
         "result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False",
         "result[who[fooled]] = x_adv[fooled]",
         (form("worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fooled"),)),
-    Bug("the strongest attack does not choose its classes", ATTACKS,
-        'eps=eps, loss="dlr_targeted" if', 'eps=eps, loss="dlr" if',
+    Bug("the strongest attack does not choose its classes", SEVERAL,
+        'apgd, loss="dlr_targeted" if', 'apgd, loss="dlr" if',
         (form(f"{MEMBERS}[4-APGD-T (3 targets)-dlr_targeted]"),)),
-    Bug("three classes are two targets, of which one is tried", ATTACKS,
-        "min(TARGETS, classes - 1)", "min(TARGETS, max(classes - 2, 1))",
+    Bug("three classes are two targets, of which one is tried", SEVERAL,
+        "min(published, classes - 1)", "min(published, max(classes - 2, 1))",
         (form(f"{MEMBERS}[3-APGD-T (2 targets, margin loss)-margin_targeted]"),)),
-    Bug("the strongest attack wants a targeted DLR of three classes", ATTACKS,
+    Bug("the strongest attack wants a targeted DLR of three classes", SEVERAL,
         "TARGETS, ENOUGH = 9, 4", "TARGETS, ENOUGH = 9, 3",
         (few("the_strongest_attack_needs_no_warning_because_its_title_says_what_runs[3]"),)),
-    Bug("the label is one of its own targets", APGD,
+    Bug("the label is one of its own targets", CORE,
         "min(targets, wrong)", "targets",
         (paper("apgd_on_few_classes_runs_once_towards_each_wrong_one[dlr_targeted-linf-0.05-9-2]"),
          few("a_line_says_where_there_are_fewer_wrong_classes_than_targets"))),
@@ -209,7 +223,7 @@ BUGS = [
     Bug("targeted DLR over z_1 - z_3", CORE,
         "(top[:, 2] + top[:, 3]) / 2", "top[:, 2]",
         (paper(f"{CURVED}[linf dlr_targeted]"),)),
-    Bug("targeted DLR towards the least likely classes", APGD,
+    Bug("targeted DLR towards the least likely classes", CORE,
         "argsort(1, descending=True)", "argsort(1)",
         (paper(f"{CURVED}[linf dlr_targeted]"),)),
     Bug("Square's hills are flat at the top", SQUARE,
@@ -223,7 +237,7 @@ BUGS = [
         ".clamp_min(0) / x.shape[1]", ".clamp_min(0)",
         (paper(f"{QUERIES}[l2]"),)),
     Bug("Square's schedule is for 10,000 queries whatever their number", SQUARE,
-        "t * 10000 // queries", "t",
+        "t * PUBLISHED // planned", "t",
         (paper(f"{QUERIES}[linf]"),)),
     Bug("sides of squares rounded down", SQUARE,
         "round(math.sqrt(p * h * w))", "int(math.sqrt(p * h * w))",
@@ -241,6 +255,82 @@ BUGS = [
     Bug("images that Square has fooled stay in the batch", SQUARE,
         "if due(t, x):", "if False:",
         (paper(f"{QUERIES}[linf]"),)),
+    Bug("FAB goes to the plane and not a little beyond", FAB,
+        "ETA, BETA = 0.1, 1.05", "ETA, BETA = 0.1, 1.0", (border(f"{ITERATION}[l2]"),)),
+    Bug("FAB never steps back from an adversarial image", FAB,
+        "1.05, 0.9  #", "1.05, 1.0  #", (border(f"{ITERATION}[l2]"),)),
+    Bug("FAB is not drawn towards the clean image", FAB,
+        "ALPHA_MAX, ETA, BETA = 0.1", "ALPHA_MAX, ETA, BETA = 0.0",
+        (border(f"{ITERATION}[linf]"),)),
+    Bug("FAB looks at the plane as if it went through the clean image's value", FAB,
+        "f_x = f + (g * (s.x - s.at)).flatten(1).sum(1)", "f_x = f",
+        (border(f"{ITERATION}[linf]"),)),
+    Bug("FAB keeps its last adversarial image instead of the nearest", FAB,
+        "nearer = fooled & (here < s.size) & ~s.done", "nearer = fooled & ~s.done",
+        (border(f"{ITERATION}[linf]"),)),
+    Bug("FAB flees the border", FAB, "-torch.cat([f, f_x]), norm", "torch.cat([f, f_x]), norm",
+        (border("on_a_linear_network_it_finds_the_nearest_image[l2-greys-5]"),)),
+    Bug("a plane in Linf as if in L2", FAB, 'slope if norm == "l2" else', 'slope if norm else',
+        (border("the_projection_on_a_plane_is_that_of_a_bisection[linf-torch.float64]"),)),
+    Bug("a plane without the box", FAB, "torch.where(side > 0, 1 - z, z).masked",
+        "torch.ones_like(z).masked",
+        (border("the_projection_on_a_plane_is_that_of_a_bisection[l2-torch.float64]"),)),
+    Bug("a plane in L1 by the coordinates of the smallest slopes", FAB,
+        "sort(1, descending=True)", "sort(1)",
+        (border("the_projection_on_a_plane_is_that_of_a_bisection[l1-torch.float64]"),)),
+    Bug("FAB succeeds outside the radius", FAB,
+        "success = size <= eps if eps < math.inf else size.isfinite()",
+        "success = size.isfinite()",
+        (border("with_a_radius_it_succeeds_where_the_nearest_image_is_inside"),)),
+    Bug("FAB starts again where it started", FAB,
+        "norm, own[who].fold(k)) if k >= len(goals) \\\n", "norm, own[who].fold(k)) if False \\\n",
+        (border("restarts_begin_at_half_of_the_smallest_norm_or_radius[None]"),)),
+    Bug("FAB's images stay in the batch once they are within the radius", FAB,
+        "        s.done = s.size <= eps", "        pass",
+        (border("images_within_the_radius_leave_the_batch"),)),
+    Bug("hills of L2 in L1", SQUARE, '"l1": 4}', '"l1": 2}', (paper(f"{QUERIES}[l1]"),)),
+    Bug("the mass of an L1 square is that of its channel", SQUARE,
+        "else budget * x.shape[1]", "else budget", (paper(f"{QUERIES}[l1]"),)),
+    Bug("an image that is fooled at three times the radius counts as fooled", APGD,
+        "is_fooled(logits, s.y, targeted) & inside", "is_fooled(logits, s.y, targeted)",
+        (whole("an_image_that_is_fooled_only_outside_the_radius_is_not_fooled"),)),
+    Bug("all stages at the radius itself", APGD,
+        "[(3, larger), (2, larger)", "[(1, larger), (1, larger)",
+        (whole("in_l1_the_first_steps_are_taken_in_larger_balls"),)),
+    Bug("AutoAttack's Square has the schedule of its queries", SEVERAL,
+        "queries=QUERIES, rescale=False", "queries=QUERIES, rescale=True",
+        (whole("the_members_have_the_settings_of_the_authors"),)),
+    Bug("AutoAttack in L1 starts at the radius", SEVERAL,
+        "climb = partial(apgd, stages=l1, **same)", "climb = partial(apgd, stages=False, **same)",
+        (whole("the_members_have_the_settings_of_the_authors"),)),
+    Bug("every random defence passes for one that is not", SEVERAL,
+        "> SAME * one.norm(dim=1)", "> one.norm(dim=1)",
+        (whole("a_flag_says_what_looks_wrong[random-said2]"),)),
+    Bug("a loss that never rose is not noticed", APGD,
+        "alive & (value <= clean_f)", "alive & (value < -math.inf)",
+        (whole("a_flag_says_what_looks_wrong[flat-said1]"),)),
+    Bug("saved images are rounded out of the ball", "utils/saved.py",
+        "near = near.clamp(-most, most)", "pass",
+        (extra("rounded_images_are_levels_inside_the_ball[greys-linf-0.03490196078431373]"),)),
+    Bug("saved images are measured before they are saved", CELLS,
+        "right8 = times_right(model, x8, y", "right8 = times_right(model, x, y",
+        (extra("saved_images_are_measured_again_and_as_from_images"),)),
+    Bug("saved images are measured on the clean ones", "utils/saved.py",
+        "found[k] = read_png(path, found[k]).to(x.device)", "read_png(path, found[k])",
+        (extra("saved_images_are_measured_again_and_as_from_images"),)),
+    Bug("a curve forgets whom a smaller radius has fooled", "utils/curves.py",
+        'left = done[key]["after"]', "left = clean",
+        (extra("a_curve_is_the_attack_at_every_radius_on_what_is_left"),)),
+    Bug("FAB's curve counts the images inside", "utils/curves.py", "size > eps]", "size < eps]",
+        (extra("the_curve_of_fab_counts_the_images_that_are_farther_away"),)),
+    Bug("a transfer table whose lines are its columns", "utils/transfer.py",
+        "net.defended, x_adv, y, net.draws", "source.defended, x_adv, y, net.draws",
+        (extra("a_transfer_is_the_sources_images_on_the_target[False]"),)),
+    Bug("every image is diverse", "utils/attack/diverse.py", ".to(x) < self.p", ".to(x) < 1",
+        (extra("diverse_inputs_change_about_so_many_images"),)),
+    Bug("gradients are blurred to another size", "utils/attack/diverse.py",
+        "linspace(-SPREAD, SPREAD", "linspace(-1, 1",
+        (extra("blurred_gradients_are_those_of_a_loop"),)),
     Bug("the generator is ignored", CHANCE,
         "    if generator is None:\n", "    if True:\n",
         (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),
@@ -261,10 +351,10 @@ BUGS = [
         "telling(own.fold(LAYERS))", "telling(own)",
         (layer("an_attacker_does_not_know_the_draws_by_which_its_images_are_judged"),)),
     Bug("images are judged by the draws that they were attacked with", CELLS,
-        "draws, own.fold(AFTER)", "draws, own.fold(ATTACK)",
+        "(model, x_adv, y, draws, own.fold(AFTER", "(model, x_adv, y, draws, own.fold(ATTACK",
         (count("draws_before_and_after_an_attack_are_independent"),)),
     Bug("the same start after every restart", ATTACKS,
-        "norm, own[who].fold(k)), x0", "norm, own[who].fold(0)), x0",
+        "norm.name, own[who].fold(k)), x0", "norm.name, own[who].fold(0)), x0",
         (form("of_all_restarts_the_worst_is_kept[the higher loss]"),)),
     Bug("random numbers from the global generator", BALLS,
         "2 * chance.uniform(*shape) - 1", "2 * torch.rand(x.shape) - 1",
@@ -497,7 +587,7 @@ BUGS = [
     Bug("measured without the defence", EVALUATED,
         "self.defended, images, draws", "self.model, images, draws",
         (network("a_network_is_measured_behind_its_defence_in_all_draws"),)),
-    Bug("another step size than the table says", EVALUATED,
+    Bug("another step size than the table says", "eval_net.py",
         "alpha=eps / 4", "alpha=eps / 2",
         (network("the_cells_are_those_of_the_attacks_called_one_by_one"),)),
     Bug("tested on images that were trained on", FINISHED,

@@ -728,6 +728,27 @@ class OneForEach(nn.Module):
         return (z * torch.where(level > 0.75, 1000, 1))[:, :self.classes]
 
 
+def test_the_everyday_call_of_pgd_takes_twenty_steps_of_a_quarter_of_the_radius():
+    model, x = toy(), pictures()
+    y, report = predicted(model, x), {}
+    short = attacks.pgd(model, x, y, eps=8 / 255, report=report)
+    assert report["gradients"] == 20 * len(x)
+    assert torch.equal(short, attacks.pgd(model, x, y, eps=8 / 255, alpha=2 / 255, steps=20,
+                                          norm="linf", step="sign", projection="exact"))
+
+
+def test_the_choices_of_a_norm_are_one_object():
+    model, x = toy(), pictures()
+    y, same = predicted(model, x), {"eps": 5.0, "alpha": 1.0, "steps": 4}
+    choices = {"step": "dense", "projection": "rescale"}
+    norm = attacks.Norm("l1", **choices)
+    ours = attacks.pgd(model, x, y, norm=norm, **same)
+    assert torch.equal(ours, attacks.pgd(model, x, y, norm="l1", **choices, **same))
+    assert not torch.equal(ours, attacks.pgd(model, x, y, norm="l1", **same))
+    assert torch.equal(attacks.pgd(model, x, y, norm=norm, step="sparse", **same), attacks.pgd(
+        model, x, y, norm="l1", step="sparse", projection="rescale", **same))
+
+
 @pytest.mark.parametrize(("classes", "name", "loss"), [
     (4, "APGD-T (3 targets)", "dlr_targeted"), (3, "APGD-T (2 targets, margin loss)",
                                                 "margin_targeted"),
@@ -750,10 +771,10 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
         left = [i for i, hit in zip(left, fooled, strict=True) if not hit]
     assert all(fooled for _, fooled in counted) and counted[-1][0] >= 3  # every member is needed
     model.back = 0
-    x_adv = attacks.strongest(model, x, y, eps=0.06, queries=queries, generator=seeded(3),
+    x_adv = attacks.strongest_quick(model, x, y, eps=0.06, queries=queries, generator=seeded(3),
                               report=report)
     assert torch.equal(x_adv, wanted)
-    assert attacks.strongest_title(classes, queries) == " + ".join(members)
+    assert attacks.quick_title(classes, queries) == " + ".join(members)
     assert [(report[name]["tried"], report[name]["fooled"]) for name in members] == counted
     assert report["gradients"] == model.back
     assert report["queries"] == report["Square 200"]["queries"] > 0
@@ -761,7 +782,7 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
 
 
 def test_titles_of_the_strongest_attack_say_where_few_classes_change_it():
-    titles = {k: attacks.strongest_title(k, 500) for k in (2, 3, 4, 9, 10, 1000)}
+    titles = {k: attacks.quick_title(k, 500) for k in (2, 3, 4, 9, 10, 1000)}
     assert titles == {
         2: "APGD-CE + APGD-T (1 target, margin loss) + Square 500",
         3: "APGD-CE + APGD-T (2 targets, margin loss) + Square 500",
@@ -769,7 +790,7 @@ def test_titles_of_the_strongest_attack_say_where_few_classes_change_it():
         9: "APGD-CE + APGD-T (8 targets) + Square 500",
         10: "APGD-CE + APGD-T + Square 500", 1000: "APGD-CE + APGD-T + Square 500"}
     with pytest.raises(UserError, match="two or more classes"):
-        attacks.strongest_title(1, 500)
+        attacks.quick_title(1, 500)
 
 
 # -------------------------------------------------------------------------- square

@@ -24,6 +24,7 @@ from attack_toys import (
     size,
     toy,
 )
+from utils.attack import several
 from utils.defenses import ResizePad
 from utils.errors import UserError
 
@@ -47,11 +48,16 @@ class Case:
         return x_adv[0] if isinstance(x_adv, tuple) else x_adv
 
 
+STARTING = (attacks.pgd, attacks.apgd, attacks.square)  # from a random point
+
+
 def case(attack, norm="linf", **options):
     """The named options, and eps of the norm."""
-    named = {"norm": norm} if attack in (attacks.pgd, attacks.apgd, attacks.square) else {}
-    start = options.get("random_start", attack in (attacks.pgd, attacks.apgd, attacks.square))
-    return Case(attack, norm, EPS[norm], {"eps": EPS[norm]} | named | options, random=start,
+    named = {"norm": norm} if attack in (*STARTING, attacks.fab) else {}
+    start = options.get("random_start", attack in STARTING or "diverse" in options
+                        or "restarts" in options)
+    options = {"eps": EPS[norm]} | named | options
+    return Case(attack, norm, options["eps"], options, random=start,
                 gradients=attack is not attacks.square)
 
 
@@ -67,20 +73,37 @@ def worst_case(model, x, y, *, eps, targeted=False, **options):
     return attacks.worst_case(model, x, y, parts(targeted, eps), targeted=targeted, **options)
 
 
+def autoattack(model, x, y, **options):
+    """With few steps, which it takes by default."""
+    few = functools.partial
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(several, "QUERIES", 5)
+        patch.setattr(several, "apgd", few(attacks.apgd, steps=3))
+        patch.setattr(several, "fab", few(attacks.fab, steps=2))
+        return attacks.autoattack(model, x, y, **options)
+
+
 CASES = {
     "fgsm": case(attacks.fgsm),
     "fgv": Case(attacks.fgv, eps=0.04, options={"alpha": 0.04}),
     "bim": case(attacks.bim, alpha=0.02, steps=4),
     "mim": case(attacks.mim, alpha=0.02, steps=4),
+    "mim diverse blur": case(attacks.mim, alpha=0.02, steps=4, diverse=0.5, blur=3),
     "cw_l2": Case(attacks.cw_l2, options={"steps": 40, "binary_steps": 3, "c": 10.0}),
     "worst_case": Case(worst_case, "linf", 0.15, {"eps": 0.15}, random=True),
-    "strongest": Case(attacks.strongest, "linf", 0.15, {"eps": 0.15, "queries": 20}, random=True),
+    "strongest_quick": Case(attacks.strongest_quick, "linf", 0.15, {"eps": 0.15, "queries": 20},
+                            random=True),
     "square linf": case(attacks.square, queries=20),
     "square l2": case(attacks.square, "l2", queries=20),
+    "square l1": case(attacks.square, "l1", queries=20, eps=20.0),
+    "autoattack": Case(autoattack, "linf", 0.15, {"eps": 0.15}, random=True),
     "pgd restarts": case(attacks.pgd, alpha=0.02, steps=3, restarts=3),
     "pgd stop_early": case(attacks.pgd, alpha=0.02, steps=4, stop_early=True),
     "apgd linf restarts": case(attacks.apgd, steps=6, restarts=2),
+    "fab restarts": case(attacks.fab, "l1", steps=2, restarts=4, targets=1, eps=20.0),
 }
+CASES |= {f"fab {norm}": case(attacks.fab, norm, steps=4, targets=K - 1, eps=3 * EPS[norm])
+          for norm in EPS}  # no image is nearer than EPS in Linf
 CASES |= {f"apgd {norm} {loss}": case(attacks.apgd, norm, steps=8, loss=loss, targets=K - 1)
           for norm in EPS for loss in ("ce", "dlr", "dlr_targeted")}
 CASES |= {f"pgd {norm} {step} {projection}": case(
@@ -88,8 +111,8 @@ CASES |= {f"pgd {norm} {step} {projection}": case(
     alpha=ALPHA[{"sign": "linf", "normalized": "l2"}.get(step, "l1")])
     for norm in EPS for step in ("sign", "normalized", "dense", "sparse")
     for projection in ("exact", "rescale")}
-MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "strongest", "square linf",
-        "square l2", "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce",
+MAIN = ["fgsm", "fgv", "bim", "mim", "cw_l2", "worst_case", "strongest_quick", "square linf",
+        "square l2", "fab linf", "pgd linf sign exact", "pgd l1 sparse exact", "apgd linf ce",
         "apgd l2 dlr_targeted"]
 every_case = pytest.mark.parametrize("name", CASES)
 main_case = pytest.mark.parametrize("name", MAIN)  # one of each kind is enough to test refusals
@@ -296,7 +319,8 @@ def test_every_call_takes_one_number_of_a_generator(name, world):
 def test_random_numbers_follow_their_images(world):
     _, x, y = world
     turn = torch.tensor([5, 3, 4, 1, 0, 2])
-    for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case", "strongest"):
+    for name in ("pgd linf sign exact", "apgd linf ce", "square linf", "worst_case",
+                 "strongest_quick"):
         there = CASES[name](toy(torch.float64), x[turn].double(), y[turn],
                             generator=chances(N)[turn])
         here = CASES[name](toy(torch.float64), x.double(), y, generator=chances(N))
@@ -466,18 +490,19 @@ def test_bad_images_and_labels_are_refused_in_one_line(name, word, spoil, world)
 OPTIONS = [
     ("eps", [-0.1, float("inf"), float("nan"), "inf"], ["fgsm", "bim", "mim", "pgd linf sign exact",
                                                         "apgd linf ce", "square linf",
-                                                        "strongest"]),
+                                                        "strongest_quick"]),
     ("alpha", [-0.1, float("inf"), "0.1"], ["fgv", "bim", "mim", "pgd linf sign exact"]),
     ("steps", [0, -1, 2.5], ["bim", "mim", "pgd linf sign exact", "apgd linf ce", "cw_l2"]),
     ("restarts", [0, -1], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
-    ("queries", [0, 1.5], ["square linf", "strongest"]),
+    ("queries", [0, 1.5], ["square linf", "strongest_quick"]),
     ("norm", ["l3", "Linf", None], ["pgd linf sign exact", "apgd linf ce", "square linf"]),
-    ("norm", ["l1"], ["square linf"]),
     ("loss", ["mse", None], ["fgsm", "fgv", "bim", "mim", "pgd linf sign exact", "apgd linf ce"]),
     ("step", ["big"], ["pgd linf sign exact"]),
     ("projection", ["none"], ["pgd linf sign exact"]),
     ("q", [0.0, -0.5, 1.5], ["pgd l1 sparse exact"]),
     ("mu", [-1.0, float("nan")], ["mim"]),
+    ("diverse", [-0.1, 1.5], ["mim"]),
+    ("blur", [-1, 2, 2.5], ["mim"]),
     ("binary_steps", [0], ["cw_l2"]),
     ("c", [-1.0], ["cw_l2"]),
     ("lr", [-0.01], ["cw_l2"]),
@@ -507,7 +532,7 @@ def test_a_model_that_gives_no_logits_per_image_is_refused(name, world):
 
 
 @pytest.mark.parametrize("name", ["pgd linf sign exact", "apgd linf ce", "square linf",
-                                  "worst_case", "strongest"])
+                                  "worst_case", "strongest_quick"])
 def test_random_numbers_of_another_number_of_images_are_refused(name, world):
     refused("chance[rows]", CASES[name], *world, generator=chances(N - 1))
 

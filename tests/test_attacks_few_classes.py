@@ -100,7 +100,7 @@ def reach(model, image, label, norm, eps):
 BORDER = {f"apgd {loss}": partial(attacks.apgd, loss=loss, steps=50)
           for loss in ("ce", "dlr", "dlr_targeted", "margin", "margin_targeted")}
 BORDER |= {f"pgd {loss}": partial(attacks.pgd, loss=loss, steps=40) for loss in ("margin", "dlr")}
-BORDER |= {"strongest": partial(attacks.strongest, queries=20)}
+BORDER |= {"strongest_quick": partial(attacks.strongest_quick, queries=20)}
 
 
 @QUIET
@@ -160,9 +160,9 @@ def test_the_strongest_attack_needs_no_warning_because_its_title_says_what_runs(
         report = {}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            attacks.strongest(model, x, goal, eps=0.01, queries=3, targeted=targeted,
+            attacks.strongest_quick(model, x, goal, eps=0.01, queries=3, targeted=targeted,
                               report=report)
-        assert " + ".join(list(report)[:3]) == attacks.strongest_title(classes, 3)
+        assert " + ".join(list(report)[:3]) == attacks.quick_title(classes, 3)
 
 
 @QUIET

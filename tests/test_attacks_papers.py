@@ -27,6 +27,7 @@ from attack_toys import (
     nearest_allowed,
     pictures,
     predicted,
+    size,
     toy,
 )
 from utils.attack import balls
@@ -260,20 +261,21 @@ def naive_share(p, change, queries):
                          if at > mark])
 
 
-def hill(rows, cols):
-    """Eq. 2, eta^(rows, cols): sums of 1 / (n + 1 - k)^2 for k = 0 ... M(r, s)."""
+def hill(rows, cols, power):
+    """Eq. 2, eta^(rows, cols): sums of 1 / (n + 1 - k)^2 for k = 0 ... M(r, s); in L1, ^4."""
     n = max(rows, cols) // 2
-    return np.array([[sum(1 / (n + 1 - k) ** 2 for k in range(
+    return np.array([[sum(1 / (n + 1 - k) ** power for k in range(
         n - max(abs(r - rows // 2), abs(s - cols // 2)) + 1)) for s in range(cols)]
         for r in range(rows)])
 
 
 @functools.cache
-def naive_pair(side, upright):
+def naive_pair(side, upright, norm="l2"):
     """A hill beside its negative, of norm 1; as the authors' code, each half has norm 1 before."""
-    pair = np.vstack([sign * hill(rows, side) / np.linalg.norm(hill(rows, side))
-                      for sign, rows in ((1, side // 2), (-1, side - side // 2))])
-    pair /= np.linalg.norm(pair)
+    power = {"l2": 2, "l1": 4}[norm]
+    halves = [(1, hill(side // 2, side, power)), (-1, hill(side - side // 2, side, power))]
+    pair = np.vstack([sign * half / size(half, norm) for sign, half in halves])
+    pair /= size(pair, norm)
     return pair if upright else pair.T
 
 
@@ -283,7 +285,17 @@ def first_linf(x, eps, chance):
     return np.clip(x + eps * chance.signs(c, 1, w)[0].double().numpy(), 0, 1)
 
 
+def first_l1(x, eps, chance):
+    """Such tiles, each of norm 1, and the projection."""
+    return x + nearest_allowed(tiles(x, chance, "l1"), x, eps, "l1")
+
+
 def first_l2(x, eps, chance):
+    delta = tiles(x, chance, "l2")
+    return np.clip(x + eps * delta / np.linalg.norm(delta), 0, 1)
+
+
+def tiles(x, chance, norm):
     """Tiles of a fifth of the side, of which each is a pair of hills with a sign for each channel.
     """
     c, h, w = x.shape
@@ -297,8 +309,8 @@ def first_l2(x, eps, chance):
             at = (slice(top + i * side, top + (i + 1) * side),
                   slice(left + j * side, left + (j + 1) * side))
             for k in range(c):
-                delta[k][at] = sign[k, i, j] * naive_pair(side, upright[i, j])
-    return np.clip(x + eps * delta / np.linalg.norm(delta), 0, 1)
+                delta[k][at] = sign[k, i, j] * naive_pair(side, upright[i, j], norm)
+    return delta
 
 
 def corner(u, x, side):
@@ -334,9 +346,27 @@ def change_l2(best, x, eps, p, u):
     return np.clip(x + nu * eps / np.linalg.norm(nu), 0, 1)
 
 
+def change_l1(best, x, eps, p, u):
+    """As in L2, with sums of absolute values, for each channel those of all, and the projection."""
+    side, nu = max(round(math.sqrt(p * x[0].size)), 3), best - x
+    side = min(side + (side % 2 == 0), *x.shape[1:])
+    one, two = corner(u[:2], x, side), corner(u[2:4], x, side)
+    union = np.zeros(x.shape[1:], bool)
+    union[one] = union[two] = True
+    unused, old = max(eps - abs(nu).sum(), 0), nu.copy()
+    for k in range(len(x)):
+        new = (-1 if u[5 + k] < 0.5 else 1) * naive_pair(side, u[4] < 0.5, "l1") \
+            + old[k][one] / max(abs(old[k][one]).sum(), 1e-12)
+        room = (abs(old[k][union]).sum() + unused / len(x)) * len(x)
+        nu[k][two] = 0
+        nu[k][one] = new / abs(new).sum() * room
+    return x + nearest_allowed(nu, x, eps, "l1")
+
+
 def naive_square(look, x, *, eps, norm, queries, chance, p=0.8):
     """Alg. 1; look(point) -> margin, above 0 where it is fooled. -> every point, the best"""
-    first, change = {"linf": (first_linf, change_linf), "l2": (first_l2, change_l2)}[norm]
+    first, change = {"linf": (first_linf, change_linf), "l2": (first_l2, change_l2),
+                     "l1": (first_l1, change_l1)}[norm]
     best = first(x, eps, chance.fold(0))
     drawn = chance.fold(1).uniform(queries, 5 + len(x))[0].double().numpy()
     best_f, points = look(best), [best]
@@ -369,7 +399,8 @@ class Steps(nn.Module):
 
 
 @pytest.mark.parametrize(("norm", "eps", "spent"), [
-    ("linf", 0.16, [16, 5, 100]), ("l2", 4.0, [25, 2, 100])], ids=["linf", "l2"])
+    ("linf", 0.16, [16, 5, 100]), ("l2", 4.0, [25, 2, 100]), ("l1", 40.0, [25, 2, 100])],
+    ids=["linf", "l2", "l1"])
 def test_square_is_that_of_its_paper_query_by_query(norm, eps, spent):
     """Every point that it looks at, alone and in a batch of which fooled images leave."""
     model, x = Steps(), pictures(3, torch.float64, shape=(3, 25, 30))

@@ -27,6 +27,7 @@ SMALLEST = {  # script -> flags
                         "--attacks", "fgsm", "pgd_l1_dense", "apgd_ce", "--results", "out"],
     "augment_speed.py": ["--model_name", "squeezenet1_0", "--batch_size", 2, "--image_size", 32,
                          "--turns", 1, "--out", "out.json"],
+    "autoattack.py": ["--num_images", 4, "--epochs", 0, "--norms", "linf", "--results", "out.json"],
     "chance_speed.py": ["--batch_size", 2, "--image_size", 8, "--queries", 3, "--turns", 1,
                         "--results", "out.json"],
     "free_cost.py": [*DIGITS, "--batch_size", 8, "--minibatches", 1, "--turns", 1, "--replays", 2,
@@ -40,7 +41,8 @@ SMALLEST = {  # script -> flags
 LEAVES = {  # script -> files; the others print only
     "attack_speed.py": {"out.json", "out.csv", "out.md"},
     "attack_table.py": {"out/results.json", "out/results.csv", "out/results.md"},
-    "augment_speed.py": {"out.json"}, "chance_speed.py": {"out.json", "out.csv", "out.md"},
+    "augment_speed.py": {"out.json"}, "autoattack.py": {"out.json", "out.csv", "out.md"},
+    "chance_speed.py": {"out.json", "out.csv", "out.md"},
     "free_cost.py": {"out.json", "out.csv", "out.md"},
     "gpu_table.py": {"out.json", "out.csv", "out.md"},
     "scale_cost.py": {"out.json", "out.csv", "out.md"},

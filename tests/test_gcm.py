@@ -117,7 +117,7 @@ def test_the_other_metric_is_shown_on_request_and_nothing_is_attacked_again(
 
 
 def test_the_strongest_attack_is_a_column_that_names_its_members(run_here, tmp_path):
-    done = run_here("gcm.py", *FEW, "--num_images", 10, "--attacks", "apgd", "strongest",
+    done = run_here("gcm.py", *FEW, "--num_images", 10, "--attacks", "apgd", "strongest_quick",
                     "--queries", 20, "--defense", "none")
     assert done.returncode == 0, done.stderr
     assert " | APGD Linf 51/255 | APGD-CE + APGD-T + Square 20 Linf 51/255 | " in done.stdout

@@ -73,7 +73,7 @@ def moving(by, norm="linf", eps=0.5, seen=None):
 
 # ----------------------------------------------------------------------- cells
 
-@pytest.mark.parametrize("name", ["pgd_linf", "strongest"])
+@pytest.mark.parametrize("name", ["pgd_linf", "strongest_quick"])
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_cell_depends_neither_on_the_batch_size_nor_on_the_images_beside(name, size):
     """Behind a random defence, by an attack that averages and from which images leave."""

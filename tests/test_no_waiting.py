@@ -8,6 +8,7 @@ while no image is fooled, numbers that are copied to the device included:
     pgd l2, l1               5, 6.6 to 9      0
     apgd linf, l2, l1        4, 9 to 13, 7    0; fooled images are looked for after ever more steps
     square linf, l2          5, 8             0; likewise
+    fab linf, l2, l1         -                0; likewise
     sga, spgd                0                0
 """
 
@@ -20,6 +21,7 @@ from wait_counter import Waits
 import attacks
 import train_sga
 import utils.attack.apgd
+import utils.attack.fab
 import utils.attack.square
 from attack_toys import greys, pictures, predicted, toy
 from utils.attack import balls, core, waits
@@ -82,7 +84,7 @@ MOVING = {name: one for name, one in CASES.items() if name != "pgd stop_early"
     f"apgd {norm} margin": case(attacks.apgd, norm, loss="margin", steps=8)
     for norm in ("linf", "l2", "l1")} | {"mim margin": case(
         attacks.mim, alpha=0.02, steps=4, loss="margin")}
-del MOVING["cw_l2"], MOVING["strongest"]
+del MOVING["cw_l2"], MOVING["strongest_quick"]
 
 
 def per_step(run, few, more=5):
@@ -96,7 +98,7 @@ def stepping(name, world):
     """run(steps), so that no image is fooled on the way."""
     model, x, y = world[0], greys(3), predicted(world[0], greys(3))
     counts = "queries" if "queries" in MOVING[name].options else "steps"
-    small = {"eps": 1e-3} if counts == "queries" or "apgd" in name else {}
+    small = {"eps": 1e-3} if counts == "queries" or name.startswith(("apgd", "fab")) else {}
 
     def run(steps):
         MOVING[name](model, x, y, **small, **{counts: steps})
@@ -106,7 +108,7 @@ def stepping(name, world):
 @pytest.mark.parametrize("name", MOVING)
 def test_no_step_of_an_attack_waits(name, world, far, monkeypatch):
     """But where fooled images are looked for, which is tested below."""
-    for module in (utils.attack.apgd, utils.attack.square):
+    for module in (utils.attack.apgd, utils.attack.fab, utils.attack.square):
         monkeypatch.setattr(module, "due", lambda t, x: False)
     assert per_step(stepping(name, world), few=2) == {}
 
@@ -199,11 +201,12 @@ def test_without_asking_the_images_and_the_report_are_the_same(name, strong, wor
 
 @pytest.mark.parametrize("strong", [1, 3])
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith((
-    "apgd", "square", "strongest", "worst_case"))])
+    "apgd", "autoattack", "fab", "square", "strongest_quick", "worst_case"))])
 def test_fooled_images_that_wait_long_to_leave_change_nothing(name, strong, world, monkeypatch):
     """Neither their own results nor those of other images: they leave after 24 steps here."""
     unasked(name, strong, world, monkeypatch, [
-        (f"utils.attack.{module}.due", lambda t, x: t % 25 == 24) for module in ("apgd", "square")])
+        (f"utils.attack.{module}.due", lambda t, x: t % 25 == 24)
+        for module in ("apgd", "fab", "square")])
 
 
 @pytest.mark.parametrize("name", ["apgd linf ce", "apgd l2 ce", "square linf", "square l2"])
@@ -273,7 +276,7 @@ class Breaks(nn.Module):
 @pytest.mark.parametrize("kind", ["logits", "gradient"])
 @pytest.mark.parametrize("name", [
     "bim", "mim", "cw_l2", "pgd linf sign exact", "pgd l2 normalized exact", "pgd l1 sparse exact",
-    "apgd linf ce", "apgd l2 dlr", "apgd l1 ce", "square linf", "square l2"])
+    "apgd linf ce", "apgd l2 dlr", "apgd l1 ce", "fab linf", "square linf", "square l2"])
 def test_what_breaks_on_the_way_is_refused_in_the_same_line(name, kind, monkeypatch):
     """And no image becomes NaN until then."""
     if kind == "gradient" and not CASES[name].gradients:

@@ -33,7 +33,7 @@ JOBS = {  # folder: script and flags; 5 batches, 4, 4, 5, one alone, and 4 in tw
     "audit": ("gcm.py", "--model_name", "mlp", "--num_images", 16, "--batch_size", 5, "--audit",
               "--queries", 20),
     "net": ("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--batch_size", 6,
-            "--attacks", "fgsm", "pgd20", "strongest", "--queries", 10, "--uaps", "a.pth"),
+            "--attacks", "fgsm", "pgd20", "strongest_quick", "--queries", 10, "--uaps", "a.pth"),
     "predict": ("eval_net.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 7,
                 "--predict"),
     "one batch": ("gcm.py", "--model_name", "mlp", "--num_images", 8, "--attacks", "pgd_linf"),

@@ -335,6 +335,29 @@ def sweep(rows):
     return _png(figure)
 
 
+def eps_curves(rows):
+    """Robust accuracy over the Linf radius, a panel for each network, from rows of curve.csv."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = _figure(3.6 * len(networks) + 0.6, 3.2)
+    panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
+    styles = {"APGD-CE, adaptive": (BLUE, "s", "-"), "APGD-CE, naive": (ORANGE, "o", "-"),
+              "FAB, adaptive": (BLACK, ".", ":")}
+    for axes, name in zip(panels, networks, strict=True):
+        for attacker, (colour, marker, line) in styles.items():
+            own = [row for row in rows if (row["network"], row["attacker"]) == (name, attacker)]
+            if own:
+                eps, value, low, high = (np.array([row[key] for row in own], dtype=float)
+                                         for key in ("eps", "value", "low", "high"))
+                axes.plot(255 * eps, 100 * value, color=colour, marker=marker, ms=4, ls=line,
+                          label=attacker)
+                axes.fill_between(255 * eps, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
+        axes.set(ylim=(-2, 102), xlabel="Linf radius x 255", title=f"{name} (n={own[0]['n']})")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("robust accuracy, %")
+    panels[-1].legend(fontsize=8)
+    return _png(figure)
+
+
 def examples(x, x_adv, delta, before, after, title):
     """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes."""
     figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9)

@@ -106,10 +106,12 @@ def times_right_on(model, images, *, draws, batch_size, chance, device, workers=
 
 
 def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chance, device, desc,
-             workers=0, progress=None):
+             workers=0, progress=None, keep=None):
     """The attack on `attacker`, measured on `model`, for the images with before (N,) > 0.
 
-    progress: of utils/cells.py, which keeps what is done of this cell, `desc`.
+    progress: of utils/cells.py, which keeps what is done of this cell, `desc`. keep(index, x,
+    x_adv): saves images in 8 bit and reads them again (utils/saved.py); how often they are right
+    is `after8`.
     -> what results.json keeps: before and after as lists of counts, seconds of the attack alone,
     summed over processes, the reports' counts, the largest norm and how many images were not
     allowed (they count as not attacked), and the loss over the steps if the attack is to be
@@ -125,22 +127,45 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chan
         seconds = time.perf_counter() - start
         allowed = in_ball(x, x_adv, attack, audit)
         right = times_right(model, x_adv, y, draws, own.fold(AFTER))
+        eight = {}
+        if keep is not None:
+            x8 = keep(index, x, x_adv)
+            right8 = times_right(model, x8, y, draws, own.fold(AFTER))
+            eight["after8"] = torch.where(in_ball(x, x8, attack, audit), right8,
+                                          before[index]).tolist()
         return {"after": torch.where(allowed, right, before[index]).tolist(), "seconds": seconds,
-                **audit, **{key: int(torch.as_tensor(report.get(key, 0)).sum()) for key in COUNTED},
+                **eight, **audit, **_parts_of(report),
+                **{key: int(torch.as_tensor(report.get(key, 0)).sum()) for key in COUNTED},
                 **(_followed(report) if attack.follow and "losses" in report else {})}
     tried = before > 0
     found = {"after": [], "seconds": 0.0, "largest": 0.0, "outside": 0, **dict.fromkeys(COUNTED, 0),
              **(progress or Progress()).count(
                 images, tried.nonzero()[:, 0].split(batch_size) if tried.any() else (), attacked,
                 cell=[desc, before.tolist()], workers=workers, desc=desc)}
-    after = torch.zeros_like(before)
-    after[tried] = torch.tensor(found["after"], dtype=after.dtype)
     return {"norm": attack.norm, "eps": attack.eps, "n": len(before), "draws": draws,
-            "before": before.tolist(), "after": after.tolist(), "seconds": found["seconds"],
+            "before": before.tolist(), "after": _spread(found["after"], tried),
+            "seconds": found["seconds"],
+            **({} if keep is None else {"after8": _spread(found.get("after8", []), tried)}),
+            **({"parts": found["parts"]} if "parts" in found else {}),
             **{key: found[key] for key in (*COUNTED, "largest", "outside")},
             **({} if "losses" not in found else {
                 "losses": [value / found["followed"] for value in found["losses"].values()],
                 "ascent": found["ascents"] / found["followed"]})}
+
+
+def _spread(counts, tried):
+    """Counts of the images tried, as a list of all images."""
+    whole = torch.zeros(len(tried), dtype=torch.int64)
+    whole[tried] = torch.tensor(counts, dtype=whole.dtype)
+    return whole.tolist()
+
+
+def _parts_of(report):
+    """What AutoAttack reports of its attacks, to be summed over batches."""
+    if "flags" not in report:
+        return {}
+    return {"parts": {"random": report["random"], **{
+        name: one for name, one in report.items() if isinstance(one, dict)}}}
 
 
 def _followed(report):

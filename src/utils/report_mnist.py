@@ -11,29 +11,31 @@ from utils.report import interval, markdown, protocol
 from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
 
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
-           "strongest": "strongest"}
-OLDER = {"strongest": "APGD-CE + APGD-DLR + Square"}  # of runs whose facts do not say it
+           "strongest_quick": "strongest_quick"}
+OLDER = {"strongest_quick": "APGD-CE + APGD-DLR + Square"}  # of runs whose facts do not say it
 HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
-SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv", "strongest")  # in a summary
+SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv",
+        "strongest_quick")  # in a summary
 
 
 def titles(facts):
-    """{figure: its column}, the strongest attack named by its parts."""
-    return COLUMNS | {"strongest": facts["strongest"]}
+    """{figure: its column}, the quick mixture named by its parts."""
+    return COLUMNS | {"strongest_quick": facts["strongest_quick"]}
 
 
 def suspicions(found, named):
-    """[(what it is called, the figures)] for {clean, fgs, fgv, pgd40, strongest: value}; named:
-    their titles.
+    """[(what it is called, the figures)] for {clean, fgs, fgv, pgd40, strongest_quick: value};
+    named: their titles.
     """
     said, percent = [], {name: f"{100 * value:.1f} %" for name, value in found.items()}
     for name in ("fgs", "fgv"):
         if found[name] > found["clean"]:
             said.append(("label leaking", f"accuracy under {named[name]} {percent[name]}, on "
                          f"clean images {percent['clean']}"))
-    if found["fgs"] > HIGH and min(found["pgd40"], found["strongest"]) < LOW:
+    if found["fgs"] > HIGH and min(found["pgd40"], found["strongest_quick"]) < LOW:
         said.append(("catastrophic overfitting", "accuracy " + ", ".join(
-            f"under {named[name]} {percent[name]}" for name in ("fgs", "pgd40", "strongest"))))
+            f"under {named[name]} {percent[name]}"
+            for name in ("fgs", "pgd40", "strongest_quick"))))
     return said
 
 
@@ -121,7 +123,12 @@ def _read_run(path):
     if not isinstance(saved, dict) or "variation" not in (saved.get("facts") or {}):
         raise UserError(f"--summary {path}: no finished run; wanted a folder that fgsm_mnist.py "
                         "left, with results.json in it")
-    return OLDER | saved["facts"], saved["seeds"]
+    return OLDER | _renamed(saved["facts"]), [_renamed(one) for one in saved["seeds"]]
+
+
+def _renamed(found):
+    """Older runs call the quick mixture `strongest`."""
+    return {{"strongest": "strongest_quick"}.get(name, name): part for name, part in found.items()}
 
 
 def _rows(facts, found):

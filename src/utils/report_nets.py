@@ -1,17 +1,19 @@
 """The tables of eval_net.py: results.md, results.csv, and the picture of corruptions."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 
-from utils import draw
+from utils import curves, draw, transfer
+from utils.attack.several import flags_of
 from utils.defenses import describe, is_random
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
 from utils.report import eps_text, interval, markdown, protocol, with_note
 from utils.run import save_csv, write_atomic
+from utils.saved import read_about, title_of
 
 WORST = "worst case"
 BACKWARD = {"natural": lambda facts: 1, "free": lambda facts: 1, "fast": lambda facts: 2,
@@ -21,12 +23,16 @@ TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentation
 
 
 def save_tables(folder, networks, settings, cells, s):
-    """Writes results.md, results.csv and corruptions.png; -> the Markdown.
+    """Writes results.md, results.csv and the pictures; -> the Markdown.
 
     networks: eval_net.Tested; settings: of this command; cells: of results.json; s: the flags.
     """
     found = [measured(net, settings, cells, s) for net in networks]
     text = protocol(stated(networks, settings, found[0].clean["n"], s)) + "\n" + tables(found)
+    if s.eps_curve:
+        text += curves.save(folder, networks, cells)
+    if s.transfer:
+        text += transfer.table(networks, cells, s)
     save_csv(folder / "results.csv", csv_rows(found))
     write_atomic(folder / "results.md", text.encode())
     if s.corruptions:
@@ -46,12 +52,14 @@ def stated(networks, settings, n, s):
     random = any(is_random(net.defense) for net in behind)
     means = ["BPDA"] * any("gcm" in net.defense for net in behind) + [f"EOT of {s.draws}"] * random
     attacks = {
-        "Linf eps": eps_text(settings["eps"], "linf"),
         "attacks": "on the images that are classified correctly; PGD from a random start in steps "
                    "of eps/4, until the image is fooled"
                    + ", behind a random defence always to the end" * random,
         "attacker": f"adaptive ({', '.join(means)})" if behind else "",
         "under attack": "robust_acc, right before and still right after"} if s.attacks else {}
+    attacks = {"Linf eps": eps_text(settings["eps"], "linf"), **attacks} if s.judged else {}
+    if s.save_images:
+        attacks["8 bit"] = "the same images rounded to 8 bit inside the ball, saved, and read again"
     return {
         "data": settings["data"], "n": with_note(f"{n} test images", settings["note"]),
         "list sha256": settings["images_sha256"][:16], "networks": ", ".join(nets),
@@ -63,6 +71,8 @@ def stated(networks, settings, n, s):
 
 def headline(cell):
     """The figure of one cell, for the line that is printed when it is done."""
+    if "norms" in cell:
+        return f"{sum(size is not None for size in cell['norms'])} of {cell['n']} images fooled"
     if "fooled" in cell:
         return "fooling_ratio " + interval(share(cell["fooled"], cell["n"]))
     if "right" in cell:
@@ -75,7 +85,7 @@ def headline(cell):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A network with its figures: attacks {title: cell}; corruptions, uaps {name: share}.
+    """A network with its figures: attacks, saved {title: cell}; corruptions, uaps {name: share}.
 
     facts: NAME.json of its run in `folder`; {} and None for other networks.
     """
@@ -86,6 +96,7 @@ class Measured:
     attacks: dict
     corruptions: dict
     uaps: dict
+    saved: dict = field(default_factory=dict)
 
     @property
     def worst(self):
@@ -104,22 +115,25 @@ def measured(net, settings, cells, s):
         return cells[f"{net.name} | {name}"]
 
     plain = {}
-    if s.corruptions or not s.attacks:
+    if s.corruptions or not s.judged:
         cell = own("corruptions" if s.corruptions else "accuracy")
         plain = {name: share(k, cell["n"]) for name, k in cell["right"].items()}
     fooled = {key: own(key) for key in settings if key.startswith("uap ")}
+    saved = {f"{title}, 8 bit": own(title) | {"after": own(title)["after8"]}
+             for title in net.attacks(s) if s.save_images}
+    saved |= {title: own(title) for title in map(title_of, map(read_about, s.from_images or []))}
     return Measured(
         net.name, net.facts, net.folder,
-        clean=figures(own("clean"))["clean_acc"] if s.attacks else plain["clean"],
+        clean=figures(own("clean"))["clean_acc"] if s.judged else plain["clean"],
         attacks={title: own(title) for title in net.attacks(s)},
         corruptions=plain if s.corruptions else {},
         uaps={key.removeprefix("uap "): share(cell["fooled"], cell["n"])
-              for key, cell in fooled.items()})
+              for key, cell in fooled.items()}, saved=saved)
 
 
 def tables(networks):
     """The Markdown of everything that was measured on these networks [Measured]."""
-    text = main_table(networks) + claims(networks)
+    text = main_table(networks) + claims(networks) + parts_table(networks)
     if networks[0].corruptions:
         names = sorted(networks[0].corruptions, key=lambda name: (
             name != "clean", networks[0].corruptions[name]["value"]))
@@ -133,6 +147,21 @@ def tables(networks):
             [[name, *(interval(net.uaps[name]) for net in networks)]
              for name in networks[0].uaps])
     return text
+
+
+def parts_table(networks):
+    """What AutoAttack's members did, and its flags; "" where it was not run."""
+    cells = [(net, cell) for net in networks for cell in net.attacks.values() if "parts" in cell]
+    lines, flags = [], []
+    for net, cell in cells:
+        parts = {name: one for name, one in cell["parts"].items() if isinstance(one, dict)}
+        lines += [[net.name, name, one["tried"], one["fooled"], one["zero_gradient"],
+                   one.get("flat", "-")] for name, one in parts.items()]
+        flags += [f"{net.name}: {line}\n" for line in flags_of(
+            parts, cell["parts"]["random"], sum(right > 0 for right in cell["before"]))]
+    head = ["network", "attack", "tried", "fooled", "zero gradient", "loss never rose"]
+    return ("\nAutoAttack, images\n\n" + markdown(head, lines) + "\n" * bool(flags)
+            + "\n".join(flags)) if lines else ""
 
 
 def main_table(networks):
@@ -167,6 +196,7 @@ def columns_of(net):
     found |= {title: interval(figures(cell)["robust_acc"]) for title, cell in net.attacks.items()}
     if len(net.attacks) > 1:
         found[WORST] = interval(net.worst)
+    found |= {title: interval(figures(cell)["robust_acc"]) for title, cell in net.saved.items()}
     if net.corruptions:
         title = f"mean of {len(net.corruptions) - 1} augmentations"
         found[title] = f"{100 * net.mean['value']:.1f}"
@@ -240,6 +270,8 @@ def csv_rows(networks):
         found += [row(net, "clean_acc", "none", net.clean)]
         found += [row(net, metric, title, figures(cell)[metric]) for title, cell in cells.items()
                   for metric in ("robust_acc", "attack_robustness")]
+        found += [row(net, "robust_acc", title, figures(cell)["robust_acc"])
+                  for title, cell in net.saved.items()]
         found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()]
         found += [row(net, "fooling_ratio", name, s) for name, s in net.uaps.items()]
     return found

@@ -308,7 +308,7 @@ def _can_be_counted(cell):
         return all(type(value) is int and 0 <= value <= most for value in values)
 
     n, draws, right = cell.get("n"), cell.get("draws", 1), cell.get("right", {})
-    lists = [cell[key] for key in ("before", "after") if key in cell]
+    lists = [cell[key] for key in ("before", "after", "after8") if key in cell]
     sizes = [cell[key] for key in ("seconds", "largest", "eps", "w") if key in cell]
     steps = cell.get("losses", [])
     return (counts(n, draws) and n * draws > 0

@@ -24,7 +24,7 @@ train stage2 --stage 2 --epochs 6 --step_epochs 4
 for name in stage1 nofgsm plain; do attack "$name" 1 gcm gcm; done
 attack stage2 2 gcm+resizepad gcm
 attack stage2 2 resizepad resizepad
-for name in stage1 nofgsm; do attack "$name" 1 none strongest --attacks pgd_linf strongest; done
-attack stage2 2 none strongest --attacks pgd_linf strongest
+for name in stage1 nofgsm; do attack "$name" 1 none strongest --attacks pgd_linf strongest_quick; done
+attack stage2 2 none strongest --attacks pgd_linf strongest_quick
 "$PYTHON" src/eval_net.py --runs "$RUNS/stage1" "$RUNS/nofgsm" "$RUNS/plain" "$RUNS/stage2" \
     --attacks none --corruptions --num_images 1000 --save "$RUNS"

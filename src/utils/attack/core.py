@@ -79,7 +79,8 @@ def _check(x, y, options):
             if not isinstance(value, kind) or not least <= value < math.inf:
                 raise UserError(f"{name}={value!r}; wanted a {'whole ' * least}number of at least "
                                 f"{least}")
-    if options.get("norm", "linf") == "linf" and options.get("eps", 0) > 1:
+    norm = options.get("norm", "linf")
+    if getattr(norm, "name", norm) == "linf" and options.get("eps", 0) > 1:
         raise UserError(f"eps={options['eps']} in linf, but pixels live in [0, 1]; type eps=8/255")
 
 
@@ -153,6 +154,14 @@ def _raise_for(k, message):
         raise UserError(message.format(k))
 
 
+class Rows:
+    """A base of dataclasses that hold tensors with a row for each image in the batch."""
+
+    def select(self, rows):
+        """These rows of everything."""
+        return type(self)(**{name: part[rows] for name, part in vars(self).items()})
+
+
 # ------------------------------------------------------- losses and gradients
 
 def cross_entropy(logits, y):
@@ -196,6 +205,18 @@ def _too_few(logits, wanted):
         warnings.warn(f"{'targeted ' * (wanted > 3)}DLR needs {wanted} classes and the model has "
                       f"{classes}: the margin loss takes its place", stacklevel=1)
     return classes < wanted
+
+
+def likeliest_wrong(logits, y, targets):
+    """[(N,)] of `targets` classes: the likeliest but y, the next likeliest, and so on. Of K classes
+    K - 1 are wrong: if more are asked for, all of these, and one line says so.
+    """
+    wrong = logits.shape[1] - 1
+    if targets > wrong:
+        warnings.warn(f"targets={targets}, but of {wrong + 1} classes {wrong} are wrong: "
+                      f"{wrong} will be targets", stacklevel=1)
+    ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+    return list(ranked[:, :min(targets, wrong)].unbind(1))
 
 
 def margin_towards(target):

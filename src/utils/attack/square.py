@@ -5,37 +5,43 @@
     Alg. 2, Linf sampling              _stripes, _flip
     Alg. 3, L2 sampling                _tiles, _move
     Eq. 2, eta                         _bump, _pair
+    L1: 2103.01208, Sec. 4             HILLS, _move
 """
 
 import math
+from functools import partial
 
 import torch
 
 from utils.attack.adaptive import draws_of
-from utils.attack.balls import TINY, column, nearest, unit
+from utils.attack.balls import NORMS, TINY, column, nearest, unit
 from utils.attack.chance import chance_of
 from utils.attack.core import Tally, ascend, attack, measure, one_of
 from utils.attack.waits import due
 from utils.errors import UserError
 
+PUBLISHED = 10000            # queries of the published schedule
+HILLS = {"l2": 2, "l1": 4}   # a hill is a sum of 1 / k to this power
+
 
 @attack
 @torch.no_grad()
-def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, targeted=False,
-           generator=None, report=None):
+def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, rescale=True,
+           targeted=False, generator=None, report=None):
     """Square attack: changes a random square of the image and keeps it if the margin grows.
 
     x (N, C, H, W); p: share of the image that the first squares cover, which shrinks as published
-    (Sec. 3, for 10,000 queries, scaled to `queries`). Fooled images leave the batch, on a CPU at
-    once, else a little later (utils/attack/waits.py); queries after the one that fools are not
-    counted, nor are the clean images'. Unlike the authors' code, which climbs cross-entropy
+    (Sec. 3, for 10,000 queries; rescale: scaled to `queries`). Fooled images leave the batch, on a
+    CPU at once, else a little later (utils/attack/waits.py); queries after the one that fools are
+    not counted, nor are the clean images'. Unlike the authors' code, which climbs cross-entropy
     if targeted, it always climbs the margin.
     """
-    one_of("norm", norm, ("linf", "l2"))
+    one_of("norm", norm, NORMS)
     if x.dim() != 4:
         raise UserError(f"square works on images (N, C, H, W); given {tuple(x.shape)}")
     tally, own = Tally(x), chance_of(generator, x)
     climbed, result, alive = ascend("margin", targeted), x.clone(), torch.zeros(0)
+    planned = queries if rescale else PUBLISHED
     if len(x):
         best_f, fooled = measure(model, x, y, climbed, targeted)
         alive = ~fooled
@@ -44,7 +50,7 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
         if not len(who):
             break
         end, f, fooled = _run(model, x[who], y[who], own[who].fold(k), eps, norm, queries, p,
-                              climbed, targeted, tally, who)
+                              planned, climbed, targeted, tally, who)
         better = fooled | (f > best_f[who])
         result[who[better]], best_f[who[better]] = end[better], f[better]
         alive[who[fooled]] = False
@@ -52,9 +58,10 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, ta
     return result
 
 
-def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally, who):
+def _run(model, x, y, own, eps, norm, queries, p, planned, climbed, targeted, tally, who):
     """From one start: images (n, C, H, W), margins (n,), which of them are fooled (n,)."""
-    first, change = (_stripes, _flip) if norm == "linf" else (_tiles, _move)
+    first, change = (_stripes, _flip) if norm == "linf" else (
+        partial(_tiles, norm=norm), partial(_move, norm=norm))
     best = first(x, eps, own.fold(0))
     drawn = own.fold(1).uniform(queries, 5 + x.shape[1]).to(x)
     best_f, fooled = measure(model, best, y, climbed, targeted, tally, who)
@@ -71,7 +78,7 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally, who)
                     part[left] for part in (x, y, best, best_f, drawn, row, fooled))
                 if not len(row):
                     break
-        trial = change(best, x, eps, _share(p, t - 1, queries), drawn[:, t])
+        trial = change(best, x, eps, _share(p, t - 1, planned), drawn[:, t])
         f, fools = measure(model, trial, y, climbed, targeted, tally, who[row])
         tally.queries += draws * (~fooled).sum()
         better = (fools | (f > best_f)) & ~fooled
@@ -81,9 +88,9 @@ def _run(model, x, y, own, eps, norm, queries, p, climbed, targeted, tally, who)
     return end, value, hit
 
 
-def _share(p, t, queries):
-    """p after t of `queries` changes: halved at 10, 50, 200, 500, 1000, 2000, ... of 10,000."""
-    at = t * 10000 // queries
+def _share(p, t, planned):
+    """p after t of `planned` changes: halved at 10, 50, 200, 500, 1000, 2000, ... of 10,000."""
+    at = t * PUBLISHED // planned
     return p / 2 ** sum(at > mark for mark in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
 
 
@@ -118,38 +125,55 @@ def _flip(best, x, eps, p, u):
     return trial
 
 
-def _bump(h, w, x):
+def _bump(h, w, x, norm):
     """Eq. 2 of the paper: a pyramid of sums of 1 / k^2, highest in the middle, norm 1."""
     r = (torch.arange(h, device=x.device) - h // 2).abs()[:, None]
     c = (torch.arange(w, device=x.device) - w // 2).abs()[None]
     k = torch.arange(1, max(h // 2, w // 2) + 2, device=x.device, dtype=x.dtype)
-    falling = (1 / k.square()).flip(0).cumsum(0).flip(0)
+    falling = (1 / k ** HILLS[norm]).flip(0).cumsum(0).flip(0)
     bump = falling[torch.maximum(r, c)]
-    return bump / bump.norm().clamp_min(TINY)
+    return bump / _length(bump, norm).clamp_min(TINY)
 
 
-def _pair(s, x):
+def _pair(s, x, norm):
     """A bump above its negative: (s, s) of norm 1."""
-    pair = torch.cat([_bump(s // 2, s, x), -_bump(s - s // 2, s, x)])
-    return pair / pair.norm().clamp_min(TINY)
+    pair = torch.cat([_bump(s // 2, s, x, norm), -_bump(s - s // 2, s, x, norm)])
+    return pair / _length(pair, norm).clamp_min(TINY)
 
 
-def _tiles(x, eps, own):
-    """L2 start: a grid of pairs with random signs and orientation, as large as the ball allows."""
+def _length(t, norm, dims=(0, 1)):
+    """Its norm over these dimensions."""
+    return t.norm(dim=dims) if norm == "l2" else t.abs().sum(dims)
+
+
+def _tiles(x, eps, own, norm):
+    """A start in L2: a grid of pairs with random signs and orientation, as large as the ball
+    allows. In L1: such a grid of pairs of norm 1, projected on the ball.
+    """
     s = max(min(x.shape[2:]) // 5, min(3, *x.shape[2:]))
     down, across = x.shape[2] // s, x.shape[3] // s
     top, left = (x.shape[2] - down * s) // 2, (x.shape[3] - across * s) // 2
-    pair, delta = _pair(s, x), torch.zeros_like(x)
+    pair, delta = _pair(s, x, norm), torch.zeros_like(x)
     sign = own.fold(0).signs(x.shape[1], down, across).to(x)[:, :, :, None, :, None]
     flat = (own.fold(1).signs(1, down, across) > 0)[:, :, :, None, :, None]
     tile = torch.where(flat, pair[:, None, :], pair.T[:, None, :])  # (n, 1, down, s, across, s)
     delta[:, :, top:top + down * s, left:left + across * s] = (tile * sign).reshape(
         *x.shape[:2], down * s, across * s)
-    return (x + eps * unit(delta, "l2")).clamp_(0, 1)
+    return _into_ball(delta, x, eps, norm)
 
 
-def _move(best, x, eps, p, u):
-    """L2, Alg. 3: a pair is added in one window, with the mass of that window and of a second one.
+def _into_ball(delta, x, eps, norm):
+    """The image of this perturbation: in L2 scaled to eps, in L1 the nearest that is allowed."""
+    if norm == "l1":
+        return nearest(x + delta, x, eps, norm)
+    return (x + eps * unit(delta, norm)).clamp_(0, 1)
+
+
+def _move(best, x, eps, p, u, norm):
+    """Alg. 3: a pair is added in one window, with the mass of that window and of a second one.
+
+    The mass is the sum of squares in L2, and of absolute values in L1, where unlike in L2 each
+    channel gets that of all channels: the projection takes away what is too much.
     """
     s = _side(x, p, 3)
     if s % 2 == 0:
@@ -159,17 +183,19 @@ def _move(best, x, eps, p, u):
     n = torch.arange(len(x), device=x.device)[:, None, None]
     first = (n, slice(None), rows[:, :, None], cols[:, None, :])
     second = (n, slice(None), rows2[:, :, None], cols2[:, None, :])
+    power = 2 if norm == "l2" else 1
     delta = best - x
     old = delta[first]  # (n, s, s, C)
-    mass = delta.square().sum((2, 3))  # (n, C)
-    unused = (eps ** 2 - mass.sum(1, keepdim=True)).clamp_min(0) / x.shape[1]
+    mass = delta.abs().pow(power).sum((2, 3))  # (n, C)
+    unused = (eps ** power - mass.sum(1, keepdim=True)).clamp_min(0) / x.shape[1]
     delta[first] = delta[second] = torch.zeros_like(old)
-    budget = (unused + mass - delta.square().sum((2, 3))).clamp_min(0).sqrt()
-    pair = _pair(s, x)
+    budget = (unused + mass - delta.abs().pow(power).sum((2, 3))).clamp_min(0)
+    budget = budget.sqrt() if norm == "l2" else budget * x.shape[1]
+    pair = _pair(s, x, norm)
     pair = torch.where(column(u[:, 4] < 0.5, u[:, :, None]), pair, pair.T)  # (n, s, s)
     sign = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).to(x)
     new = pair[..., None] * sign[:, None, None, :] \
-        + old / old.flatten(1, 2).norm(dim=1)[:, None, None, :].clamp_min(1e-12)
-    new = new / new.flatten(1, 2).norm(dim=1)[:, None, None, :].clamp_min(1e-12)
+        + old / _length(old, norm, (1, 2))[:, None, None, :].clamp_min(1e-12)
+    new = new / _length(new, norm, (1, 2))[:, None, None, :].clamp_min(1e-12)
     delta[first] = new * budget[:, None, None, :]
-    return (x + eps * unit(delta, "l2")).clamp_(0, 1)
+    return _into_ball(delta, x, eps, norm)

@@ -1,0 +1,129 @@
+"""AutoAttack, ours and pyautoattack's, on small networks that were trained against each norm.
+
+    pip install pyautoattack==0.2.0
+    PYTHONPATH=src python benchmarks/autoattack.py                       # digits, three networks
+    PYTHONPATH=src python benchmarks/autoattack.py --norms l1 --seeds 3
+
+A network of --model_name is trained on --data_dir against PGD in the norm, and 200 test images are
+attacked at the radius of its training. Both attack the same network, in one batch; what they
+return is classified again. A row for each norm and seed; the images are the first of the data set.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from attack_others import installed
+from attacks import autoattack, pgd
+from bench import show
+from utils.attack.balls import norm_of
+from utils.cli import Parser, at_least, run_script
+from utils.data import open_images, to_float
+from utils.errors import UserError
+from utils.models import freeze, load_model
+from utils.run import make_generator, provenance, resolve_device
+
+EPS = {"linf": 0.12, "l2": 1.5, "l1": 12.0}  # on digits
+THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+def get_args():
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data_dir", default="digits", help="data set by name")
+    add("--model_name", default="mlp", help="a small network of ours")
+    add("--norms", nargs="+", choices=list(EPS), default=list(EPS), help="one network for each")
+    add("--eps", nargs="+", type=float, help="a radius for each of the norms; None: 0.12, 1.5, 12")
+    add("--epochs", type=at_least(0), default=15, help="of training against 10 steps of PGD")
+    add("--num_images", type=at_least(1), default=200, help="test images, evenly over the classes")
+    add("--seeds", type=at_least(1), default=1, help="runs of either side")
+    add("--version", choices=("standard", "plus", "rand"), default="standard", help="of AutoAttack")
+    add("--results", type=Path, help="JSON file; the table lies beside it as .csv and .md")
+    return parser.parse_args()
+
+
+def trained(name, images, norm, eps, epochs):
+    """The network after PGD training: Madry et al., 1706.06083, on all images in memory."""
+    torch.manual_seed(0)
+    model = load_model(name, weights="random", kind=images.kind, data_dir=images.kind)
+    g = make_generator(0)
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(epochs):
+        for index in torch.randperm(len(images), generator=g).split(64):
+            x, y = to_float(images.pixels[index]), images.labels[index]
+            x = pgd(model, x, y, norm=norm, eps=eps, alpha=eps / 4, steps=10, generator=g)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return freeze(model)
+
+
+@dataclass
+class Found:
+    """What one side returned, measured again."""
+    robust: torch.Tensor  # (N,) bool
+    largest: float
+    seconds: float
+
+    @classmethod
+    def of(cls, attack, model, x, y, norm):
+        start = time.perf_counter()
+        x_adv = attack()
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            return cls(model(x_adv).argmax(1) == y, norm_of(x_adv - x, norm).max().item(), seconds)
+
+
+def theirs(model, x, y, norm, eps, version, seed):
+    from pyautoattack.autoattack import AutoAttack
+
+    with torch.random.fork_rng():
+        attack = AutoAttack(model, norm=THEIRS[norm], eps=eps, version=version, seed=seed)
+        return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
+
+
+def row_of(model, x, y, norm, eps, seed, args):
+    """A line of the table."""
+    report = {}
+    ours = Found.of(lambda: autoattack(model, x, y, norm=norm, eps=eps, version=args.version,
+                                       generator=make_generator(seed), report=report),
+                    model, x, y, norm)
+    other = Found.of(lambda: theirs(model, x, y, norm, eps, args.version, seed), model, x, y, norm)
+    with torch.no_grad():
+        right = int((model(x).argmax(1) == y).sum())
+    fooled = ", ".join(f"{name} {one['fooled']}" for name, one in report.items()
+                       if isinstance(one, dict))
+    return [norm, f"{eps:g}", seed, len(x), right, int(ours.robust.sum()),
+            int(other.robust.sum()), int((ours.robust != other.robust).sum()), fooled,
+            "; ".join(report["flags"]) or "-", f"{ours.largest:.6g}", f"{other.largest:.6g}",
+            f"{ours.seconds:.0f}", f"{other.seconds:.0f}"]
+
+
+def main(args):
+    if "pyautoattack" not in installed():
+        raise UserError("pyautoattack is not installed; type pip install pyautoattack==0.2.0")
+    radii = dict(zip(args.norms, args.eps or [EPS[norm] for norm in args.norms], strict=False))
+    if len(radii) < len(args.norms):
+        raise UserError(f"--eps {' '.join(map(str, args.eps))}: wanted {len(args.norms)} radii")
+    train, test = (open_images(args.data_dir, split=split) for split in ("train", "test"))
+    test = test.prepared(test.size, args.num_images)
+    x, y = to_float(test.pixels), test.labels
+    lines = []
+    for norm, eps in radii.items():
+        model = trained(args.model_name, train, norm, eps, args.epochs)
+        lines += [row_of(model, x, y, norm, eps, seed, args) for seed in range(args.seeds)]
+    about = provenance(resolve_device("cpu"))
+    head = ["norm", "eps", "seed", "n", "right", "robust, ours", "robust, pyautoattack",
+            "images that differ", "fooled by ours", "flags", "largest norm", "theirs", "s",
+            "s, theirs"]
+    show(head, lines, f"{args.data_dir}, {args.model_name}, {args.version}; CPU, "
+         f"{torch.get_num_threads()} threads, torch {about['torch']}, commit {about['commit']}",
+         args.results, head=head, lines=lines, about=about)
+
+
+if __name__ == "__main__":
+    run_script(get_args, main)

@@ -1,0 +1,120 @@
+"""Robust accuracy over the radius: eval_net.py --eps_curve.
+
+FAB's nearest images give a curve at all radii at once, and say where it reaches zero. From there
+down to 0, APGD on cross-entropy attacks at ten radii: the adaptive attacker, and for a defended
+network also the naive one. What is fooled within a radius stays fooled within all larger ones.
+"""
+
+from functools import partial
+
+import torch
+
+from utils import draw, measure
+from utils.attack.apgd import apgd
+from utils.attack.balls import norm_of
+from utils.attack.chance import numbered
+from utils.attack.fab import fab
+from utils.cells import Progress
+from utils.data import to_float
+from utils.defenses import adaptive
+from utils.report import interval, markdown
+from utils.run import save_csv, write_atomic
+
+RADII = 10
+FAB_STEPS, FAB_TARGETS = 50, 3
+BEYOND = 1.02     # times the largest of FAB's norms: the last radius
+FARTHEST = 4      # times eps, where FAB found nothing
+
+
+def attackers(net, s):
+    """{name: the model that the attacker differentiates}"""
+    found = {"adaptive": adaptive(net.defended, s.draws)}
+    return found if net.defense == "none" else found | {"naive": net.defended}
+
+
+def missing_cells(net, ready, done, s, progress):
+    """Yields (key, cell) of what is not yet in `done`, where the caller puts it."""
+    own, images = f"{net.name} | ", ready(net.target.geometry)
+    clean = done[own + "clean"]["before"]
+    if own + "norms" not in done:
+        yield own + "norms", norm_cell(net, images, torch.tensor(clean), s, progress)
+    for attacker, model in attackers(net, s).items():
+        left = clean
+        for eps in radii(done[own + "norms"], net.eps)[1:]:
+            key = own + key_of(attacker, eps)
+            if key not in done:
+                cell = measure.run_cell(
+                    measure.Attack(key, "linf", eps, partial(apgd, eps=eps)), model, net.defended,
+                    images, torch.tensor(left), draws=net.draws(s), batch_size=s.batch_size,
+                    chance=numbered(s.seed, len(images)), device=s.device, desc=key,
+                    workers=s.workers, progress=progress)
+                yield key, cell | {"before": clean}
+            left = done[key]["after"]
+
+
+def key_of(attacker, eps):
+    return f"APGD-CE {attacker} {eps:.6g}"
+
+
+def norm_cell(net, images, before, s, progress):
+    """Norms of FAB's images (n,), None where it found none or where the image is wrong at first."""
+    chance, targets = numbered(s.seed, len(images)), min(FAB_TARGETS, net.classes - 1)
+
+    def nearest(index, x):
+        x, y = to_float(x.to(s.device)), images.labels[index].to(s.device)
+        own = chance[index]
+        x_adv, found = fab(adaptive(net.defended, s.draws), x, y, steps=FAB_STEPS, targets=targets,
+                           generator=own.fold(measure.ATTACK))
+        right = measure.times_right(net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER))
+        size = norm_of(x_adv - x, "linf").cpu()
+        return {"norms": [value if ok else None for value, ok in zip(
+            size.tolist(), (found.cpu() & (right == 0)).tolist(), strict=True)]}
+    tried = (before > 0).nonzero()[:, 0]
+    found = (progress or Progress()).count(
+        images, tried.split(s.batch_size) if len(tried) else (), nearest,
+        cell=[f"{net.name} norms", before.tolist()], workers=s.workers, desc=f"{net.name} FAB")
+    norms = dict(zip(tried.tolist(), found.get("norms", []), strict=True))
+    return {"n": len(images), "draws": net.draws(s), "before": before.tolist(),
+            "norms": [norms.get(i) for i in range(len(images))]}
+
+
+def radii(cell, eps):
+    """Ten, from 0 to just beyond the largest of FAB's norms."""
+    last = max((size for size in cell["norms"] if size is not None), default=FARTHEST * eps)
+    return [min(1.0, BEYOND * last) * k / (RADII - 1) for k in range(RADII)]
+
+
+def rows_of(net, cells):
+    """[{network, attacker, eps, value, k, n, low, high}], the attackers of `cells` and FAB."""
+    norms, rows = cells[f"{net.name} | norms"], []
+    clean = measure.figures(cells[f"{net.name} | clean"])["clean_acc"]
+    every = radii(norms, net.eps)
+    for attacker in ("adaptive", "naive")[:1 + (net.defense != "none")]:
+        found = [clean] + [measure.figures(cells[f"{net.name} | {key_of(attacker, eps)}"])[
+            "robust_acc"] for eps in every[1:]]
+        rows += [_row(net, f"APGD-CE, {attacker}", *one) for one in zip(every, found, strict=True)]
+    return rows + [_row(net, "FAB, adaptive", eps, _beyond(norms, eps)) for eps in every]
+
+
+def _beyond(cell, eps):
+    """The share of the images that are right and that FAB does not fool within eps."""
+    left = [right for right, size in zip(cell["before"], cell["norms"], strict=True)
+            if size is None or size > eps]
+    total = sum(left)
+    return measure.share(total // cell["draws"] if total % cell["draws"] == 0
+                         else total / cell["draws"], cell["n"])
+
+
+def _row(net, attacker, eps, found):
+    return {"network": net.name, "attacker": attacker, "eps": eps, **found}
+
+
+def save(folder, networks, cells):
+    """Writes curve.csv and curve.png; -> the Markdown."""
+    rows = [row for net in networks for row in rows_of(net, cells)]
+    save_csv(folder / "curve.csv", rows)
+    write_atomic(folder / "curve.png", draw.eps_curves(rows))
+    return "\nrobust_acc over the Linf radius, %; of FAB by the norms of its images\n\n" + markdown(
+        ["network", "attacker", "eps x 255", "robust_acc"],
+        [[row["network"], row["attacker"], f"{255 * row['eps']:.3g}", interval(row)]
+         for row in rows])

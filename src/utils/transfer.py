@@ -1,0 +1,74 @@
+"""Every network's MI-FGSM images on every network: eval_net.py --transfer."""
+
+import torch
+
+from utils import measure
+from utils.attack.chance import numbered
+from utils.data import to_float
+from utils.defenses import adaptive
+from utils.errors import UserError
+from utils.report import interval, markdown
+
+STEPS, DIVERSE = 10, 0.5  # as published: steps of eps / 10, share of the images that DI changes
+
+
+def check(networks, s):
+    """UserError if the networks do not take the same images."""
+    other = next((net for net in networks if net.target.geometry != networks[0].target.geometry),
+                 None)
+    if s.transfer and other:
+        raise UserError(f"--transfer: {networks[0].name} takes images {networks[0].target.geometry}"
+                        f", {other.name} {other.target.geometry}; wanted the same for all")
+
+
+def key_of(source, target, s):
+    return f"{source.name} -> {target.name}" + ", DI and TI" * s.diverse
+
+
+def missing_cells(networks, mim, ready, done, s, progress):
+    """Yields (key, cell) of what is not yet in `done`; the images of a source are made once."""
+    for source in networks:
+        left = {key_of(source, target, s): target for target in networks
+                if key_of(source, target, s) not in done}
+        if left:
+            yield from source_cells(source, left, mim, ready(source.target.geometry), done, s,
+                                    progress)
+
+
+def source_cells(source, left, mim, images, done, s, progress):
+    """[(key, cell)] of {key: target}: all images are attacked, whoever is right about them."""
+    eps, chance = source.eps, numbered(s.seed, len(images))
+    attack = measure.Attack("MI-FGSM", "linf", eps, None)
+    more = {"diverse": DIVERSE, "blur": blur_for(source.target.size)} if s.diverse else {}
+
+    def attacked(index, x):
+        x, y = to_float(x.to(s.device)), images.labels[index].to(s.device)
+        own, audit = chance[index], {"largest": 0.0, "outside": 0}
+        x_adv = mim(adaptive(source.defended, s.draws), x, y, eps=eps, alpha=eps / STEPS,
+                    steps=STEPS, generator=own.fold(measure.ATTACK), **more)
+        allowed = measure.in_ball(x, x_adv, attack, audit)
+        x_adv[~allowed.to(x.device)] = x[~allowed.to(x.device)]
+        return audit | {"after": {key: measure.times_right(
+            net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER)).tolist()
+            for key, net in left.items()}}
+    found = progress.count(images, torch.arange(len(images)).split(s.batch_size), attacked,
+                           cell=list(left), workers=s.workers, desc=f"{source.name} MI-FGSM")
+    return [(key, {"norm": "linf", "eps": eps, "n": len(images), "draws": net.draws(s),
+                   "before": done[f"{net.name} | clean"]["before"], "after": found["after"][key],
+                   "largest": found["largest"], "outside": found["outside"]})
+            for key, net in left.items()]
+
+
+def blur_for(size):
+    """Side of TI's kernel: 15 at 224 pixels, odd, at least 3."""
+    return max(3, 15 * size // 224 | 1)
+
+
+def table(networks, cells, s):
+    """Markdown: a line for every source; the diagonal is the white box."""
+    name = "MI-FGSM" + ", DI and TI" * s.diverse
+    return (f"\nrobust_acc under transfer, %: {name}, {STEPS} steps of eps/{STEPS}, mu 1; made "
+            "with the network of the line, measured on that of the column\n\n") + markdown(
+        ["made with", *(net.name for net in networks)],
+        [[source.name, *(interval(measure.figures(cells[key_of(source, net, s)])["robust_acc"])
+                         for net in networks)] for source in networks])

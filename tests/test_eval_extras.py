@@ -1,0 +1,223 @@
+"""eval_net.py's curves, saved images and transfer: their cells compared with the attacks called by
+hand.
+"""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import attacks
+from attack_toys import K, chances, greys, pictures, predicted, toy
+from utils import curves, measure, saved, tested, transfer
+from utils.attack import balls
+from utils.attack.chance import numbered
+from utils.attack.diverse import Diverse, blurred
+from utils.attack.telling import telling
+from utils.cells import Progress
+from utils.data import to_float
+from utils.defenses import GradientConcealment, ResizePad
+from utils.errors import UserError
+from utils.images import Images, paper_geometry
+
+CPU, N = torch.device("cpu"), 12
+
+
+@pytest.fixture
+def images():
+    pixels = (255 * pictures(N)).round().to(torch.uint8)
+    y = predicted(toy(), pixels / 255)
+    y[3] = (y[3] + 1) % K
+    return Images("digits", tuple(map(str, range(N))), y, tuple("abcde"), paper_geometry(8),
+                  pixels=pixels)
+
+
+@pytest.fixture
+def s(tmp_path):
+    return SimpleNamespace(draws=1, batch_size=5, seed=2, device=CPU, workers=0, diverse=False,
+                           save_images=tmp_path / "out", from_images=None)
+
+
+def network(name, model=None, defense="none", eps=0.05):
+    target = SimpleNamespace(size=8, geometry=paper_geometry(8))
+    return tested.Tested(name, target, model or toy(), K, eps, {"defense": defense}, None)
+
+
+def clean_cells(nets, images, s):
+    return {f"{net.name} | clean": net.clean_cell(images, s, Progress()) for net in nets}
+
+
+def filled(found, cells):
+    for key, cell in found:
+        cells[key] = cell
+    return cells
+
+
+# ------------------------------------------------------------------------ curves
+
+def test_a_curve_is_the_attack_at_every_radius_on_what_is_left(images, s, monkeypatch):
+    apgd = partial(attacks.apgd, steps=8)
+    monkeypatch.setattr(curves, "apgd", apgd)
+    monkeypatch.setattr(curves, "FAB_STEPS", 4)
+    net = network("a")
+    cells = clean_cells([net], images, s)
+    filled(curves.missing_cells(net, lambda _: images, cells, s, Progress()), cells)
+    radii = curves.radii(cells["a | norms"], net.eps)
+    assert len(radii) == 10 and radii[0] == 0
+    x, y = to_float(images.pixels), images.labels
+    left = predicted(net.model, x) == y
+    for eps in radii[1:]:
+        who = left.nonzero()[:, 0]
+        own = chances(N, 2)[who].fold(measure.ATTACK)
+        if len(who):
+            x_adv = apgd(net.model, x[who], y[who], eps=eps, generator=own)
+            left[who] = predicted(net.model, x_adv) == y[who]
+        assert cells[f"a | APGD-CE adaptive {eps:.6g}"]["after"] == left.long().tolist()
+    rows = curves.rows_of(net, cells)
+    assert [row["attacker"] for row in rows[::10]] == ["APGD-CE, adaptive", "FAB, adaptive"]
+    assert [row["k"] for row in rows[:10]] == sorted((row["k"] for row in rows[:10]), reverse=True)
+    assert rows[0]["k"] == rows[10]["k"] == 11 and rows[19]["k"] == 0
+    assert len({row["k"] for row in rows[:10]}) > 3
+    assert not list(curves.missing_cells(net, lambda _: images, cells, s, Progress()))
+
+
+def test_the_curve_of_fab_counts_the_images_that_are_farther_away():
+    cell = {"n": 5, "draws": 1, "before": [1, 1, 1, 0, 1], "norms": [0.1, 0.2, None, None, 0.3]}
+    assert [curves._beyond(cell, eps)["k"] for eps in (0, 0.1, 0.25, 0.5)] == [4, 3, 2, 1]
+    assert curves.radii(cell, 1.0)[9] == pytest.approx(0.3 * curves.BEYOND)
+    assert curves.radii(cell | {"norms": [None] * 5}, 0.1)[9] == pytest.approx(0.408)
+
+
+def test_behind_a_defence_there_are_two_curves(images, s):
+    net = network("a", nn.Sequential(nn.Identity(), toy()), "gcm")
+    found = curves.attackers(net, s)
+    assert set(found) == {"adaptive", "naive"}
+    assert any(isinstance(part, GradientConcealment) for part in found["naive"].modules())
+    assert set(curves.attackers(network("b"), s)) == {"adaptive"}
+
+
+# ------------------------------------------------------------------------ saved images
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("linf", 8.9 / 255), ("l2", 0.5),
+                                           ("l1", 3.0)])
+@pytest.mark.parametrize("images", [greys, pictures])
+def test_rounded_images_are_levels_inside_the_ball(images, norm, eps):
+    x = (255 * images(20)).round() / 255
+    delta = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x_adv = balls.nearest(x + delta, x, eps, norm)
+    found = saved.rounded(x, x_adv, eps, norm)
+    moved = found.double() - (255 * x.double()).round()
+    assert found.dtype == torch.uint8
+    assert (balls.norm_of(moved, norm) <= 255 * eps * (1 + 1e-6)).all()
+    assert (moved - 255 * (x_adv.double() - x.double())).abs().max() < 1
+    if norm == "linf":  # the nearest levels that are inside
+        wanted = np.clip(np.rint(255 * (x_adv - x).double().numpy()), -8, 8)
+        assert (moved.numpy() == wanted).all() and moved.abs().max() == 8
+    else:
+        assert (moved != 0).any()
+
+
+def test_saved_images_are_measured_again_and_as_from_images(images, s):
+    net, attack = network("a/b"), measure.Attack("PGD (5)", "linf", 0.06, partial(
+        attacks.pgd, eps=0.06, steps=5))
+    cells = clean_cells([net], images, s)
+    before = cells["a/b | clean"]["before"]
+    cell = net.attack_cell(attack, images, before, s, Progress())
+    folder = s.save_images / "a_b" / "PGD_5_"
+    names = sorted(path.name for path in folder.glob("*.png"))
+    assert names == [f"{i:06}.png" for i in range(N) if before[i]]
+    x = to_float(images.pixels)
+    own = chances(N, 2)[torch.tensor(before).nonzero()[:, 0]].fold(measure.ATTACK)
+    kept = torch.tensor(before) > 0
+    x_adv = x.clone()
+    x_adv[kept] = attack.run(net.model, x[kept], images.labels[kept], generator=own)
+    eight = saved.rounded(x, x_adv, 0.06, "linf")
+    for i in kept.nonzero()[:, 0].tolist():
+        assert torch.equal(saved.read_png(folder / f"{i:06}.png", eight[i]), eight[i])
+    right = ((predicted(net.model, eight / 255) == images.labels) & kept).long().tolist()
+    assert cell["after8"] == right and cell["outside"] == 0
+    assert 0 < sum(cell["after"]) <= sum(right) < sum(before)
+    s.from_images = [folder]
+    saved.check_saved([folder], [net])
+    (key, again), = saved.saved_cells(net, images, cells, s, Progress())
+    assert key == "a/b | saved: PGD (5) on a/b" and again["after"] == right
+    assert not list(saved.saved_cells(net, images, cells | {key: again}, s, Progress()))
+    with pytest.raises(UserError, match="another list"):
+        list(saved.saved_cells(net, images.select(range(5)), cells, s, Progress()))
+
+
+def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
+    attack = measure.Attack("FGSM", "linf", 0.1, None)
+    keep = saved.Kept(tmp_path, network("a"), attack, images, s)
+    x = to_float(images.pixels[:2])
+    keep(torch.tensor([0, 1]), x, x)
+    folder = tmp_path / "a" / "FGSM"
+    larger = network("b")
+    larger.target.size = 28
+    with pytest.raises(UserError, match="saved at 8 pixels, but b takes 28"):
+        saved.check_saved([folder], [larger])
+    (folder / "000000.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot be read"):
+        saved.read_png(folder / "000000.png", images.pixels[0])
+    with pytest.raises(UserError, match="of shape"):
+        saved.read_png(folder / "000001.png", torch.zeros(1, 8, 8))
+    (folder / "about.json").write_text(json.dumps({"attack": "FGSM"}))
+    for bad in (folder, tmp_path):
+        with pytest.raises(UserError, match="no about.json of saved images"):
+            saved.read_about(bad)
+
+
+# ------------------------------------------------------------------------ transfer
+
+@pytest.mark.parametrize("diverse", [False, True])
+def test_a_transfer_is_the_sources_images_on_the_target(diverse, images, s):
+    s.diverse, nets = diverse, [network("a"), network("b", toy(seed=1))]
+    cells = clean_cells(nets, images, s)
+    filled(transfer.missing_cells(nets, attacks.mim, lambda _: images, cells, s, Progress()), cells)
+    x, y = to_float(images.pixels), images.labels
+    more = {"diverse": 0.5, "blur": 3} if diverse else {}
+    for source in nets:
+        x_adv = attacks.mim(source.model, x, y, eps=0.05, alpha=0.005, steps=10,
+                            generator=numbered(2, N).fold(measure.ATTACK), **more)
+        for target in nets:
+            cell = cells[transfer.key_of(source, target, s)]
+            assert cell["after"] == (predicted(target.model, x_adv) == y).long().tolist()
+            assert cell["before"] == cells[f"{target.name} | clean"]["before"]
+            assert cell["outside"] == 0
+    text = transfer.table(nets, cells, s)
+    assert "| made with | a | b |" in text and ("DI and TI" in text) == diverse
+    assert not list(transfer.missing_cells(nets, attacks.mim, lambda _: images, cells, s,
+                                           Progress()))
+
+
+def test_networks_that_take_other_images_have_no_transfer_table(s):
+    s.transfer, nets = True, [network("a"), network("b")]
+    transfer.check(nets, s)
+    nets[1].target.geometry = paper_geometry(9)
+    with pytest.raises(UserError, match="wanted the same for all"):
+        transfer.check(nets, s)
+
+
+def test_blurred_gradients_are_those_of_a_loop():
+    g = torch.randn(2, 3, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    line = np.exp(-np.linspace(-3, 3, 5) ** 2 / 2)
+    kernel = np.outer(line, line) / np.outer(line, line).sum()
+    wide = np.pad(g.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    wanted = sum(kernel[i, j] * wide[:, :, i:i + 7, j:j + 6] for i in range(5) for j in range(5))
+    assert blurred(g, 5).numpy() == pytest.approx(wanted)
+
+
+def test_diverse_inputs_change_about_so_many_images():
+    seen, x = [], torch.ones(400, 1, 20, 20)
+    model = Diverse(lambda z: seen.append(z) or z.flatten(1), 0.3)
+    with telling(chances(400)):
+        model(x)
+    changed = (seen[0] != x).flatten(1).any(1).sum().item()
+    places = sum((ResizePad(18, 20).draw(x)[0] < 20).tolist()) / 400  # others keep their size
+    assert 0.3 * 400 * places - 40 < changed < 0.3 * 400 * places + 40
+    Diverse(lambda z: seen.append(z), 0.0)(x)
+    assert torch.equal(seen[1], x)
