@@ -1,8 +1,8 @@
 """Of universal perturbations: losses to ascend, the layer that a loss compares, input diversity.
 
-    ce, logit       of the label: a loss of (logits, y)
-    cosine          -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
-    feature         the same, of the last feature map before pooling   FG-UAP, arXiv:2209.13113
+    ce, logit   of the label: a loss of (logits, y)
+    cosine      -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
+    feature     the same, of the last feature map before pooling   FG-UAP, arXiv:2209.13113
 
 The last two need no labels. They compare the network's outputs with those for the clean image.
 """
