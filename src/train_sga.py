@@ -8,7 +8,7 @@
 
     python train_sga.py                                            # digits, offline, seconds
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
-    python train_sga.py --augment ...                              # ours: better with few images
+    python train_sga.py --preset few_images ...      # ours, as is transfer: docs/uap.md
     python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
 
 The loss is ascended. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt and
@@ -33,7 +33,7 @@ from utils.attack.universal import (
     drawing,
     layers_of,
     make_loss,
-    rows,
+    picked,
     warp,
 )
 from utils.cli import TRAINING, Parser, at_least, names, radius, run_script
@@ -86,7 +86,7 @@ def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, augment=None, tick
     inner, total, losses = delta, torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, inner, rows(y, index))
+        value, g = gradient(batch, inner, picked(y, index))
         inner = (inner + alpha * g.sign()).clamp(-eps, eps)
         total += g
         losses = losses + value
@@ -99,7 +99,7 @@ def spgd_gradient(gradient, x, y, delta, draws, *, augment=None, tick=lambda: No
     total, losses = torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, delta, rows(y, index))
+        value, g = gradient(batch, delta, picked(y, index))
         total += g * (len(index) / len(x))
         losses = losses + value * (len(index) / len(x))
         tick()

@@ -32,7 +32,10 @@ def logit_loss(logits, y):
 
 
 def cosine_loss(h, clean):
-    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D)."""
+    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D).
+
+    At delta = 0 its gradient is zero but for rounding, by whose signs a perturbation leaves zero.
+    """
     return -F.cosine_similarity(h, clean).mean()
 
 
@@ -49,7 +52,7 @@ def make_loss(name, beta, target):
     return (lambda logits, y: clamped_ce(logits, y, beta)) if name == "ce" else logit_loss
 
 
-def rows(y, index):
+def picked(y, index):
     """Of each model's labels or outputs those of some images; None stays None."""
     return [of_model if of_model is None else of_model[index] for of_model in y]
 
