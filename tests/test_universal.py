@@ -152,6 +152,14 @@ def test_two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle(augment)
     torch.testing.assert_close(training.delta, delta, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["sga", "spgd"])
+def test_a_perturbation_leaves_zero_where_the_gradient_is_zero_but_for_rounding(method):
+    training = training_of(options(loss="cosine", method=method), [toy(dtype=torch.float32)],
+                           pictures())
+    losses = [training.one_pass(Bar())["loss"] for _ in range(3)]
+    assert training.delta.abs().max() > 0 and losses[-1] > losses[0] >= -1 - 1e-6
+
+
 # ------------------------------------------------------------------------ forward passes
 
 class Counting(nn.Module):
