@@ -22,27 +22,16 @@ from statistics import fmean
 
 import torch
 
-from utils import precision, run
+from utils import defenses, precision, run, sga_run
+from utils.attack import universal
 from utils.attack.balls import cut
 from utils.attack.chance import chance_of
-from utils.attack.universal import (
-    COMPARING,
-    LOSSES,
-    Features,
-    draw_maps,
-    drawing,
-    layers_of,
-    make_loss,
-    picked,
-    warp,
-)
+from utils.attack.universal import draw_maps, make_loss, warp
 from utils.cli import TRAINING, Parser, at_least, names, radius, run_script
 from utils.data import NAMED, cached, load, to_float
-from utils.defenses import adaptive, defend, is_random
 from utils.errors import UserError
 from utils.loop import Trainer, loop
 from utils.measure import predictions
-from utils.sga_run import METHODS, fooled, save_perturbation, settle, uap_name, watched
 
 SPGD_CHUNK = 50   # images per backward pass of SPGD: 250 at once need 27 GB on VGG16
 HELD = ("delta", "v", "labels", "amp", "layout")  # by a checkpoint, besides the generator
@@ -58,10 +47,10 @@ def model_gradient(model, x, delta, y, loss, generator=None):
     """
     chance = None if generator is None else chance_of(generator, x)
     if y is None:
-        with torch.no_grad(), drawing(chance):
+        with torch.no_grad(), universal.drawing(chance):
             y = model(x)
     delta = delta.detach().requires_grad_()
-    with drawing(chance):
+    with universal.drawing(chance):
         value = loss(model(cut(x + delta)), y)  # delta is broadcast: one gradient for all images
     return value.detach(), torch.autograd.grad(value, delta)[0]
 
@@ -86,7 +75,7 @@ def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, augment=None, tick
     inner, total, losses = delta, torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, inner, picked(y, index))
+        value, g = gradient(batch, inner, universal.picked(y, index))
         inner = (inner + alpha * g.sign()).clamp(-eps, eps)
         total += g
         losses = losses + value
@@ -99,7 +88,7 @@ def spgd_gradient(gradient, x, y, delta, draws, *, augment=None, tick=lambda: No
     total, losses = torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, delta, picked(y, index))
+        value, g = gradient(batch, delta, universal.picked(y, index))
         total += g * (len(index) / len(x))
         losses = losses + value * (len(index) / len(x))
         tick()
@@ -132,11 +121,12 @@ class SgaTraining(Trainer):
         self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
-        self.behind = partial(defend, name=s.defense, size=s.image_size, generator=generator)
+        self.behind = partial(defenses.defend, name=s.defense, size=s.image_size,
+                              generator=generator)
         self.measured = [self.behind(model) for model in models]
         self.pixels, self.loss = images.pixels_on(device), make_loss(s.loss, s.beta, s.target)
-        self.layers = layers_of(models, s, self.pixels[:1].to(device))
-        self.watched = watched(len(images), sum(self.uses))
+        self.layers = universal.layers_of(models, s, self.pixels[:1].to(device))
+        self.watched = sga_run.watched(len(images), sum(self.uses))
 
     def start(self):
         """What a new run keeps to: labels f(x) (S, N), precision, memory order; delta is zero."""
@@ -144,7 +134,7 @@ class SgaTraining(Trainer):
         self.labels = predictions(self.measured, self.pixels, self.device)
         self.delta = self.v = torch.zeros((1, *self.pixels.shape[1:]))
         x, y = to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
-        y = [None] * len(y) if s.loss in COMPARING else y
+        y = [None] * len(y) if s.loss in universal.COMPARING else y
         self.amp, self.layout = precision.fastest(
             self.models, lambda fast, x: input_gradient(
                 self.seen(fast), x, self.delta.to(x), y, self.loss),
@@ -154,7 +144,7 @@ class SgaTraining(Trainer):
         """What the loss is of: a layer of each Fast(Sequential(first, net)), or its logits."""
         if not self.layers:
             return fast
-        return [Features(model, f"model.1.{layer}")
+        return [universal.Features(model, f"model.1.{layer}")
                 for model, layer in zip(fast, self.layers, strict=True)]
 
     @cached_property
@@ -165,20 +155,21 @@ class SgaTraining(Trainer):
     def attacked(self):
         """What is differentiated: the outputs that the loss is of, behind the defence."""
         models = [self.behind(model) for model in self.seen(self.fast)]
-        return [adaptive(model) for model in models] if self.s.bpda else models
+        return [defenses.adaptive(model) for model in models] if self.s.bpda else models
 
     @cached_property
     def gradient(self):
         """gradient(x, delta, y) -> loss, g"""
-        both = self.generator if self.s.loss in COMPARING and is_random(self.s.defense) else None
-        return partial(input_gradient, self.attacked, loss=self.loss, generator=both)
+        both = self.s.loss in universal.COMPARING and defenses.is_random(self.s.defense)
+        return partial(input_gradient, self.attacked, loss=self.loss,
+                       generator=self.generator if both else None)
 
     def compared(self, x, index):
         """y of each model: labels, or clean outputs, None where each step has other images."""
         s = self.s
-        if s.loss not in COMPARING:
+        if s.loss not in universal.COMPARING:
             return self.labels[:, index].to(self.device)
-        if s.augment or is_random(s.defense):
+        if s.augment or defenses.is_random(s.defense):
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
             return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
@@ -212,7 +203,7 @@ class SgaTraining(Trainer):
                 "images_per_s": round(sum(self.uses) / self.pass_seconds, 1)}
 
     def after(self):
-        found = fooled(self, [self.behind(model) for model in self.fast], self.watched)
+        found = sga_run.fooled(self, [self.behind(model) for model in self.fast], self.watched)
         return {metric: fmean(shares[metric]["value"] for shares in found) for metric in found[0]}
 
     def tensors(self):
@@ -241,10 +232,10 @@ def get_args():
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd"), default="sga", help="spgd: no inner pre-search")
-    add("--preset", choices=tuple(METHODS), default="paper", help="what --augment, --momentum, "
-        "--loss and --batch_size are where they are not typed: docs/uap.md")
-    add("--loss", choices=LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: of the "
-        "logits, of the last feature map, with those of the clean image; None: preset, ce")
+    add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
+        "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
+    add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
+        "of the logits, of the last feature map, with those of the clean image; None: preset, ce")
     add("--layer", type=names, help="layer that --loss feature compares, one for all networks or "
         "one for each; None: found by a dry run, the last feature map before pooling")
     add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
@@ -269,8 +260,8 @@ def get_args():
 
 def main(args):
     device = run.resolve_device(args.device)
-    s, images, surrogates = settle(args)
-    name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
+    s, images, surrogates = sga_run.settle(args)
+    name, data = sga_run.uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}")
     flags = run.result_flags(s, "preset", device=device.type, weights=s.weights_are,
                              data_dir=f"image list {images.sha256()[:16]}")
@@ -292,7 +283,7 @@ def main(args):
           f"n={len(training.watched)} of these images, in that precision", flush=True)
     loop(training, s.epochs, folder, flags, deterministic=s.deterministic,
          minutes=s.checkpoint_minutes)
-    save_perturbation(training, folder, name)
+    sga_run.save_perturbation(training, folder, name)
 
 
 if __name__ == "__main__":
