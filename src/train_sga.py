@@ -128,7 +128,8 @@ class SgaTraining(Trainer):
         self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
-        self.behind = partial(defend, name=s.defense, size=s.image_size, generator=generator)
+        self.behind = partial(defenses.defend, name=s.defense, size=s.image_size,
+                              generator=generator)
         self.measured = [self.behind(model) for model in models]
         self.pixels, self.loss = images.pixels_on(device), make_loss(s.loss, s.beta, s.target)
         self.layers = universal.layers_of(models, s, self.pixels[:1].to(device))
@@ -161,7 +162,7 @@ class SgaTraining(Trainer):
     def attacked(self):
         """What is differentiated: the outputs that the loss is of, behind the defence."""
         models = [self.behind(model) for model in self.seen(self.fast)]
-        return [adaptive(model) for model in models] if self.s.bpda else models
+        return [defenses.adaptive(model) for model in models] if self.s.bpda else models
 
     @cached_property
     def gradient(self):
@@ -177,7 +178,7 @@ class SgaTraining(Trainer):
         s = self.s
         if s.loss not in universal.COMPARING:
             return self.labels[:, index].to(self.device)
-        if s.augment or is_random(s.defense):
+        if s.augment or defenses.is_random(s.defense):
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
             return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
@@ -212,7 +213,7 @@ class SgaTraining(Trainer):
                 "images_per_s": round(sum(self.uses) / self.pass_seconds, 1)}
 
     def after(self):
-        found = fooled(self, [self.behind(model) for model in self.fast], self.watched)
+        found = sga_run.fooled(self, [self.behind(model) for model in self.fast], self.watched)
         return {metric: fmean(shares[metric]["value"] for shares in found) for metric in found[0]}
 
     def tensors(self):

@@ -540,7 +540,7 @@ BUGS = [
         "else of_model[index] for of_model in y", "else of_model[:len(index)] for of_model in y",
         (uap("outputs_that_are_given_are_those_that_would_be_computed"),)),
     Bug("clean outputs that are kept although every step warps its images", SGA,
-        "if s.augment or is_random(s.defense):", "if is_random(s.defense):",
+        "if s.augment or defenses.is_random", "if defenses.is_random",
         (uap("two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle[True]"),)),
     Bug("a random defence draws for the clean side alone", SGA,
         "    with universal.drawing(chance):\n        value",

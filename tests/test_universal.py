@@ -305,7 +305,7 @@ def test_the_watched_images_cost_at_most_a_twentieth_of_an_epochs_gradients():
 def test_the_logged_fooling_ratio_is_computed_in_the_precision_of_the_gradients(monkeypatch):
     training = training_of(options(), [toy(dtype=torch.float32)], pictures())
     used = []
-    monkeypatch.setattr(sga, "fooled", lambda training, models, index: used.extend(models) or [{
+    monkeypatch.setattr(sga_run, "fooled", lambda training, models, index: used.extend(models) or [{
         "fooling_ratio": {"value": 0.5}}])
     training.after()
     assert used == training.fast
