@@ -22,17 +22,15 @@ from statistics import fmean
 
 import torch
 
-from utils import cli, data, precision, run, sga_run, sga_team
+from utils import cli, data, defenses, precision, run, sga_run, sga_team
 from utils.attack import universal
 from utils.attack.balls import cut
 from utils.attack.chance import chance_of
 from utils.attack.universal import draw_maps, make_loss, warp
 from utils.cli import at_least, radius
-from utils.defenses import adaptive, defend, is_random
 from utils.errors import UserError
 from utils.graphs import Graphed
 from utils.loop import Trainer, loop
-from utils.sga_run import fooled, settle
 from utils.team import Team, join_team
 
 ALONE = Team()    # one process
@@ -167,7 +165,8 @@ class SgaTraining(Trainer):
     @cached_property
     def gradient(self):
         """gradient(x, delta, y) -> loss, g"""
-        drawn, team = is_random(self.s.defense), self.team if len(self.models) > 1 else ALONE
+        drawn = defenses.is_random(self.s.defense)
+        team = self.team if len(self.models) > 1 else ALONE
         both = self.generator if drawn and self.s.loss in universal.COMPARING else None
         found = partial(input_gradient, self.attacked, loss=self.loss, generator=both, team=team)
         still = self.device.type == "cuda" and team.size == 1 and not drawn
@@ -271,7 +270,7 @@ def get_args():
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images, surrogates = team.in_turn(lambda: settle(args))
+    s, images, surrogates = team.in_turn(lambda: sga_run.settle(args))
     jobs = sga_team.jobs_of(s, team)
     ready = cache(lambda: data.load(data.cached(images, s.cache, workers=s.workers),
                                     workers=s.workers))
