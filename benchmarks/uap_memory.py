@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import train_sga
 from bench import flags_of
+from utils import sga_run
 from utils.cli import Parser, at_least, run_script
 from utils.data import default_workers, load, wnids
 from utils.run import make_generator
@@ -51,7 +52,7 @@ def main(args):
             parent.mkdir(parents=True, exist_ok=True)
             os.link(photo, parent / f"{i:05d}.jpg")
         before = resident(peak=False)
-        s, images, _ = train_sga.settle(flags_of(
+        s, images, _ = sga_run.settle(flags_of(
             train_sga, "--data_dir", Path(folder) / "train", "--weights", "random", "--augment",
             "--iter", 1))
         images = load(images, workers=default_workers())

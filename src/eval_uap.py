@@ -28,6 +28,8 @@ from utils.precision import Fast
 from utils.team import join_to_count
 from utils.uaps import digest, find_uaps, fit_size, read_uaps, rounded
 
+SHOWN = 4  # networks whose predictions stand in examples.png
+
 
 @torch.no_grad()
 def count(models, deltas, images, aims, s, device, progress):
@@ -70,17 +72,25 @@ def read_in(geometry, images, s):
 
 
 @torch.no_grad()
-def examples(model, delta, images, names_of, number, device):
-    """A few images (n, C, H, W), evenly spaced, before and after; None if none can be decoded."""
+def examples(models, delta, images, names_of, number, device):
+    """A few images (n, C, H, W), evenly spaced, before and after; None if none can be decoded.
+
+    models, names_of: {network: it}, {network: names of its classes}. The classes are those of the
+    first network; `seen`: {network: what the first SHOWN networks see in the perturbed image}
+    """
     chosen = torch.linspace(0, len(images) - 1, min(number, len(images))).long().tolist()
     found = [p for p in (images[i] for i in chosen) if p is not None]
     if not found:
         return None
     x = data.to_float(torch.stack(found)).to(device)
     x_adv = (x + delta.to(device)).clamp(0, 1)
-    before, after = ([class_name(names_of, k) for k in model(z).argmax(1).tolist()]
-                     for z in (x, x_adv))
-    return {"x": x.cpu(), "x_adv": x_adv.cpu(), "delta": delta, "before": before, "after": after}
+
+    def predicted(name, z):
+        return [class_name(names_of[name], k) for k in models[name](z).argmax(1).tolist()]
+    shown = list(models)[:SHOWN]
+    seen = {name: predicted(name, x_adv) for name in shown}
+    return {"x": x.cpu(), "x_adv": x_adv.cpu(), "delta": delta, "before": predicted(shown[0], x),
+            "after": seen[shown[0]], "seen": seen}
 
 
 # --------------------------------------------------------------------- the command
@@ -101,7 +111,8 @@ def get_args():
     add("--resize", action="store_true", help="scale a perturbation of another size to the target")
     add("--save", "--results", type=Path, default=Path("runs/eval"), help="folder for tables and "
         "pictures")
-    add("--show", type=at_least(0), default=4, help="images in examples.png")
+    add("--show", type=at_least(0), default=4, help="images in examples.png: clean, "
+        "perturbed, and what up to four networks see in them")
     add("--amp", choices=("off", "bf16"), default="off", help="off: float32, as published figures")
     parser.shared("batch_size", "seed", "device", "workers", "cache")
     return parser.parse_args()
@@ -176,8 +187,8 @@ def save_pictures(folder, rows, uaps, targets, shown):
     if shown:
         run.write_atomic(folder / "examples.png", draw.examples(**shown, title=uaps[0].name))
         buffer = io.BytesIO()
-        np.savez(buffer, **{key: np.asarray(value) for key, value in shown.items()},
-                 target=targets[0].name, uap=uaps[0].name)
+        np.savez(buffer, **{key: np.asarray(value) for key, value in shown.items()
+                            if key != "seen"}, target=targets[0].name, uap=uaps[0].name)
         run.write_atomic(folder / "examples.npz", buffer.getvalue())
     if len(uaps) > 1:
         run.write_atomic(folder / "heatmap.png", draw.heatmap(
@@ -213,8 +224,9 @@ def main(args):
                  images.has_labels and bool(images.labelled or target.classes),
                  target.classes or classes)} for uap in uaps for target in targets]
     if team.first:
-        shown = examples(networks[first.geometry][first.name], fitted[first.size][uaps[0].name],
-                         read_in(first.geometry, images, s), first.classes or classes, s.show,
+        shown = examples(networks[first.geometry], fitted[first.size][uaps[0].name],
+                         read_in(first.geometry, images, s),
+                         {target.name: target.classes or classes for target in targets}, s.show,
                          device) if s.show else None
         text = save(folder, rows, about, uaps, targets, images, networks, s)
         save_pictures(folder, rows, uaps, targets, shown)

@@ -8,7 +8,7 @@
 
     python train_sga.py                                            # digits, offline, seconds
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
-    python train_sga.py --augment ...                              # ours: better with few images
+    python train_sga.py --preset few_images ...      # ours, as is transfer: docs/uap.md
     python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
 
 The loss is ascended. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt and
@@ -22,28 +22,15 @@ from statistics import fmean
 
 import torch
 
-from utils import precision, run
+from utils import cli, data, defenses, precision, run, sga_run, sga_team
+from utils.attack import universal
 from utils.attack.balls import cut
 from utils.attack.chance import chance_of
-from utils.attack.universal import (
-    COMPARING,
-    LOSSES,
-    Features,
-    draw_maps,
-    drawing,
-    layers_of,
-    make_loss,
-    rows,
-    warp,
-)
-from utils.cli import TRAINING, Parser, at_least, names, radius, run_script, seeds
-from utils.data import cached, load, to_float
-from utils.defenses import adaptive, defend, is_random
+from utils.attack.universal import draw_maps, make_loss, warp
+from utils.cli import at_least, radius
 from utils.errors import UserError
 from utils.graphs import Graphed
 from utils.loop import Trainer, loop
-from utils.sga_run import METHODS, Run, fooled, save_perturbation, settle, watched
-from utils.sga_team import gathered, jobs_of, predicted
 from utils.team import Team, join_team
 
 ALONE = Team()    # one process
@@ -61,10 +48,10 @@ def model_gradient(model, x, delta, y, loss, generator=None):
     """
     chance = None if generator is None else chance_of(generator, x)
     if y is None:
-        with torch.no_grad(), drawing(chance):
+        with torch.no_grad(), universal.drawing(chance):
             y = model(x)
     delta = delta.detach().requires_grad_()
-    with drawing(chance):
+    with universal.drawing(chance):
         value = loss(model(cut(x + delta)), y)  # delta is broadcast: one gradient for all images
     return value.detach(), torch.autograd.grad(value, delta)[0]
 
@@ -74,8 +61,9 @@ def input_gradient(models, x, delta, y, loss, generator=None, team=ALONE):
 
     y: what model_gradient takes, for each model. team: processes that share the models.
     """
-    found = gathered(team, [partial(model_gradient, model, x, delta, of_model, loss, generator)
-                            for model, of_model in zip(models, y, strict=True)], delta)
+    works = [partial(model_gradient, model, x, delta, of_model, loss, generator)
+             for model, of_model in zip(models, y, strict=True)]
+    found = sga_team.gathered(team, works, delta)
     return tuple(reduce(torch.add, one) / len(models) for one in zip(*found, strict=True))
 
 
@@ -89,7 +77,7 @@ def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, augment=None, tick
     inner, total, losses = delta, torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, inner, rows(y, index))
+        value, g = gradient(batch, inner, universal.picked(y, index))
         inner = (inner + alpha * g.sign()).clamp(-eps, eps)
         total += g
         losses = losses + value
@@ -103,10 +91,10 @@ def spgd_gradient(gradient, x, y, delta, draws, *, augment=None, tick=lambda: No
     def chunk(j, index):
         tick()
         batch = x[index] if augment is None else warp(x[index], augment[j])
-        return gradient(batch, delta, rows(y, index))
+        return gradient(batch, delta, universal.picked(y, index))
     total, losses = torch.zeros_like(delta), 0
     works = [partial(chunk, j, index) for j, index in enumerate(draws)]
-    for index, (value, g) in zip(draws, gathered(team, works, delta), strict=True):
+    for index, (value, g) in zip(draws, sga_team.gathered(team, works, delta), strict=True):
         total += g * (len(index) / len(x))
         losses = losses + value * (len(index) / len(x))
     return losses, total
@@ -138,19 +126,20 @@ class SgaTraining(Trainer):
         self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
-        self.behind = partial(defend, name=s.defense, size=s.image_size, generator=generator)
+        self.behind = partial(defenses.defend, name=s.defense, size=s.image_size,
+                              generator=generator)
         self.measured = [self.behind(model) for model in models]
         self.pixels, self.loss = images.pixels_on(device), make_loss(s.loss, s.beta, s.target)
-        self.layers = layers_of(models, s, self.pixels[:1].to(device))
-        self.watched = watched(len(images), sum(self.uses))
+        self.layers = universal.layers_of(models, s, self.pixels[:1].to(device))
+        self.watched = sga_run.watched(len(images), sum(self.uses))
 
     def start(self):
         """What a new run keeps to: labels f(x) (S, N), precision, memory order; delta is zero."""
         s, n = self.s, self.s.minibatch if self.s.method == "sga" else SPGD_CHUNK
-        self.labels = predicted(self.team, self.measured, self.pixels, self.device)
+        self.labels = sga_team.predicted(self.team, self.measured, self.pixels, self.device)
         self.delta = self.v = torch.zeros((1, *self.pixels.shape[1:]))
-        x, y = to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
-        y = [None] * len(y) if s.loss in COMPARING else y
+        x, y = data.to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
+        y = [None] * len(y) if s.loss in universal.COMPARING else y
         self.amp, self.layout = self.team.from_first(lambda: precision.fastest(
             self.models, lambda fast, x: input_gradient(
                 self.seen(fast), x, self.delta.to(x), y, self.loss),
@@ -160,7 +149,7 @@ class SgaTraining(Trainer):
         """What the loss is of: a layer of each Fast(Sequential(first, net)), or its logits."""
         if not self.layers:
             return fast
-        return [Features(model, f"model.1.{layer}")
+        return [universal.Features(model, f"model.1.{layer}")
                 for model, layer in zip(fast, self.layers, strict=True)]
 
     @cached_property
@@ -171,23 +160,24 @@ class SgaTraining(Trainer):
     def attacked(self):
         """What is differentiated: the outputs that the loss is of, behind the defence."""
         models = [self.behind(model) for model in self.seen(self.fast)]
-        return [adaptive(model) for model in models] if self.s.bpda else models
+        return [defenses.adaptive(model) for model in models] if self.s.bpda else models
 
     @cached_property
     def gradient(self):
         """gradient(x, delta, y) -> loss, g"""
-        both = self.generator if self.s.loss in COMPARING and is_random(self.s.defense) else None
+        drawn = defenses.is_random(self.s.defense)
         team = self.team if len(self.models) > 1 else ALONE
+        both = self.generator if drawn and self.s.loss in universal.COMPARING else None
         found = partial(input_gradient, self.attacked, loss=self.loss, generator=both, team=team)
-        still = self.device.type == "cuda" and team.size == 1 and not is_random(self.s.defense)
+        still = self.device.type == "cuda" and team.size == 1 and not drawn
         return Graphed(found) if still else found
 
     def compared(self, x, index):
         """y of each model: labels, or clean outputs, None where each step has other images."""
         s = self.s
-        if s.loss not in COMPARING:
+        if s.loss not in universal.COMPARING:
             return self.labels[:, index].to(self.device)
-        if s.augment or is_random(s.defense):
+        if s.augment or defenses.is_random(s.defense):
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
             return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
@@ -195,7 +185,7 @@ class SgaTraining(Trainer):
 
     def large_batch(self, index):
         """x (N, C, H, W), y of each model, and indices and affine maps (or None) of each step."""
-        x = to_float(self.pixels[index.to(self.pixels.device)].to(self.device))
+        x = data.to_float(self.pixels[index.to(self.pixels.device)].to(self.device))
         x = precision.to_layout(x, self.layout)
         draws = index_draws(self.s, len(x), self.generator)
         flat, sizes = torch.cat(list(draws)), [len(d) for d in draws]  # one copy to the device
@@ -222,7 +212,7 @@ class SgaTraining(Trainer):
                 "images_per_s": round(sum(self.uses) / self.pass_seconds, 1)}
 
     def after(self):
-        found = fooled(self, [self.behind(model) for model in self.fast], self.watched)
+        found = sga_run.fooled(self, [self.behind(model) for model in self.fast], self.watched)
         return {metric: fmean(shares[metric]["value"] for shares in found) for metric in found[0]}
 
     def tensors(self):
@@ -243,7 +233,7 @@ class SgaTraining(Trainer):
 # --------------------------------------------------------------------- the command
 
 def get_args():
-    parser = Parser("Make a universal adversarial perturbation.")
+    parser = cli.Parser("Make a universal adversarial perturbation.")
     add = parser.add_argument
     parser.shared("data_dir", "data_root", "labels", "classes", "num_images", num_images={
         "help": "training images, evenly over the classes; None: preset, 10000 on ImageNet"})
@@ -251,12 +241,12 @@ def get_args():
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd"), default="sga", help="spgd: no inner pre-search")
-    add("--preset", choices=tuple(METHODS), default="paper", help="what --augment, --momentum, "
-        "--loss and --batch_size are where they are not typed: docs/uap.md")
-    add("--loss", choices=LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: of the "
-        "logits, of the last feature map, with those of the clean image; None: preset, ce")
-    add("--layer", type=names, help="layer that --loss feature compares, one for all networks or "
-        "one for each; None: found by a dry run, the last feature map before pooling")
+    add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
+        "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
+    add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
+        "of the logits, of the last feature map, with those of the clean image; None: preset, ce")
+    add("--layer", type=cli.names, help="layer that --loss feature compares, one for all networks "
+        "or one for each; None: found by a dry run, the last feature map before pooling")
     add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: preset, 10/255 on ImageNet")
     add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet")
@@ -273,27 +263,28 @@ def get_args():
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="memory order of the images; auto: the faster by timing")
-    parser.shared(*TRAINING, "cache", seed={"type": seeds, "default": [0], "help": "fixes "
+    parser.shared(*cli.TRAINING, "cache", seed={"type": cli.seeds, "default": [0], "help": "fixes "
         "everything random; several, as 0,1,2: one run each, which processes share"})
     return parser.parse_args()
 
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images, surrogates = team.in_turn(lambda: settle(args))
-    jobs = jobs_of(s, team)
-    ready = cache(lambda: load(cached(images, s.cache, workers=s.workers), workers=s.workers))
+    s, images, surrogates = team.in_turn(lambda: sga_run.settle(args))
+    jobs = sga_team.jobs_of(s, team)
+    ready = cache(lambda: data.load(data.cached(images, s.cache, workers=s.workers),
+                                    workers=s.workers))
     for job, sharing in jobs:
-        one = Run.opened(job, images, sharing, device, several=len(s.seed) > 1)
+        one = sga_run.Run.opened(job, images, sharing, device, several=len(s.seed) > 1)
         models = [target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
                   for target in surrogates]
         training = SgaTraining(job, models, ready(), run.make_generator(job.seed), device, sharing)
         one.begin(training)
         loop(training, s.epochs, one.folder, one.flags, deterministic=s.deterministic,
              desc=one.desc, minutes=s.checkpoint_minutes)
-        save_perturbation(training, one.folder, one.name)
+        sga_run.save_perturbation(training, one.folder, one.name)
     team.leave()
 
 
 if __name__ == "__main__":
-    run_script(get_args, main)
+    cli.run_script(get_args, main)

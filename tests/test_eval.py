@@ -93,6 +93,26 @@ def test_an_evaluation_leaves_json_csv_markdown_and_pictures(table):
     assert (table / "images.txt").read_text().count("\n") == 1 + 40
 
 
+def test_the_examples_show_what_up_to_four_networks_see_in_the_perturbed_images():
+    images = data.open_images("digits", split="test").prepared(28, 12)
+    nets = {f"net {k}": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+            for k in range(5)}
+    delta = 0.3 * torch.randn(1, 28, 28, generator=torch.Generator().manual_seed(0)).sign()
+    names_of = {name: [f"{name} says {k}" for k in range(10)] for name in nets}
+    shown = eval_uap.examples(nets, delta, images, names_of, 3, torch.device("cpu"))
+    x = images.pixels[[0, 5, 11]] / 255
+    for name, found in shown["seen"].items():
+        assert found == [f"{name} says {k}" for k in
+                         nets[name]((x + delta).clamp(0, 1)).argmax(1).tolist()]
+    assert list(shown["seen"]) == list(nets)[:4]
+    assert shown["after"] == shown["seen"]["net 0"]
+    assert shown["before"] == [f"net 0 says {k}" for k in nets["net 0"](x).argmax(1).tolist()]
+    plain = {key: value for key, value in shown.items() if key != "seen"}
+    heights = [int.from_bytes(draw.examples(**one, title="t")[20:24], "big")
+               for one in (plain, shown)]
+    assert heights[0] < heights[1]
+
+
 @pytest.mark.slow
 def test_the_examples_are_saved_as_arrays_that_need_no_pickle(table, deltas):
     with np.load(table / "examples.npz", allow_pickle=False) as saved:

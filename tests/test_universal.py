@@ -152,6 +152,14 @@ def test_two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle(augment)
     torch.testing.assert_close(training.delta, delta, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["sga", "spgd"])
+def test_a_perturbation_leaves_zero_where_the_gradient_is_zero_but_for_rounding(method):
+    training = training_of(options(loss="cosine", method=method), [toy(dtype=torch.float32)],
+                           pictures())
+    losses = [training.one_pass(Bar())["loss"] for _ in range(3)]
+    assert training.delta.abs().max() > 0 and losses[-1] > losses[0] >= -1 - 1e-6
+
+
 # ------------------------------------------------------------------------ forward passes
 
 class Counting(nn.Module):
@@ -297,7 +305,7 @@ def test_the_watched_images_cost_at_most_a_twentieth_of_an_epochs_gradients():
 def test_the_logged_fooling_ratio_is_computed_in_the_precision_of_the_gradients(monkeypatch):
     training = training_of(options(), [toy(dtype=torch.float32)], pictures())
     used = []
-    monkeypatch.setattr(sga, "fooled", lambda training, models, index: used.extend(models) or [{
+    monkeypatch.setattr(sga_run, "fooled", lambda training, models, index: used.extend(models) or [{
         "fooling_ratio": {"value": 0.5}}])
     training.after()
     assert used == training.fast

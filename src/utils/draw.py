@@ -358,9 +358,13 @@ def eps_curves(rows):
     return _png(figure)
 
 
-def examples(x, x_adv, delta, before, after, title):
-    """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes."""
-    figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9)
+def examples(x, x_adv, delta, before, after, title, seen=None):
+    """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes.
+
+    seen: {network: n classes} that stand under the perturbed images.
+    """
+    seen = seen if seen and len(seen) > 1 else {}
+    figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9 + 0.14 * len(seen))
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(3, len(x), squeeze=False)
     for i, (clean, mid, adv) in enumerate(panels.T):
@@ -369,6 +373,8 @@ def examples(x, x_adv, delta, before, after, title):
         gain = _show_delta(mid, delta)
         _show(adv, x_adv[i])
         _name(adv, after[i], before[i])
+        adv.set_xlabel("\n".join(f"{name[:16]}: {classes[i][:16]}"
+                                 for name, classes in seen.items()), fontsize=6)
     rows = ("clean", f"perturbation × {gain:.3g}", "perturbed")
     for axes, name in zip(panels[:, 0], rows, strict=True):
         axes.set_ylabel(name, fontsize=9)

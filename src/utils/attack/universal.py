@@ -1,8 +1,8 @@
 """Of universal perturbations: losses to ascend, the layer that a loss compares, input diversity.
 
-    ce, logit       of the label: a loss of (logits, y)
-    cosine          -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
-    feature         the same, of the last feature map before pooling   FG-UAP, arXiv:2209.13113
+    ce, logit   of the label: a loss of (logits, y)
+    cosine      -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
+    feature     the same, of the last feature map before pooling   FG-UAP, arXiv:2209.13113
 
 The last two need no labels. They compare the network's outputs with those for the clean image.
 """
@@ -32,7 +32,10 @@ def logit_loss(logits, y):
 
 
 def cosine_loss(h, clean):
-    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D)."""
+    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D).
+
+    At delta = 0 its gradient is zero but for rounding, by whose signs a perturbation leaves zero.
+    """
     return -F.cosine_similarity(h, clean).mean()
 
 
@@ -49,7 +52,7 @@ def make_loss(name, beta, target):
     return (lambda logits, y: clamped_ce(logits, y, beta)) if name == "ce" else logit_loss
 
 
-def rows(y, index):
+def picked(y, index):
     """Of each model's labels or outputs those of some images; None stays None."""
     return [of_model if of_model is None else of_model[index] for of_model in y]
 
