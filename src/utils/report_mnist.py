@@ -12,9 +12,11 @@ from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
 
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
            "strongest": "strongest"}
-OLDER = {"strongest": "APGD-CE + APGD-DLR + Square"}  # of runs whose facts do not say it
+OLDER = {"strongest": "APGD-CE + APGD-DLR + Square",  # of runs whose facts do not say it
+         "optimizer": "adam, lr 0.001", "curve_images": 0}
 HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
-SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv", "strongest")  # in a summary
+SAME = ("kind", "epochs", "optimizer", "images_sha256", "alpha_fgs", "alpha_fgv",
+        "strongest", "curve_images")  # in a summary
 
 
 def titles(facts):
@@ -49,6 +51,7 @@ def settings(facts):
     """{name: value} that all figures of the table depend on."""
     return {
         "data": facts["kind"], "training images": facts["num_images"], "epochs": facts["epochs"],
+        "optimizer": facts["optimizer"],
         "one step": f"FGS {facts['alpha_fgs']:g}, FGV {facts['alpha_fgv']:g}, "
                     f"n={facts['test_images']} test images",
         "many steps": f"Linf {facts['alpha_fgs']:g}, n={facts['attacked']}",
@@ -72,13 +75,33 @@ def table(runs):
             + markdown(["trained on", *named.values(), "s"], lines) + "".join(said))
 
 
+def over_epochs(runs, logs):
+    """Markdown: PGD-40's highest and last accuracy for every seed of the runs, as for table.
+
+    logs: {variation: [rows of log.csv of each seed]}; '' if no epoch was attacked.
+    """
+    lines = []
+    for facts, found in runs:
+        for one, rows in zip(found, logs[facts["variation"]], strict=True):
+            if "pgd40" in rows[0]:
+                best = max(rows, key=lambda row: row["pgd40"])
+                lines.append([facts["variation"], one["seed"], f"{100 * best['pgd40']:.1f}",
+                              f"{best['epoch']:.0f}", f"{100 * rows[-1]['pgd40']:.1f}"])
+    if not lines:
+        return ""
+    curve = runs[0][0]["curve_images"]
+    return (f"\nattack_robustness under PGD-40 after each epoch, %, n={curve} test images\n\n"
+            + markdown(["trained on", "seed", "highest", "after epoch", "after the last"], lines))
+
+
 def save_results(folder, facts, found):
     """Results and curve of one variation into its RunFolder; found: a dict for each seed."""
     logs = [_read_log(folder / f"seed{one['seed']}") for one in found]
     write_atomic(folder / "curve.png", draw.variations({facts["variation"]: logs}))
     save_json(folder / "results.json", {"facts": facts, "seeds": found})
     save_csv(folder / "results.csv", _rows(facts, found))
-    text = table([(facts, found)])
+    runs = [(facts, found)]
+    text = table(runs) + over_epochs(runs, {facts["variation"]: logs})
     write_atomic(folder / "results.md", text.encode())
     print(text + f"saved {folder.path}/results.json (.csv, .md), curve.png")
 
@@ -95,7 +118,7 @@ def summarise(folders, out):
                  if (path / "examples.npz").is_file()}
         rows = [{"variation": facts["variation"], **row}
                 for facts, found in runs for row in _rows(facts, found)]
-        text, curves = table(runs), draw.variations(logs)
+        text, curves = table(runs) + over_epochs(runs, logs), draw.variations(logs)
         picture = draw.exercise(shown) if shown else None
     folder = RunFolder(out)
     write_atomic(folder / "summary.md", text.encode())
