@@ -108,7 +108,7 @@ class ExerciseTraining(Trainer):
             "net": self.model[1], "optimizer": self.optimizer, "generator": self.generator})
 
     def step(self, x, y):
-        """A weight step along the sum of the gradients. -> clean loss, loss of what is added (2,)"""
+        """A weight step along the sum of the gradients. -> clean loss, loss of what was added"""
         self.optimizer.zero_grad()
         if self.adversary is None:
             losses = clean_gradient(self.model, x, y)
