@@ -8,7 +8,7 @@ import numpy as np
 from utils import draw
 from utils.errors import UserError, reading
 from utils.report import interval, markdown, protocol
-from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
+from utils.run import RunFolder, load_json, refuse_bomb, save_csv, save_json, write_atomic
 
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
            "strongest": "strongest"}
@@ -167,5 +167,6 @@ def read_examples(folder, found):
     found: the figures of its first seed, whose network attacked them.
     """
     labels = [f"{COLUMNS[name]}: {100 * found[name]['value']:.1f} %" for name in ("fgs", "fgv")]
+    refuse_bomb(folder / "examples.npz")
     with np.load(folder / "examples.npz", allow_pickle=False) as file:
         return {"labels": labels, **{key: file[key] for key in file}}
