@@ -35,6 +35,7 @@ def figures(text):
 
 def says_what_the_text_says(cells):
     text = printed(cells)
+    assert "error: " not in text and "| sga_cnn |" in text
     changed, = re.findall(r"class changed: ([\d.]+)% of 355", text)
     assert float(changed) > 40
     found = figures(text)
