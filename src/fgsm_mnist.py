@@ -4,10 +4,11 @@
     1  a small network               --batch_norm; lenet, lenet_bn in utils/nets.py
     2  FGS and FGV                   fgs_step and fgv_step of attacks.py; --alpha_fgs, --alpha_fgv
     3  evaluation                    accuracies: clean, and adversarial of the images right before
-    4  adversarial training          joint_gradient; --train fgs; (b) curve.png
+    4  adversarial training          joint_gradient, step; --train fgs; (b) curve.png
+       theta - eta (g_clean + g_adv) --optimizer sgd; adam, the default, gets the same sum
     5  variations                    --train clean | noise | fgs | fgv, each with --batch_norm
-    beyond the sheet                 PGD-40, and `strongest_quick` of attacks.py; suspicions in
-                                     utils/report_mnist.py
+    beyond the sheet                 PGD-40, also after every epoch, and `strongest_quick` of
+                                     attacks.py; suspicions in utils/report_mnist.py
 
     python fgsm_mnist.py --train fgs                                # digits, offline, seconds
     python fgsm_mnist.py --train fgs --data_dir mnist --batch_norm --seeds 3
@@ -31,8 +32,8 @@ import attacks
 from utils import measure, models
 from utils.attack.chance import numbered
 from utils.cli import Parser, at_least, radius, run_script
-from utils.data import load, open_both, to_float
-from utils.errors import UserError
+from utils.data import to_float
+from utils.exercise import OPTIMIZERS, settle
 from utils.loop import Trainer, loop
 from utils.report_mnist import save_results, summarise
 from utils.run import (
@@ -43,7 +44,6 @@ from utils.run import (
     result_flags,
     save_json,
     save_pth,
-    settled,
     write_atomic,
 )
 
@@ -89,13 +89,16 @@ def clean_gradient(model, x, y):
 
 
 class ExerciseTraining(Trainer):
-    """One seed of one variation: Adam on the clean batch and on what --train adds to it."""
+    """One seed of one variation: weight steps on the clean batch and on what --train adds to it.
 
-    def __init__(self, s, images, test, seed, device):
-        self.s, self.images, self.test = s, images, test
+    watched: test images that PGD-40 attacks after every epoch.
+    """
+
+    def __init__(self, s, images, test, watched, seed, device):
+        self.s, self.images, self.test, self.watched = s, images, test, watched
         self.model = models.trainable("lenet_bn" if s.batch_norm else "lenet", kind=images.kind,
                                       seed=seed).to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr)
+        self.optimizer = OPTIMIZERS[s.optimizer].make(self.model.parameters(), s.lr)
         self.generator = make_generator(seed)
         self.adversary = {
             "fgs": lambda x, g: attacks.fgs_step(x, g, s.alpha_fgs),
@@ -105,7 +108,7 @@ class ExerciseTraining(Trainer):
             "net": self.model[1], "optimizer": self.optimizer, "generator": self.generator})
 
     def step(self, x, y):
-        """One step of Adam. -> loss on the clean batch, loss on the added one (2,)"""
+        """A weight step along the sum of the gradients. -> clean loss, loss of what was added"""
         self.optimizer.zero_grad()
         if self.adversary is None:
             losses = clean_gradient(self.model, x, y)
@@ -128,6 +131,8 @@ class ExerciseTraining(Trainer):
 
     def after(self):
         found = accuracies(self.model.eval(), self.test, self.s, self.device)
+        if self.watched is not None:
+            found |= stronger(self.model, self.watched, self.s, self.device, only="pgd40")
         return {name: one["value"] for name, one in found.items()}
 
 
@@ -166,8 +171,8 @@ def image_gradient(model, x, y):
     return logits.detach(), g
 
 
-def stronger(model, images, s, device):
-    """{pgd40, strongest_quick: share}: the same under iterated attacks as strong as FGS."""
+def stronger(model, images, s, device, only=None):
+    """{pgd40, strongest_quick: share}: under iterated attacks as strong as FGS; or one of them."""
     eps = s.alpha_fgs
     runs = {
         "pgd40": partial(attacks.pgd, eps=eps, alpha=eps / 30, steps=40, stop_early=True),
@@ -175,7 +180,7 @@ def stronger(model, images, s, device):
     same = {"draws": 1, "batch_size": EVAL_BATCH, "device": device,
             "chance": numbered(0, len(images))}
     before, found = measure.times_right_on(model, images, **same), {}
-    for name, run in runs.items():
+    for name, run in runs.items() if only is None else [(only, runs[only])]:
         cell = measure.run_cell(measure.Attack(name, "linf", eps, run), model, model, images,
                                 before, **same, desc=name)
         found[name] = measure.figures(cell)["attack_robustness"]
@@ -218,11 +223,15 @@ def get_args():
     add("--epochs", type=at_least(1), help="passes over the training images; None: 50, for digits "
         "30")
     add("--batch_size", type=at_least(2), default=128, help="clean images in a step")
-    add("--lr", type=at_least(0, float), default=1e-3, help="learning rate of Adam")
+    add("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="adam; sgd: the sheet's "
+        "theta - lr (g_clean + g_adv), without momentum")
+    add("--lr", type=at_least(0, float), help="learning rate; None: adam 0.001, sgd 0.1")
     shared("seed", seed={"help": "the first seed"})
     add("--seeds", type=at_least(1), default=1, help="how many seeds, one after the other")
     add("--eval_images", type=at_least(1), default=1000, help="test images for the attacks beyond "
         "the sheet, evenly over the classes; at most all there are")
+    add("--curve_images", type=at_least(0), help="test images that PGD-40 attacks after every "
+        "epoch; None: 500, for digits 100")
     shared("queries")
     add("--summary", nargs="+", type=Path, help="train nothing; put these finished run folders "
         "into one table and two pictures, in --save")
@@ -231,30 +240,13 @@ def get_args():
     return parser.parse_args()
 
 
-def settle(args):
-    """The flags with epochs, name and run folder filled in; training images, test images."""
-    images, test = open_both(args.data_dir, args.data_root)
-    if images.kind not in ("digits", "mnist", "cifar10"):
-        raise UserError(f"--data_dir {args.data_dir}: wanted digits, mnist or cifar10, or a folder "
-                        "that holds one of the last two")
-    test = load(test, workers=0)
-    images = load(images.prepared(images.size, args.num_images), workers=0)
-    if len(images) < 2:
-        raise UserError(f"--num_images {len(images)}: BatchNorm has no statistics of one image; "
-                        "wanted two at least")
-    name = args.train + "_bn" * args.batch_norm
-    epochs = args.epochs or (30 if images.kind == "digits" else 50)
-    save = args.save or Path("runs") / f"{images.kind}_{name}"
-    return settled(args, name=name, epochs=epochs, save=save), images, test
-
-
-def one_seed(s, seed, images, test, few, device):
+def one_seed(s, seed, images, test, few, watched, device):
     """Trains one seed in its folder and measures it. -> {seed, seconds, and its figures}"""
     flags = result_flags(s, "name", "summary", "seeds", "eval_images", "queries", seed=seed,
                          images=images.sha256()[:16], device=device.type)
     folder = RunFolder(s.save / f"seed{seed}")
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
-    trainer = ExerciseTraining(s, images, test, seed, device)
+    trainer = ExerciseTraining(s, images, test, watched, seed, device)
     trainer.resume(state, folder)
     loop(trainer, s.epochs, folder, flags, desc=f"{s.name}, seed {seed}, epoch",
          minutes=s.checkpoint_minutes)
@@ -278,12 +270,15 @@ def train_all(args):
     device = resolve_device(args.device)
     s, images, test = settle(args)
     few = test.prepared(test.size, s.eval_images)
+    watched = test.prepared(test.size, s.curve_images) if s.curve_images else None
     folder = RunFolder(s.save)
-    found = [one_seed(s, seed, images, test, few, device)
+    found = [one_seed(s, seed, images, test, few, watched, device)
              for seed in range(s.seed, s.seed + s.seeds)]
     save_results(folder, {
         "variation": s.name, "kind": images.kind, "epochs": s.epochs, "alpha_fgs": s.alpha_fgs,
         "alpha_fgv": s.alpha_fgv, "label": s.label, "num_images": len(images),
+        "optimizer": f"{s.optimizer}, lr {s.lr:g}",
+        "curve_images": s.curve_images,
         "test_images": len(test), "attacked": len(few), "images_sha256": images.sha256(),
         "strongest_quick": attacks.quick_title(models.num_classes(images.kind), s.queries),
         **provenance(device)}, found)

@@ -26,7 +26,7 @@ from utils.errors import DAMAGE, UserError, reading
 from utils.measure import share
 from utils.report import percent
 from utils.report_mnist import read_examples
-from utils.run import load_json, make_generator, write_atomic
+from utils.run import load_json, make_generator, refuse_bomb, write_atomic
 from utils.uaps import read_uap
 
 
@@ -178,6 +178,7 @@ def _examples(folder):
     if not path.is_file():
         raise UserError(f"--examples {folder}: no examples.npz there; run eval_uap.py with --show")
     try:
+        refuse_bomb(path)
         with np.load(path, allow_pickle=False) as file:
             tensors = {key: torch.from_numpy(file[key]) for key in ("x", "x_adv", "delta")}
             return tensors | {key: file[key].tolist()

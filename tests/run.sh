@@ -4,7 +4,7 @@
 #   sh tests/run.sh -m quick               a minute or two: starts no script, trains nothing
 #   sh tests/run.sh tests/test_sga.py      one file
 set -eu
-MODULES="pytest xdist ruff foolbox art pyautoattack torchattacks adv_lib timm safetensors pyarrow"
+MODULES="pytest xdist ruff foolbox art pyautoattack torchattacks adv_lib timm safetensors pyarrow nbclient ipykernel"
 REQUIREMENTS=requirements-dev.txt
 
 . "$(dirname "$0")/../src/env.sh"

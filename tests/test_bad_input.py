@@ -127,6 +127,21 @@ def text_bomb():
 BOMB = png(30_000, 30_000, pixels=b"0" * 1000)
 MLP = build_small("mlp", 1, 28).state_dict()
 HOLDS_MORE = ("holds more than tensors", "not executed")
+def zipped(compression=zipfile.ZIP_STORED, **entries):
+    """A zip archive; the names of its entries may not be those of Python."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+def deflated(archive):
+    """The same zip archive, compressed: torch opens it."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        return zipped(zipfile.ZIP_DEFLATED, **{name: file.read(name) for name in file.namelist()})
+
+
 PICKLES = {f"protocol {k}": pickle.dumps(Bomb(), k) for k in range(6)}
 FOREIGN = {  # content of a .pth that is refused: words of the line
     **{name: (content, HOLDS_MORE) for name, content in PICKLES.items()},
@@ -138,6 +153,11 @@ FOREIGN = {  # content of a .pth that is refused: words of the line
     "old format with code": (saved({"a": Bomb()}, _use_new_zipfile_serialization=False),
                              HOLDS_MORE),
     "TorchScript": (script_module(), HOLDS_MORE),
+    "zip with a pickle": (zipped(**{"archive/data.pkl": PICKLES["protocol 2"],
+                                    "archive/version": b"3"}), HOLDS_MORE),
+    "zip of a pickle elsewhere": (zipped(**{"../../data.pkl": PICKLES["protocol 2"]}),
+                                  ("truncated",)),
+    "bomb of zeros": (deflated(saved({"a": torch.zeros(10 ** 6)})), ("unpacks to 4000",)),
     "web page": (b"<!DOCTYPE html><html>not found</html>", ("no .pth file", "torch.save")),
     "pointer of git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", ("no .pth file",)),
     "empty": (b"", ("truncated",)), "cut off": (saved(MLP)[:5000], ("truncated",)),
@@ -223,6 +243,9 @@ for name, content, words in (
 for gain in (b"0", b"-1", b"9" * 400, b"many"):
     case(f"a gain of {gain[:4].decode()}", (*UAP, "--uaps", "x.png"), ("x.png", "delta_gain"),
          **{"x.png": png(text=gain)})
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(ran) (w) file\n"
+case("PostScript as a picture", (*DRAW, "--augmentations", "--image", "x.png"),
+     ("x.png", "cannot identify"), **{"x.png": POSTSCRIPT})
 case("no image", (*DRAW, "--augmentations", "--image", "none.png"), ("none.png", "no such file"))
 case("a folder as image", (*DRAW, "--augmentations", "--image", "free"), ("free", "no such file"))
 case("a terabyte of contact sheet", (*DRAW, "--augmentations", "--image_size", 10 ** 6),
@@ -250,6 +273,9 @@ for script, command in (("sga", SGA), ("uap", UAP), ("gcm", GCM), ("free", FREE)
     if script not in ("gcm", "nets", "stage"):
         flag = "--alpha_fgs" if script == "task" else "--eps"
         case(f"{flag} beyond floats, {script}", (*command, flag, "1e400"), (flag, "outside (0, 1]"))
+case("labels without end", (*NETS[:1], "--model_name", "squeezenet1_1", "--weights", "random",
+                            "--data_dir", "list/images", "--labels", "/dev/zero"),
+     ("--labels /dev/zero", "no such file"))
 case("eps of a hundred million digits", (*NETS, "--eps", "1e-99999999999"), ("--eps",))
 case("--lr beyond float32", (*FREE, "--lr", 1e39), ("--lr", "at most 1e+30"))
 case("--beta inf", (*SGA, "--beta", "inf"), ("--beta", "at most 1e+30"))
@@ -310,6 +336,12 @@ for key, value in (("eps", "x"), ("eps", float("nan")), ("alpha", -1), ("steps",
                    ("kind", []), ("data_dir", None), ("image_size", True), ("model_name", {})):
     case(f"{key} {value} of a run", NETS, ("free/natural_mlp.json", key),
          **{"free/natural_mlp.json": edited(key, value=value)})
+for key, value in (("hold_out", 10 ** 30), ("given_images", 10 ** 30), ("augment", [3]),
+                   ("w_fgsm", float("inf")), ("stage", "1"), ("low", -5), ("image_size", 10 ** 9)):
+    case(f"{key} {value} of a stage", (*NETS, "--runs", "stage1"), (STAGE1, key),
+         **{STAGE1: edited(key, value=value)})
+case("a device as the data of a run", NETS, ("/dev/zero", "no such folder"),
+     **{"free/natural_mlp.json": edited("data_dir", value="/dev/zero")})
 for value in (None, [], "x", -1, 1e400, 2.5, {}):
     for key in ("n", "draws", "before", "after", "seconds", "queries", "title"):
         if (key, value) in (("title", "x"), ("seconds", 2.5)):
@@ -329,6 +361,8 @@ for flag, folder in (("--uaps", "eval"), ("--examples", "eval"), ("--exercise", 
         case(f"{content} for {flag}", (*DRAW, flag, folder), (flag, folder),
              **{f"{folder}/results.json": content})
 for name, content in (("junk", b"junk"), ("empty", b""),
+                      ("zeros without end", zipped(zipfile.ZIP_DEFLATED, **{
+                          f"{key}.npy": npy(np.zeros(10 ** 6)) for key in ("x", "seen", "y")})),
                       ("objects", npz(x=np.array([Bomb()], object))), ("others", npz(a=CHW)),
                       ("terabytes", npz_of_terabytes()),
                       ("shapes", npz(x=CHW[0], x_adv=CHW[0], delta=CHW[0], before=[1], after=[1],
@@ -376,6 +410,10 @@ for name, content, words in (
         ("empty", "", "no images"), ("without a class", "0.jpg\n", "line 1"),
         ("of a missing file", "9.jpg 0\n", "no file 9.jpg"),
         ("of a folder", "images 0\n", "no file"),
+        ("that leaves its folder", "0.jpg 0\n../../free/x.png 1\n", "leads out of the folder"),
+        ("that leaves it in the middle", "a/../../../x.png 1\n",
+         "leads out of the folder"),
+        ("of an absolute path", "0.jpg 0\n/etc/x.png 1\n", "leads out of the folder"),
         ("of a pipe", "pipe.jpg 0\n", "no file"), ("binary", bytes(range(256)), "not text"),
         ("of a huge class", "0.jpg 1000000000\n1.jpg 0\n", "at most 6 digits"),
         ("of a class of 5000 digits", f"0.jpg {'9' * 5000}\n1.jpg 0\n", "at most 6 digits"),
@@ -385,6 +423,7 @@ for name, content, words in (
     case(f"image list {name}", OWN, (words,), **{"list/label.txt": content})
 for name, content, words in (
         ("nested", "[" * 100_000, "not JSON"), ("of numbers", '{"a": 3}', "not an image list"),
+        ("that leaves its folder", '[["0.jpg", 0], ["../x.png", 1]]', "leads out of the folder"),
         ("empty", "{}", "no images"), ("of a surrogate", '[["\\udcff.jpg", 0]]', "no file"),
         ("of zero bytes", '[["0\\u0000.jpg", 0]]', "no file")):
     case(f"JSON list {name}", OWN, (words,), **{"list/train.json": content})
@@ -431,21 +470,37 @@ def call(folder, name, *args):
     return code, err.getvalue(), [w for w in warned if not issubclass(w.category, QUIET)]
 
 
+def finish_runs(folder):
+    """A finished run of every command, and images for lists, in this empty folder."""
+    for command in (again(FREE, "free"), again(SGA, "sga"), again(STAGE, "stage1"),
+                    again(TASK, "task"), again(UAP, "eval"),
+                    again(GCM, "gcm"), again(NETS, "nets")):
+        code, err, _ = call(folder, *command)
+        assert code == 0, err
+    (folder / "list/images").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (40, 40)).save(folder / f"list/images/{i}.jpg")
+    os.mkfifo(folder / "list/images/pipe.jpg")
+
+
+def place(files, folder):
+    """Puts the files of a case there."""
+    for file, content in files.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with a finished run of every command, and what is in it; digits are read once."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(named, "_digits", cache(named._digits))
-        for command in (again(FREE, "free"), again(SGA, "sga"), again(STAGE, "stage1"),
-                        again(TASK, "task"), again(UAP, "eval"),
-                        again(GCM, "gcm"), again(NETS, "nets")):
-            code, err, _ = call(folder, *command)
-            assert code == 0, err
-        (folder / "list/images").mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (40, 40)).save(folder / f"list/images/{i}.jpg")
-        os.mkfifo(folder / "list/images/pipe.jpg")
+        finish_runs(folder)
         yield folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -486,13 +541,7 @@ def written(folder):
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_one_clear_line_and_runs_and_writes_nothing(name, here):
     command, files, words = CASES[name]
-    for file, content in files.items():
-        path = here / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    place(files, here)
     before = written(here)
     code, err, warned = call(here, *command)
     lines = [line for line in err.splitlines() if line.strip()]

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 
 from utils.nets import build_small
 from utils.run import save_pth
@@ -73,22 +74,26 @@ class Bomb:
         return os.mkdir, ("ran",)
 
 
-@pytest.fixture
-def here(tmp_path, picture):
-    """What the wrong arguments name."""
-    for folder in ("empty", "texts/class", "corrupt/class"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "file.txt").write_text("")
-    (tmp_path / "texts" / "class" / "a.txt").write_text("")
-    (tmp_path / "corrupt" / "class" / "a.jpg").write_text("")
-    picture(tmp_path / "good" / "class" / "a.jpg")
-    save_pth(tmp_path / "cnn.pth", build_small("cnn", 1, 28).state_dict())
-    save_pth(tmp_path / "nan.pth", {name: value * float("nan") for name, value in
-                                    build_small("cnn", 1, 28).state_dict().items()})
-    torch.save({"weight": Bomb()}, tmp_path / "bomb.pth")
-    save_pth(tmp_path / "ours.pth", {})
-    (tmp_path / "ours.json").write_text(  # as after a training at that size
+def make_files(top):
+    """What the wrong arguments name, in this folder."""
+    for folder in ("empty", "texts/class", "corrupt/class", "good/class"):
+        (top / folder).mkdir(parents=True)
+    (top / "file.txt").write_text("")
+    (top / "texts" / "class" / "a.txt").write_text("")
+    (top / "corrupt" / "class" / "a.jpg").write_text("")
+    Image.effect_noise((40, 40), 80).convert("RGB").save(top / "good" / "class" / "a.jpg")
+    save_pth(top / "cnn.pth", build_small("cnn", 1, 28).state_dict())
+    save_pth(top / "nan.pth", {name: value * float("nan") for name, value in
+                               build_small("cnn", 1, 28).state_dict().items()})
+    torch.save({"weight": Bomb()}, top / "bomb.pth")
+    save_pth(top / "ours.pth", {})
+    (top / "ours.json").write_text(  # as after a training at that size
         '{"image_size": 96, "head": "own", "classes": ["class"]}')
+
+
+@pytest.fixture
+def here(tmp_path):
+    make_files(tmp_path)
     return tmp_path
 
 

@@ -28,6 +28,9 @@ SMALLEST = {  # script -> flags
     "augment_speed.py": ["--model_name", "squeezenet1_0", "--batch_size", 2, "--image_size", 32,
                          "--turns", 1, "--out", "out.json"],
     "autoattack.py": ["--num_images", 4, "--epochs", 0, "--norms", "linf", "--results", "out.json"],
+    "bad_input.py": ["--cases", 1, "--results", "out.json"],
+    "full_disk.py": ["--sizes", 1, "--commands", "train_sga", "--results", "out.json"],
+    "kill_test.py": ["--kills", 1, "--commands", "train_sga", "--results", "out.json"],
     "chance_speed.py": ["--batch_size", 2, "--image_size", 8, "--queries", 3, "--turns", 1,
                         "--results", "out.json"],
     "free_cost.py": [*DIGITS, "--batch_size", 8, "--minibatches", 1, "--turns", 1, "--replays", 2,
@@ -41,7 +44,8 @@ SMALLEST = {  # script -> flags
 LEAVES = {  # script -> files; the others print only
     "attack_speed.py": {"out.json", "out.csv", "out.md"},
     "attack_table.py": {"out/results.json", "out/results.csv", "out/results.md"},
-    "augment_speed.py": {"out.json"}, "autoattack.py": {"out.json", "out.csv", "out.md"},
+    "augment_speed.py": {"out.json"}, **{name: {"out.json", "out.csv", "out.md"} for name in (
+        "autoattack.py", "bad_input.py", "full_disk.py", "kill_test.py")},
     "chance_speed.py": {"out.json", "out.csv", "out.md"},
     "free_cost.py": {"out.json", "out.csv", "out.md"},
     "gpu_table.py": {"out.json", "out.csv", "out.md"},
@@ -71,6 +75,8 @@ def test_every_benchmark_has_a_smallest_size():
 @pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_it_runs_and_leaves_its_table(name, run_here, tmp_path):
     done = run_here(name, *SMALLEST[name])
+    if name == "full_disk.py" and "may not mount" in done.stderr:
+        pytest.skip("no tmpfs can be mounted by this user")
     assert done.returncode == 0, done.stderr
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {file for file in files if "lock" not in file} == LEAVES.get(name, set())
@@ -81,6 +87,8 @@ def test_it_runs_and_leaves_its_table(name, run_here, tmp_path):
     (head, rule, *body), *_ = tables(done.stdout)
     assert set(rule) == {"---"} and body
     assert all(len(row) == len(head) and all(row[:2]) for row in body)
+    if name in ("bad_input.py", "full_disk.py", "kill_test.py"):
+        assert all(row[1] == row[-1] for row in body), done.stderr  # as many as there were
     for file in files:
         if file.endswith(".json"):
             assert json.loads((tmp_path / file).read_text())
@@ -120,6 +128,45 @@ def test_speed_and_cache_are_measured_on_the_same_photographs(run_here, tmp_path
 
 
 # ------------------------------------------------------------- what is compared with what
+
+def test_a_changed_byte_or_row_counts_as_another_outcome_and_a_clock_does_not(tmp_path):
+    import kill_test
+
+    def left(weights=b"abc", loss="1.5", seconds="3", n=40):
+        (tmp_path / "x.pth").write_bytes(weights)
+        (tmp_path / "log.csv").write_text(f"epoch,loss,seconds\n1,{loss},{seconds}\n")
+        cell = {"n": n, "seconds": seconds}
+        (tmp_path / "results.json").write_text(json.dumps({"cells": [cell]}))
+        return kill_test.outcome(tmp_path)
+    whole = left()
+    assert left(seconds="4") == whole
+    assert all(other != whole for other in (left(weights=b"abd"), left(loss="1.6"), left(n=41)))
+    (tmp_path / ".checkpoint.pth.x.tmp").write_bytes(b"")
+    assert left() != whole
+
+
+@pytest.mark.parametrize(("code", "said", "wrong"), [
+    (2, "error: word of it\n", ""), (2, "warning: w\nerror: word\n", ""),
+    (0, "", "exit status 0"), (None, "", "exit status None"), (1, "error: word\n", "exit status 1"),
+    (2, "Traceback\nerror: word\n", "2 lines"), (2, "word\n", "1 lines"),
+    (2, "error: other\n", "word not in")])
+def test_an_answer_to_bad_input_is_right_or_wrong(monkeypatch, tmp_path, code, said, wrong):
+    import bad_input
+
+    monkeypatch.setattr(bad_input, "call", lambda folder, command: (code, said))
+    found = bad_input.wrong_with((("x.py",), {"a/x.pth": b"x"}, ("word",), True), tmp_path)
+    assert found.startswith(wrong) and bool(found) == bool(wrong)
+
+
+def test_bad_input_that_writes_a_file_is_wrong(monkeypatch, tmp_path):
+    import bad_input
+
+    monkeypatch.setattr(bad_input, "call", lambda folder, command: (
+        (folder / "new").write_text(""), (2, "error: x"))[1])
+    assert bad_input.wrong_with((("x.py",), {}, (), True), tmp_path) == "a file was written"
+    (tmp_path / "ran").mkdir()
+    assert "was run" in bad_input.wrong_with((("x.py",), {}, (), False), tmp_path)
+
 
 def test_every_library_attacks_the_same_three_forms_of_the_network(monkeypatch):
     import attack_speed

@@ -22,11 +22,13 @@ from attack_toys import pictures, predicted, toy
 from attacks import fgs_step, fgsm, fgv, fgv_step, strongest_quick
 from utils import models
 from utils.data import load, open_images
+from utils.exercise import settle
 from utils.measure import share
 from utils.report_mnist import suspicions, table
 
 CPU = torch.device("cpu")
-SMALL = ("--num_images", 120, "--epochs", 2, "--eval_images", 20, "--queries", 5, "--device", "cpu")
+SMALL = ("--num_images", 120, "--epochs", 2, "--eval_images", 20, "--queries", 5, "--device", "cpu",
+         "--curve_images", 10)
 
 
 # ----------------------------------------------------------------- the formulas
@@ -63,6 +65,81 @@ def test_the_joint_step_takes_two_backward_passes_and_not_three(monkeypatch):
     assert len(passes) == 2
     fgsm_mnist.joint_gradient(model, x, y, lambda x, g: fgs_step(x, g, 0.3), label="predicted")
     assert len(passes) == 5
+
+
+def exercise(*flags, train="fgs"):
+    """The training of these flags on ten digits, on which no epoch has run yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fgsm_mnist.py", "--num_images", "10", "--train", train,
+                                    *flags])
+        s, images, test = settle(fgsm_mnist.get_args())
+    return fgsm_mnist.ExerciseTraining(s, images, test, None, 0, CPU)
+
+
+def test_sgd_takes_the_step_of_the_sheet_along_the_sum_of_both_gradients():
+    training = exercise("--optimizer", "sgd", "--lr", "0.25", "--alpha_fgs", "0.1")
+    x, y = fgsm_mnist.batch(training.images, torch.arange(6), CPU)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    x_adv = fgsm(training.model, x, y, eps=0.1)
+    for k in range(2):  # the second step shows that nothing of the first is left, as momentum
+        if k:
+            x_adv = fgsm(training.model, x, y, eps=0.1)
+        params = list(training.model.parameters())
+        clean, adv = (torch.autograd.grad(F.cross_entropy(training.model(images), y), params)
+                      for images in (x, x_adv))
+        wanted = [p.detach() - 0.25 * (g + g_adv)
+                  for p, g, g_adv in zip(params, clean, adv, strict=True)]
+        training.step(x, y)
+        assert max((p - w).abs().max() for p, w in zip(params, wanted, strict=True)) < 1e-6
+    assert max((p - b).abs().max() for p, b in zip(params, before, strict=True)) > 1e-3
+
+
+def test_adam_gets_the_sum_of_both_gradients():
+    """Its first step is lr times the sign of the gradient, wherever that is far from zero."""
+    training = exercise("--alpha_fgs", "0.1")
+    x, y = fgsm_mnist.batch(training.images, torch.arange(6), CPU)
+    params = list(training.model.parameters())
+    before = [p.detach().clone() for p in params]
+    x_adv = fgsm(training.model, x, y, eps=0.1)
+    total = [a + b for a, b in zip(*(torch.autograd.grad(
+        F.cross_entropy(training.model(images), y), params) for images in (x, x_adv)), strict=True)]
+    training.step(x, y)
+    seen = 0
+    for p, b, g in zip(params, before, total, strict=True):
+        far = g.abs() > 1e-4
+        assert torch.allclose((b - p.detach())[far], 1e-3 * g.sign()[far], atol=1e-6)
+        seen += int(far.sum())
+    assert seen > 1000
+
+
+def test_without_lr_each_optimiser_has_its_own():
+    assert exercise().s.lr == 0.001
+    assert exercise("--optimizer", "sgd").s.lr == 0.1
+    assert exercise("--optimizer", "sgd", "--lr", "0").s.lr == 0
+
+
+def test_the_curve_has_pgd_40_on_its_own_images_and_draws_nothing_from_the_training(tmp_path):
+    """The same figure as after the training, and the same network with and without it."""
+    training = exercise(train="clean")
+    training.model.eval()
+    assert "pgd40" not in training.after()
+    training.watched = training.test.prepared(training.test.size, 20)
+    state = training.generator.get_state()
+    found = training.after()["pgd40"]
+    again = fgsm_mnist.stronger(training.model, training.watched, training.s, CPU)["pgd40"]
+    assert found == again["value"] and again["n"] > 0
+    assert torch.equal(state, training.generator.get_state())
+
+
+def test_the_curve_is_that_of_the_network_in_evaluation_mode():
+    training = exercise("--batch_norm")
+    training.watched = training.test.prepared(training.test.size, 20)
+    training.model.train()
+    found = training.after()
+    assert not training.model.training
+    assert found == {name: one["value"] for name, one in {
+        **fgsm_mnist.accuracies(training.model, training.test, training.s, CPU),
+        **fgsm_mnist.stronger(training.model, training.watched, training.s, CPU, "pgd40")}.items()}
 
 
 def test_with_the_predicted_label_the_attack_does_not_know_the_true_one():
@@ -173,11 +250,13 @@ def test_suspicious_figures_are_reported():
 def test_the_table_names_the_protocol_and_what_is_suspicious():
     facts = {"variation": "fgs", "kind": "mnist", "epochs": 3, "alpha_fgs": 0.3, "alpha_fgv": 0.6,
              "label": "true", "num_images": 60000, "test_images": 1000, "attacked": 1000,
-             "device": "cpu", "strongest_quick": "APGD-CE + APGD-T + Square 1000"}
+             "device": "cpu", "strongest_quick": "APGD-CE + APGD-T + Square 1000",
+             "optimizer": "sgd, lr 0.1"}
     counts = {"clean": 980, "fgs": 853, "fgv": 500, "pgd40": 95, "strongest_quick": 17}
     text = table([(facts, [{"seed": 0, "seconds": 7.4, **{
         name: share(k, 1000) for name, k in counts.items()}}])])
     assert "training images: 60000" in text and "n=1000 test images" in text
+    assert "optimizer: sgd, lr 0.1;" in text
     assert "| fgs | 98.0 (96.9-98.7) | 85.3 (83.0-87.4) |" in text and text.count("| 7 |") == 1
     assert ("catastrophic overfitting: fgs, seed 0: accuracy under FGS 85.3 %, under PGD-40 9.5 %, "
             "under APGD-CE + APGD-T + Square 1000 1.7 %\n") in text
@@ -231,6 +310,12 @@ def test_the_whole_command_on_digits(finished):
     folder = finished / "runs" / "digits_fgs"
     log = rows(folder / "seed0" / "log.csv")
     assert [row["epoch"] for row in log] == ["1", "2"]
+    printed = (finished / "printed.txt").read_text()
+    for seed in range(2):
+        curve = [float(row["pgd40"]) for row in rows(folder / f"seed{seed}" / "log.csv")]
+        best = max(curve)
+        assert (f"| fgs | {seed} | {100 * best:.1f} | {1 + curve.index(best)} "
+                f"| {100 * curve[-1]:.1f} |") in printed
     saved = json.loads((folder / "results.json").read_text())
     assert [one["seed"] for one in saved["seeds"]] == [0, 1]
     assert saved["seeds"][0]["clean"]["value"] == pytest.approx(float(log[-1]["clean"]), abs=1e-6)
@@ -299,7 +384,8 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     done = run_here("fgsm_mnist.py", "--summary", clean, fgs, "--save", "summary")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| clean", "| fgs"]
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| clean", "| fgs"]
+    assert [line[:11] for line in lines[6:]] == ["| clean | 0", "| fgs | 0 |", "| fgs | 1 |"]
     assert len(rows(tmp_path / "summary" / "summary.csv")) == 5 + 2 * 5
     assert (tmp_path / "summary" / "curves.png").read_bytes().startswith(b"\x89PNG")
     refused(run_here("fgsm_mnist.py", "--summary", "nothing"), "no finished run")
@@ -308,7 +394,10 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     saved = (weak / "results.json").read_text()
     (weak / "results.json").write_text(saved.replace('"alpha_fgs": 0.3', '"alpha_fgs": 0.1'))
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has alpha_fgs 0.1")
+    (weak / "results.json").write_text(saved.replace("adam, lr 0.001", "sgd, lr 0.1"))
+    refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has optimizer sgd, lr 0.1")
     saved = json.loads(saved)
+    assert saved["facts"].pop("optimizer") == "adam, lr 0.001"
     assert saved["facts"].pop("strongest_quick") == "APGD-CE + APGD-T + Square 5"
     (weak / "results.json").write_text(  # of a run before it was noted, by its older name
         json.dumps(saved).replace('"strongest_quick"', '"strongest"'))
@@ -322,7 +411,8 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
 @pytest.mark.parametrize(("flags", "words"), [
     (("--train", "pgd"), ("invalid choice",)), (("--alpha_fgs", 3), ("outside (0, 1]",)),
     (("--data_dir", "nowhere"), ("nowhere",)), (("--num_images", 1), ("two at least",)),
-    (("--batch_size", 1), ("--batch_size",))], ids=str)
+    (("--batch_size", 1), ("--batch_size",)), (("--optimizer", "lion"), ("invalid choice",)),
+    (("--curve_images", -1), ("--curve_images",))], ids=str)
 def test_bad_input_is_one_line(run_here, refused, flags, words):
     refused(run_here("fgsm_mnist.py", *SMALL, *flags), *words)
 

@@ -174,7 +174,8 @@ def _difference(one, other):
 def variations(logs):
     """Accuracies over the epochs, a panel for each {variation: [rows of log.csv of each seed]}.
 
-    The line is the mean over the seeds, the band reaches from the lowest to the highest.
+    The line is the mean over the seeds, the band reaches from the lowest to the highest. Older
+    logs have no PGD-40.
     """
     columns = min(4, len(logs))
     lines = -(-len(logs) // columns)
@@ -184,7 +185,9 @@ def variations(logs):
         axes.axis("off")
     for axes, (name, seeds) in zip(panels.flat, logs.items(), strict=False):
         for key, label, colour in (("clean", "clean", BLUE), ("fgs", "FGS", ORANGE),
-                                   ("fgv", "FGV", GREEN)):
+                                   ("fgv", "FGV", GREEN), ("pgd40", "PGD-40", PINK)):
+            if key not in seeds[0][0]:
+                continue
             values = 100 * np.array([[row[key] for row in rows] for rows in seeds])
             epochs = [row["epoch"] for row in seeds[0]]
             axes.plot(epochs, values.mean(0), color=colour, label=label, lw=1.4)
@@ -196,7 +199,8 @@ def variations(logs):
         axes.set_xlabel("epoch")
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy, %")
-    panels[0, 0].legend(fontsize=8, loc="center right")
+    fullest = max(panels.flat, key=lambda axes: len(axes.lines))
+    fullest.legend(fontsize=8, loc="center right")
     return _png(figure)
 
 

@@ -9,6 +9,7 @@ track1_test1/ in it. Classes are indices, or names, which get indices in alphabe
 """
 
 import json
+import os
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -44,6 +45,10 @@ def read_list(path, folder=None, classes=None):
         raise UserError(f"{path}: no images in it; wanted lines FILE CLASS, or JSON "
                         '{"CLASS": ["FILE", ...]}')
     names, labels = zip(*pairs, strict=True)
+    away = next((name for name in names if _leads_away(name)), None)
+    if away is not None:
+        raise UserError(f"{path}: {away[:60]} leads out of the folder; wanted names relative to "
+                        "the list's folder")
     root = folder or next((path.parent / sub for sub in FOLDERS
                            if (path.parent / sub / names[0]).is_file()), None)
     missing = next((name for name in names if not (root / name).is_file()), None) if root \
@@ -110,6 +115,11 @@ def _json(path):
         raise UserError(f'{path}: not an image list; wanted {{"CLASS": ["FILE", ...]}} or '
                         '[["FILE", CLASS], ...]')
     return [(name, str(label)) for name, label in found]
+
+
+def _leads_away(name):
+    """Whether a file is named by an absolute path, or by one out of the folder."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def _is_image(name):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from utils import parquet
 from utils.errors import UserError
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other programs are run
 THINNEST = 100  # longer side of a photograph, over the shorter one
 
 
@@ -30,7 +31,8 @@ def read_image(path, *modes):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large pictures and of damaged EXIF data
-            with Image.open(io.BytesIO(parquet.image_bytes(path)) if row else path) as file:
+            opened = io.BytesIO(parquet.image_bytes(path)) if row else path
+            with Image.open(opened, formats=FORMATS) as file:
                 image = file.convert(file.mode if file.mode in modes else "RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise UserError(f"{path}: truncated, or no image ({error})") from None

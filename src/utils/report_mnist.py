@@ -8,14 +8,15 @@ import numpy as np
 from utils import draw
 from utils.errors import UserError, reading
 from utils.report import interval, markdown, protocol
-from utils.run import RunFolder, load_json, save_csv, save_json, write_atomic
+from utils.run import RunFolder, load_json, refuse_bomb, save_csv, save_json, write_atomic
 
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
            "strongest_quick": "strongest_quick"}
-OLDER = {"strongest_quick": "APGD-CE + APGD-DLR + Square"}  # of runs whose facts do not say it
+OLDER = {"strongest_quick": "APGD-CE + APGD-DLR + Square",  # of runs whose facts do not say it
+         "optimizer": "adam, lr 0.001", "curve_images": 0}
 HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
-SAME = ("kind", "epochs", "images_sha256", "alpha_fgs", "alpha_fgv",
-        "strongest_quick")  # in a summary
+SAME = ("kind", "epochs", "optimizer", "images_sha256", "alpha_fgs", "alpha_fgv",
+        "strongest_quick", "curve_images")  # in a summary
 
 
 def titles(facts):
@@ -51,6 +52,7 @@ def settings(facts):
     """{name: value} that all figures of the table depend on."""
     return {
         "data": facts["kind"], "training images": facts["num_images"], "epochs": facts["epochs"],
+        "optimizer": facts["optimizer"],
         "one step": f"FGS {facts['alpha_fgs']:g}, FGV {facts['alpha_fgv']:g}, "
                     f"n={facts['test_images']} test images",
         "many steps": f"Linf {facts['alpha_fgs']:g}, n={facts['attacked']}",
@@ -74,13 +76,33 @@ def table(runs):
             + markdown(["trained on", *named.values(), "s"], lines) + "".join(said))
 
 
+def over_epochs(runs, logs):
+    """Markdown: PGD-40's highest and last accuracy for every seed of the runs, as for table.
+
+    logs: {variation: [rows of log.csv of each seed]}; '' if no epoch was attacked.
+    """
+    lines = []
+    for facts, found in runs:
+        for one, rows in zip(found, logs[facts["variation"]], strict=True):
+            if "pgd40" in rows[0]:
+                best = max(rows, key=lambda row: row["pgd40"])
+                lines.append([facts["variation"], one["seed"], f"{100 * best['pgd40']:.1f}",
+                              f"{best['epoch']:.0f}", f"{100 * rows[-1]['pgd40']:.1f}"])
+    if not lines:
+        return ""
+    curve = runs[0][0]["curve_images"]
+    return (f"\nattack_robustness under PGD-40 after each epoch, %, n={curve} test images\n\n"
+            + markdown(["trained on", "seed", "highest", "after epoch", "after the last"], lines))
+
+
 def save_results(folder, facts, found):
     """Results and curve of one variation into its RunFolder; found: a dict for each seed."""
     logs = [_read_log(folder / f"seed{one['seed']}") for one in found]
     write_atomic(folder / "curve.png", draw.variations({facts["variation"]: logs}))
     save_json(folder / "results.json", {"facts": facts, "seeds": found})
     save_csv(folder / "results.csv", _rows(facts, found))
-    text = table([(facts, found)])
+    runs = [(facts, found)]
+    text = table(runs) + over_epochs(runs, {facts["variation"]: logs})
     write_atomic(folder / "results.md", text.encode())
     print(text + f"saved {folder.path}/results.json (.csv, .md), curve.png")
 
@@ -97,7 +119,7 @@ def summarise(folders, out):
                  if (path / "examples.npz").is_file()}
         rows = [{"variation": facts["variation"], **row}
                 for facts, found in runs for row in _rows(facts, found)]
-        text, curves = table(runs), draw.variations(logs)
+        text, curves = table(runs) + over_epochs(runs, logs), draw.variations(logs)
         picture = draw.exercise(shown) if shown else None
     folder = RunFolder(out)
     write_atomic(folder / "summary.md", text.encode())
@@ -151,5 +173,6 @@ def read_examples(folder, found):
     found: the figures of its first seed, whose network attacked them.
     """
     labels = [f"{COLUMNS[name]}: {100 * found[name]['value']:.1f} %" for name in ("fgs", "fgv")]
+    refuse_bomb(folder / "examples.npz")
     with np.load(folder / "examples.npz", allow_pickle=False) as file:
         return {"labels": labels, **{key: file[key] for key in file}}

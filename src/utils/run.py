@@ -30,6 +30,7 @@ from utils.errors import UserError
 from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
 NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # a cell of a table
+BOMB = 20  # times the size of its file that an archive may unpack to; torch does not compress
 COUNTED = ("outside", "zero_gradient", "gradients", "queries")          # by its attack
 
 # ------------------------------------------------------------ settings, device, seed
@@ -154,9 +155,12 @@ def load_pth(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of pickle protocols and deprecated formats
+            refuse_bomb(path)
             if _runs_anyway(path):
                 raise pickle.UnpicklingError("TorchScript")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch raises nearly anything on a broken file
         foreign = isinstance(error, pickle.UnpicklingError)
         if (foreign and _is_pickle(path)) or "TorchScript" in str(error):
@@ -166,6 +170,16 @@ def load_pth(path):
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
         raise UserError(f"{path}: no .pth file; wanted tensors saved by torch.save" if foreign else
                         f"{path}: truncated, or no .pth file ({reason})") from None
+
+
+def refuse_bomb(path):
+    """UserError if the file is a zip archive that unpacks to far more bytes than it has."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > BOMB * Path(path).stat().st_size:
+            raise UserError(f"{path}: unpacks to {size} bytes, more than {BOMB} times its size; "
+                            "wanted a file that torch.save or numpy wrote")
 
 
 def _runs_anyway(path):
