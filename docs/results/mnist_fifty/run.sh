@@ -1,7 +1,7 @@
 #!/bin/sh
 # All eight variations of the exercise for all fifty epochs with Adam, training on FGS also with the
 # sheet's own step (SGD), three seeds each; PGD-40 on 500 test images after every epoch; at the end
-# PGD-40 and the strongest attack on 1000. Flags of fgsm_mnist.py are passed on.
+# PGD-50-10 and AutoAttack on 1000. Flags of fgsm_mnist.py are passed on.
 #   sh docs/results/mnist_fifty/run.sh        from the root of the repository
 # The same command continues what was stopped and leaves alone what is finished. Two processes
 # share the work, each with variations of its own; then the command as it stands makes the tables:
@@ -41,5 +41,5 @@ all adam "" $TRAIN
 all sgd sgd_ $SGD
 if [ -z "$TABLES" ]; then exit 0; fi
 # shellcheck disable=SC2086
-exec "$PYTHON" src/eval_net.py --runs $seeds --num_images 1000 --attacks pgd50x10 strongest \
-    --queries 5000 --save "$RUNS/eval"
+exec "$PYTHON" src/eval_net.py --runs $seeds --num_images 1000 --attacks pgd50x10 autoattack \
+    --save "$RUNS/eval"
