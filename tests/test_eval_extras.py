@@ -72,11 +72,13 @@ def test_a_curve_is_the_attack_at_every_radius_on_what_is_left(images, s, monkey
     left = predicted(net.model, x) == y
     for eps in radii[1:]:
         who = left.nonzero()[:, 0]
-        own = chances(N, 2)[who].fold(measure.ATTACK)
+        own, report = chances(N, 2)[who].fold(measure.ATTACK), {"gradients": 0}
         if len(who):
-            x_adv = apgd(net.model, x[who], y[who], eps=eps, generator=own)
+            x_adv = apgd(net.model, x[who], y[who], eps=eps, generator=own, report=report)
             left[who] = predicted(net.model, x_adv) == y[who]
-        assert cells[f"a | APGD-CE adaptive {eps:.6g}"]["after"] == left.long().tolist()
+        cell = cells[f"a | APGD-CE adaptive {eps:.6g}"]
+        assert cell["after"] == left.long().tolist()
+        assert cell["gradients"] == report["gradients"]
     rows = curves.rows_of(net, cells)
     assert [row["attacker"] for row in rows[::10]] == ["APGD-CE, adaptive", "FAB, adaptive"]
     assert [row["k"] for row in rows[:10]] == sorted((row["k"] for row in rows[:10]), reverse=True)
