@@ -122,7 +122,7 @@ def main(args):
             "s, theirs"]
     show(head, lines, f"{args.data_dir}, {args.model_name}, {args.version}; CPU, "
          f"{torch.get_num_threads()} threads, torch {about['torch']}, commit {about['commit']}",
-         args.results, head=head, lines=lines, about=about)
+         args.results, rows=lines, about=about)
 
 
 if __name__ == "__main__":
