@@ -763,19 +763,21 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
     own = chances(12, int(torch.randint(2 ** 63 - 1, (), generator=seeded(3))))
     wanted, left, counted = x.clone(), list(range(12)), []
     for k, attack in enumerate(members.values()):
-        z = attack(model, x[left], y[left], eps=0.06, generator=own[left].fold(k))
+        one = {}
+        z = attack(model, x[left], y[left], eps=0.06, generator=own[left].fold(k), report=one)
         fooled = (predicted(model, z) != y[left]).tolist()
-        counted.append((len(left), sum(fooled)))
+        counted.append((len(left), sum(fooled), one.get("gradients", 0)))
         for i, image, hit in zip(left, z, fooled, strict=True):
             wanted[i] = image if hit else x[i]
         left = [i for i, hit in zip(left, fooled, strict=True) if not hit]
-    assert all(fooled for _, fooled in counted) and counted[-1][0] >= 3  # every member is needed
+    assert all(fooled for _, fooled, _ in counted) and counted[-1][0] >= 3  # every member is needed
     model.back = 0
     x_adv = attacks.strongest_quick(model, x, y, eps=0.06, queries=queries, generator=seeded(3),
                               report=report)
     assert torch.equal(x_adv, wanted)
     assert attacks.quick_title(classes, queries) == " + ".join(members)
-    assert [(report[name]["tried"], report[name]["fooled"]) for name in members] == counted
+    assert [(one["tried"], one["fooled"], one.get("gradients", 0))
+            for one in (report[name] for name in members)] == counted
     assert report["gradients"] == model.back
     assert report["queries"] == report["Square 200"]["queries"] > 0
     assert torch.equal(report["zero_gradient"], torch.arange(12) < 4)  # the dark ones

@@ -223,7 +223,8 @@ KINDS = {"words": lambda own: own.words(5, 7), "uniform": lambda own: own.unifor
 KINDS |= {f"point {norm}": lambda own, norm=norm: balls.random_point(
     torch.zeros(len(own), 3, 4, 4), 0.1, norm, own) for norm in NORMS}
 KINDS |= {"stripes": lambda own: square._stripes(torch.full((len(own), 3, 9, 9), 0.5), 0.1, own),
-          "tiles": lambda own: square._tiles(torch.full((len(own), 3, 15, 15), 0.5), 0.1, own)}
+          "tiles": lambda own: square._tiles(
+              torch.full((len(own), 3, 15, 15), 0.5), 0.1, own, norm="l2")}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -94,7 +94,7 @@ def leave(tmp_path, weights):
 
 @pytest.fixture
 def two_operations(monkeypatch):
-    monkeypatch.setattr(eval_net, "OPS", {name: augment.OPS[name] for name in TWO})
+    monkeypatch.setattr("utils.tested.OPS", {name: augment.OPS[name] for name in TWO})
 
 
 # --------------------------------------------------------------- the figures, naively
@@ -167,7 +167,7 @@ def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
             z = x[None] if name == "clean" else augment.OPS[name](x[None], generator=own)
             right[name] += int(model(z).argmax()) == int(y)
     assert found == {"n": 130, "right": right} and others == [found, found]
-    assert len(set(right.values())) == 3  # the comparison says something
+    assert len(set(right.values())) > 1  # the comparison says something
 
 
 def test_the_mean_over_the_corruptions_leaves_out_the_clean_images():

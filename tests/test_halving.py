@@ -40,10 +40,11 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(capsys, 
     small = Small(6, error=error)
     model, x = Halving(small, "vgg16"), pictures()
     with torch.no_grad():
-        assert torch.equal(model(x), small.net(x))
+        torch.testing.assert_close(model(x), small.net(x))  # kernels round by the batch
         assert small.seen == [20, 10, 5, 5, 5, 5]
         small.seen.clear()
-        assert torch.equal(model(x[:7]), small.net(x[:7])) and small.seen == [5, 2]
+        torch.testing.assert_close(model(x[:7]), small.net(x[:7]))
+        assert small.seen == [5, 2]
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines() == [
         f"warning: vgg16: out of memory with {n} images at a time (--batch_size), {n // 2} from "
