@@ -20,7 +20,7 @@ has_outputs = pytest.mark.skipif(
 
 def printed(cells):
     return "".join(out.text for cell in cells for out in cell.outputs
-                   if out.output_type == "stream")
+                   if out.output_type == "stream").replace("\r\n", "\n")  # of a terminal
 
 
 def pictures(cells):
