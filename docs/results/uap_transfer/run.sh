@@ -29,8 +29,7 @@ for s in $SEEDS; do
     for rows in $ROWS; do
         case $rows in
         losses)  # 6,400 gradients
-            small "few_images_batch50_$s" 4 --preset few_images --batch_size 50
-            small "transfer_$s" 4 --preset transfer ;;
+            small "few_images_batch50_$s" 4 --preset few_images --batch_size 50 ;;
         parts)   # each part alone, both, and SPGD with them
             small "paper_$s" 4
             small "momentum_$s" 4 --momentum 0.9
@@ -42,7 +41,7 @@ for s in $SEEDS; do
             small "spgd_transfer_$s" 16 --method spgd --preset transfer ;;
         long)    # 1,600 to 32,000 gradients
             for epochs in 1 2 4 10 20; do
-                small "transfer_long_$s" "$epochs" --preset transfer
+                small "transfer_$s" "$epochs" --preset transfer
             done ;;
         surrogates)
             for m in squeezenet1_1 mobilenet_v2; do
