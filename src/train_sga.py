@@ -4,7 +4,7 @@
     labels f(x) of the clean images         SgaTraining.start, once per run
     outer loop over large batches           SgaTraining.one_pass, large_batch
     inner pre-search, gradient aggregation  sga_gradient: `inner`, `total`; SPGD: spgd_gradient
-    outer update of delta                   update
+    outer update of delta                   update, or universal.adam_step
 
     python train_sga.py                                            # digits, offline, seconds
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
@@ -110,8 +110,8 @@ def update(delta, g, v, *, eps, alpha, mu):
 # ------------------------------------------------------------------ the epochs
 
 def index_draws(s, n, generator):
-    """Which of a batch's n images each step uses: SGA (M, minibatch), SPGD a partition."""
-    if s.method == "spgd":
+    """Which of a batch's n images each step uses: SGA (M, minibatch), others a partition."""
+    if s.method != "sga":
         return torch.arange(n).split(SPGD_CHUNK)
     size, steps = min(s.minibatch, n), max(1, s.iter * n // s.minibatch)  # Sec. 3.3: K |LB| / |SB|
     return torch.stack([torch.randperm(n, generator=generator)[:size] for _ in range(steps)])
@@ -123,6 +123,7 @@ class SgaTraining(Trainer):
 
     def __init__(self, s, models, images, generator, device, team=ALONE):
         parts = torch.arange(len(images)).split(s.batch_size)
+        self.batches, self.moments = len(parts), 1 + (s.method == "adam")
         self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
@@ -137,7 +138,7 @@ class SgaTraining(Trainer):
         """What a new run keeps to: labels f(x) (S, N), precision, memory order; delta is zero."""
         s, n = self.s, self.s.minibatch if self.s.method == "sga" else SPGD_CHUNK
         self.labels = sga_team.predicted(self.team, self.measured, self.pixels, self.device)
-        self.delta = self.v = torch.zeros((1, *self.pixels.shape[1:]))
+        self.delta, self.v = (torch.zeros((k, *self.pixels.shape[1:])) for k in (1, self.moments))
         x, y = data.to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
         y = [None] * len(y) if s.loss in universal.COMPARING else y
         self.amp, self.layout = self.team.from_first(lambda: precision.fastest(
@@ -192,6 +193,13 @@ class SgaTraining(Trainer):
         maps = draw_maps(flat.shape, self.generator).to(x).split(sizes) if self.s.augment else None
         return x, self.compared(x, index), flat.to(x.device).split(sizes), maps
 
+    @property
+    def step(self):
+        """The outer step that comes next."""
+        if self.s.method != "adam":
+            return partial(update, mu=self.s.momentum)
+        return partial(universal.adam_step, step=1 + self.at + self.batches * len(self.rows))
+
     def one_pass(self, bar):
         """One outer step for each large batch."""
         s, self.sums = self.s, torch.zeros((), device=self.device)
@@ -204,8 +212,7 @@ class SgaTraining(Trainer):
             x, y, draws, maps = self.large_batch(index)
             loss, g = aggregate(self.gradient, x, y, self.delta, draws, eps=s.eps, alpha=s.alpha,
                                 augment=maps, tick=bar.update)
-            self.delta, self.v = update(self.delta, g, self.v, eps=s.eps, alpha=s.alpha,
-                                        mu=s.momentum)
+            self.delta, self.v = self.step(self.delta, g, self.v, eps=s.eps, alpha=s.alpha)
             self.sums += loss * len(x)
         self.delta, self.v = self.delta.cpu(), self.v.cpu()
         return {"loss": float(self.sums) / len(self.pixels),
@@ -223,7 +230,8 @@ class SgaTraining(Trainer):
 
     def restore(self, state):
         super().restore(state)
-        self.delta, self.v = (state[name].view_as(self.pixels[:1]) for name in HELD[:2])
+        self.delta, self.v = (state[name].view((k, *self.pixels.shape[1:]))
+                              for name, k in (("delta", 1), ("v", self.moments)))
         self.labels, self.amp, self.layout = state["labels"], *(str(state[k]) for k in HELD[3:])
         if (was := self.labels.shape[1]) != (now := len(self.images)):
             raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
@@ -240,7 +248,8 @@ def get_args():
     parser.shared("model_name", "weights", "defense", model_name={"nargs": None})  # a or a,b
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
-    add("--method", choices=("sga", "spgd"), default="sga", help="spgd: no inner pre-search")
+    add("--method", choices=("sga", "spgd", "adam"), default="sga", help="spgd: no inner "
+        "pre-search; adam: nor a sign, a step of Adam, as Cos-UAP and FG-UAP")
     add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
         "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
@@ -249,7 +258,8 @@ def get_args():
         "or one for each; None: found by a dry run, the last feature map before pooling")
     add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: preset, 10/255 on ImageNet")
-    add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet")
+    add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet; of "
+        "--method adam: its rate; None: 0.51 eps, FG-UAP's")
     add("--epochs", type=at_least(1), default=20, help="passes over the images")
     add("--batch_size", type=at_least(1), help="images of an outer step; None: preset, 250")
     add("--minibatch", type=at_least(1), default=10, help="images of an inner step")

@@ -282,6 +282,7 @@ RUNS = {
         "train_sga.py", *SGA, "--model_name", "cnn", "--preset", "transfer", "--iter", 2,
         "--defense", "resizepad"),
     "spgd": ("train_sga.py", *SGA, "--method", "spgd"),
+    "adam": ("train_sga.py", *SGA, "--method", "adam", "--loss", "cosine"),
     "sga, random defence": ("train_sga.py", *SGA, "--defense", "gcm+resizepad", "--bpda"),
     "free": ("free_at.py", *FREE, "--epochs", 4, "--guard", "stop"),
     "free in an odd number of steps": ("free_at.py", *FREE, "--weight_steps", 9),

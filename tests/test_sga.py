@@ -12,7 +12,7 @@ from torch import nn
 
 import train_sga as sga
 from utils import sga_run
-from utils.attack.universal import clamped_ce
+from utils.attack.universal import adam_step, clamped_ce
 from utils.data import Images, open_images, to_float
 from utils.models import load_model
 from utils.nets import build_small
@@ -269,6 +269,22 @@ def test_a_zero_gradient_moves_nothing_and_momentum_stays_finite():
         assert torch.equal(new, delta) and velocity.isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [1, 30])
+def test_adam_takes_the_steps_of_torchs_and_is_cut_to_eps(steps):
+    oracle = torch.zeros(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([oracle], lr=0.02, maximize=True)
+    delta, v = torch.zeros(1, 3, 4, 4).double(), torch.zeros(2, 3, 4, 4).double()
+    for step in range(1, steps + 1):
+        g = torch.randn(delta.shape, generator=torch.Generator().manual_seed(step)).double() * 1e-3
+        delta, v = adam_step(delta, g, v, eps=0.04, alpha=0.02, step=step)
+        oracle.grad = g
+        optimizer.step()
+        with torch.no_grad():
+            oracle.clamp_(-0.04, 0.04)
+    torch.testing.assert_close(delta, oracle.detach(), rtol=0, atol=1e-12)
+    assert (delta.abs() == 0.04).any() == (steps > 1)
+
+
 def options(**changed):
     return argparse.Namespace(**{
         "method": "sga", "batch_size": 5, "minibatch": 3, "iter": 4, "eps": EPS, "alpha": ALPHA,
@@ -302,6 +318,7 @@ def epochs(s, model, pixels, count, seed=0):
     for _ in range(count):
         bar = Bar()
         found = training.one_pass(bar)
+        training.rows.append(found)
         assert bar.ticks == training.steps
         trail.append(training.delta.clone())
     return training.delta, training.v, found["loss"], trail
@@ -312,7 +329,7 @@ def naive_epochs(args, model, pixels, count, seed=0):
     x = pixels.float() / 255
     y = clean_labels([model], x)
     delta, v = torch.zeros(1, *x.shape[1:]), torch.zeros(1, *x.shape[1:])
-    g = torch.Generator().manual_seed(seed)
+    g, steps = torch.Generator().manual_seed(seed), 0
     for _ in range(count):
         order, losses = torch.randperm(len(x), generator=g), 0.0
         for start in range(0, len(x), args.batch_size):
@@ -323,14 +340,18 @@ def naive_epochs(args, model, pixels, count, seed=0):
                 loss, total = naive_sga([model], x[large], y[:, large], delta, draws, maps=maps)
             else:
                 loss, total = naive_gradient([model], x[large], delta, y[:, large])
-            delta, v = naive_update(delta, total, v, args.eps, args.alpha, args.momentum)
+            if args.method == "adam":
+                v, steps = v.expand(2, -1, -1, -1), steps + 1
+                delta, v = adam_step(delta, total, v, eps=args.eps, alpha=args.alpha, step=steps)
+            else:
+                delta, v = naive_update(delta, total, v, args.eps, args.alpha, args.momentum)
             losses += loss * len(large)
     return delta, v, losses / len(x)
 
 
 @pytest.mark.parametrize("changed", [
     {}, {"momentum": 0.9}, {"augment": True}, {"method": "spgd"}, {"batch_size": 100},
-    {"batch_size": 11}, {"momentum": 0.5, "method": "spgd"}], ids=str)
+    {"batch_size": 11}, {"momentum": 0.5, "method": "spgd"}, {"method": "adam"}], ids=str)
 def test_two_epochs_equal_those_of_the_naive_oracle(changed):
     """Batches of 5, 5, 2 (fewer than a minibatch); 12 (less than a batch); 11, 1 (one image)."""
     args, model, pixels = options(**changed), toy(dtype=torch.float32), pictures()

@@ -25,6 +25,7 @@ JOBS = {  # of two processes; 130 images are batches of 60, 60, 10: two chunks, 
     "three": ("--model_name", "mlp,cnn,lenet", *TINY, "--momentum", 0.9, "--augment"),
     "compared": ("--model_name", "mlp,cnn", *TINY, "--loss", "cosine"),
     "spgd": ("--model_name", "mlp", *TINY, "--method", "spgd"),
+    "adam": ("--model_name", "mlp", *TINY, "--method", "adam"),
     "spgd of two": ("--model_name", "cnn,mlp", *TINY, "--method", "spgd"),
     "seeds": ("--model_name", "mlp", *TINY, "--seed", "0,1,2")}
 TOGETHER = """

@@ -31,6 +31,7 @@ METHODS = {  # of --preset: what it sets where the flag is not typed
     "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
 MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
+ADAM_RATE = 0.51  # of eps: FG-UAP's published script has a rate of 0.02 and eps 0.0392
 WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epoch for each
 
 
@@ -44,10 +45,12 @@ def settle(args):
     preset, chosen = PRESETS[images.kind], s.model_name or [PRESETS[images.kind].surrogate]
     surrogates = surrogates_of(chosen, sum(s.weights, []), images, s.image_size)
     _check(s, images.kind, len(surrogates[0].classes) or num_classes(images.kind))
-    s = settled(s, eps=s.eps or preset.eps, alpha=s.alpha or preset.alpha, model_name=chosen,
+    eps, adam = s.eps or preset.eps, s.method == "adam"
+    s = settled(s, eps=eps, alpha=s.alpha or (ADAM_RATE * eps if adam else preset.alpha),
+                model_name=chosen,
                 weights_are=[one.described for one in surrogates],
                 num_images=s.num_images or preset.num_images, image_size=surrogates[0].size,
-                momentum=0.9 * s.augment if s.momentum is None else s.momentum)
+                momentum=0.9 * (s.augment and not adam) if s.momentum is None else s.momentum)
     return s, images.prepared(s.image_size, s.num_images), surrogates
 
 
@@ -61,6 +64,9 @@ def _check(s, kind, classes):
     if s.layer and s.loss != "feature":
         raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: no layer is compared; type "
                         "--loss feature")
+    if s.momentum and s.method == "adam":
+        raise UserError(f"--method adam --momentum {s.momentum:g}: Adam has a momentum of its own; "
+                        "leave --momentum out")
     if s.bpda and "gcm" not in s.defense:
         raise UserError(f"--bpda --defense {s.defense}: no gcm layer there; type --defense gcm")
     if s.minibatch > s.batch_size:

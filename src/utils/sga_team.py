@@ -2,7 +2,7 @@
 
     --seed 0,1,2            each process makes every size-th perturbation, alone
     several surrogates      process p differentiates surrogates p, p + size, ...
-    --method spgd           process p differentiates chunks p, p + size, ... of a batch
+    --method spgd, adam     process p differentiates chunks p, p + size, ... of a batch
 
 A job that is shared ends in the bytes of one process: every process holds all images, delta and the
 random numbers; gradients are gathered and added by each, in the order of one process.

@@ -1,4 +1,4 @@
-"""Of universal perturbations: losses to ascend, the layer that a loss compares, input diversity.
+"""Of universal perturbations: losses to ascend, Adam, the layer that a loss compares, diversity.
 
     ce, logit   of the label: a loss of (logits, y)
     cosine      -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
@@ -60,6 +60,19 @@ def picked(y, index):
 def drawing(chance):
     """Context in which random layers draw from `chance`, None: from their own generators."""
     return nullcontext() if chance is None else telling(chance)
+
+
+# ------------------------------------------------------------------ the outer step
+
+def adam_step(delta, g, v, *, eps, alpha, step, betas=(0.9, 0.999)):
+    """One step of Adam up the loss (Kingma and Ba, Alg. 1), as of Cos-UAP and FG-UAP. -> delta, v
+
+    v (2, C, H, W): running means of g and of g * g; step: 1 for the first.
+    """
+    v = torch.cat([b * mean + (1 - b) * new for b, mean, new
+                   in zip(betas, v.split(1), (g, g * g), strict=True)])
+    mean, square = (of / (1 - b ** step) for b, of in zip(betas, v.split(1), strict=True))
+    return (delta + alpha * mean / (square.sqrt() + 1e-8)).clamp(-eps, eps), v
 
 
 # ------------------------------------------------------------- the last feature map
