@@ -2,14 +2,14 @@
 # What makes a perturbation fool other networks: presets and their parts from 400 photographs,
 # measured on 300 others. What is done is kept, and a run that was stopped goes on from its
 # checkpoint.
-#   ROWS=losses SEEDS=0 sh docs/results/uap_transfer/run.sh        from the root of the repository
+#   ROWS=adam SEEDS=0 sh docs/results/uap_transfer/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_transfer}
 SEEDS=${SEEDS:-0 1 2}
-ROWS=${ROWS:-losses parts long surrogates images}
+ROWS=${ROWS:-parts adam long surrogates images floor}
 
 run() {  # run NAME EPOCHS FLAG...: trains NAME that far, and keeps the perturbation as NAME_EPOCHS
     name=$1 epochs=$2 kept=$RUNS/uaps/$1_$2; shift 2
@@ -28,17 +28,20 @@ small() {  # on SqueezeNet 1.0
 for s in $SEEDS; do
     for rows in $ROWS; do
         case $rows in
-        losses)  # 6,400 gradients
-            small "few_images_batch50_$s" 4 --preset few_images --batch_size 50 ;;
-        parts)   # each part alone, both, and SPGD with them
+        parts)   # 6,400 gradients: each part alone, those of a preset, and SPGD with them
             small "paper_$s" 4
+            small "few_images_$s" 4 --preset few_images
+            small "few_images_batch50_$s" 4 --preset few_images --batch_size 50
+            small "cosine_$s" 4 --preset transfer --loss cosine
+            small "feature_$s" 4 --loss feature
             small "momentum_$s" 4 --momentum 0.9
             small "augment_$s" 4 --augment --momentum 0
-            small "few_images_$s" 4 --preset few_images
-            small "feature_$s" 4 --loss feature
-            small "cosine_$s" 4 --preset transfer --loss cosine
+            small "batch50_$s" 4 --batch_size 50
             small "spgd_$s" 16 --method spgd
             small "spgd_transfer_$s" 16 --method spgd --preset transfer ;;
+        adam)    # the losses of Cos-UAP and FG-UAP with FG-UAP's optimiser and batch
+            small "adam_cosine_$s" 16 --method adam --loss cosine --batch_size 32
+            small "adam_feature_$s" 16 --method adam --loss feature --batch_size 32 ;;
         long)    # 1,600 to 32,000 gradients
             for epochs in 1 2 4 10 20; do
                 small "transfer_$s" "$epochs" --preset transfer
@@ -51,6 +54,8 @@ for s in $SEEDS; do
             for n in 25 50 100 200; do
                 small "transfer_n${n}_$s" $((1600 / n)) --preset transfer --num_images "$n"
             done ;;
+        floor)   # a network that never saw an image
+            WEIGHTS=random small "random_network_$s" 4 --preset transfer ;;
         esac
     done
 done
