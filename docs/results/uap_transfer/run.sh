@@ -55,7 +55,7 @@ for s in $SEEDS; do
                 small "transfer_n${n}_$s" $((1600 / n)) --preset transfer --num_images "$n"
             done ;;
         floor)   # a network that never saw an image
-            WEIGHTS=random small "random_network_$s" 4 --preset transfer ;;
+            (WEIGHTS=random; small "random_network_$s" 4 --preset transfer) ;;
         esac
     done
 done
