@@ -75,8 +75,8 @@ def read_in(geometry, images, s):
 def examples(models, delta, images, names_of, number, device):
     """A few images (n, C, H, W), evenly spaced, before and after; None if none can be decoded.
 
-    models, names_of: {network: it}, {network: names of its classes}. The classes are those of the
-    first network; `seen`: {network: what the first SHOWN networks see in the perturbed image}
+    models, names_of: {network: it}, {network: names of its classes}. before, after: the classes of
+    the first network; clean, seen: {network: classes} of the first SHOWN, before and after
     """
     chosen = torch.linspace(0, len(images) - 1, min(number, len(images))).long().tolist()
     found = [p for p in (images[i] for i in chosen) if p is not None]
@@ -88,9 +88,9 @@ def examples(models, delta, images, names_of, number, device):
     def predicted(name, z):
         return [class_name(names_of[name], k) for k in models[name](z).argmax(1).tolist()]
     shown = list(models)[:SHOWN]
-    seen = {name: predicted(name, x_adv) for name in shown}
-    return {"x": x.cpu(), "x_adv": x_adv.cpu(), "delta": delta, "before": predicted(shown[0], x),
-            "after": seen[shown[0]], "seen": seen}
+    clean, seen = ({name: predicted(name, z) for name in shown} for z in (x, x_adv))
+    return {"x": x.cpu(), "x_adv": x_adv.cpu(), "delta": delta, "before": clean[shown[0]],
+            "after": seen[shown[0]], "clean": clean, "seen": seen}
 
 
 # --------------------------------------------------------------------- the command
@@ -185,10 +185,13 @@ def save_pictures(folder, rows, uaps, targets, shown):
     for name in ("examples.png", "examples.npz", "heatmap.png"):
         (folder / name).unlink(missing_ok=True)
     if shown:
-        run.write_atomic(folder / "examples.png", draw.examples(**shown, title=uaps[0].name))
+        clean, seen = (shown.pop(key) for key in ("clean", "seen"))
+        run.write_atomic(folder / "examples.png", draw.examples(
+            **shown, title=uaps[0].name, seen=seen))
         buffer = io.BytesIO()
-        np.savez(buffer, **{key: np.asarray(value) for key, value in shown.items()
-                            if key != "seen"}, target=targets[0].name, uap=uaps[0].name)
+        np.savez(buffer, **{key: np.asarray(value) for key, value in shown.items()},
+                 networks=list(seen), clean=list(clean.values()), seen=list(seen.values()),
+                 target=targets[0].name, uap=uaps[0].name)
         run.write_atomic(folder / "examples.npz", buffer.getvalue())
     if len(uaps) > 1:
         run.write_atomic(folder / "heatmap.png", draw.heatmap(

@@ -2,6 +2,7 @@
 
     python figures.py --uaps runs/eval --rows sga_0:SGA spgd_0:SPGD --examples runs/photo   uaps.png
     python figures.py --examples runs/eval                                               digits.png
+    python figures.py --curves runs/eval --over gradients --rows 'sga_*:SGA'      uap_gradients.png
     python figures.py --w_sweep runs/w_vgg16 runs/w_resnet50                              gcm_w.png
     python figures.py --corruptions runs/eval_net --rows plain stage1:augmented       challenge.png
     python figures.py --exercise runs/mnist/clean runs/mnist/fgs                 mnist_examples.png
@@ -11,6 +12,7 @@ Every picture is written to --out, by default under the name above in imgs/.
 """
 
 import csv
+import fnmatch
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from utils.report_mnist import read_examples
 from utils.run import load_json, make_generator, refuse_bomb, write_atomic
 from utils.uaps import read_uap
 
+OVER = {"gradients": "image gradients", "num_images": "images"}  # facts of a perturbation
+
 
 def get_args():
     parser = Parser("Draw one picture of imgs/ from the files of finished runs.")
@@ -37,6 +41,9 @@ def get_args():
         "their fooling ratios as bars; None, and no other picture asked for: runs/eval")
     add("--examples", type=Path, help="folder with examples.npz of eval_uap.py: images clean and "
         "perturbed; with --uaps, its first image begins the picture")
+    add("--curves", type=Path, help="folder that eval_uap.py wrote: fooling ratio over what --over "
+        "names; a pattern of --rows, as 'sga_*:SGA', is a curve")
+    add("--over", choices=tuple(OVER), default="gradients", help="of --curves: what was spent")
     add("--w_sweep", type=Path, nargs="+", help="folders with w_sweep.csv of gcm.py: robustness "
         "against GCM's w")
     add("--corruptions", type=Path, help="folder that eval_net.py --corruptions wrote: accuracy by "
@@ -72,8 +79,9 @@ def uaps_picture(args):
         return draw.uaps(deltas, ratios)
     saved = _examples(args.examples)
     labels = dict(_chosen(args.rows, results["uaps"], folder))
-    photograph = {"x": saved["x"][0], "x_adv": saved["x_adv"][0], "before": saved["before"][0],
-                  "after": saved["after"][0], "target": saved["target"],
+    seen = zip(saved["networks"], saved["clean"], saved["seen"], strict=True)
+    photograph = {"x": saved["x"][0], "x_adv": saved["x_adv"][0],
+                  "seen": {name: (before[0], after[0]) for name, before, after in seen},
                   "uap": next((label for name, label in labels.items()
                                if name.split("/")[-1] == saved["uap"].split("/")[-1]),
                               saved["uap"])}
@@ -89,6 +97,26 @@ def examples_picture(args):
     return draw.examples(saved["x"], saved["x_adv"], saved["delta"], saved["before"],
                          saved["after"], f"{saved['uap']}, predictions of {saved['target']}\n"
                          f"fooling ratio {percent(found)}")
+
+
+def curves_picture(args):
+    """Fooling ratios over the gradients or the images that the perturbations took."""
+    results = _results(args.curves, "--curves", "eval_uap.py")
+    networks, curves = list(results["protocol"]["targets"]), {}
+    for pattern, _, label in (row.partition(":") for row in args.rows or ["*"]):
+        names = fnmatch.filter(results["uaps"], pattern)
+        if not names:
+            raise UserError(f"--rows {pattern}: not in {args.curves}, which has "
+                            f"{', '.join(results['uaps'])}")
+        for name in names:
+            facts = results["uaps"][name]["facts"]
+            if args.over not in facts:
+                raise UserError(f"--curves {args.curves}: {name} has no facts; leave it out with "
+                                "--rows")
+            shares = {row["target"]: (row["fooling_ratio"], row["target"] in facts["model_name"])
+                      for row in results["rows"] if row["uap"] == name}
+            curves.setdefault(label or pattern, {}).setdefault(facts[args.over], []).append(shares)
+    return draw.against(curves, networks, OVER[args.over])
 
 
 def w_sweep_picture(args):
@@ -173,7 +201,7 @@ def _chosen(rows, there, folder):
 
 
 def _examples(folder):
-    """examples.npz of eval_uap.py: x, x_adv, delta as tensors; before, after; target, uap."""
+    """examples.npz of eval_uap.py: x, x_adv, delta as tensors; classes; target, uap, networks."""
     path = folder / "examples.npz"
     if not path.is_file():
         raise UserError(f"--examples {folder}: no examples.npz there; run eval_uap.py with --show")
@@ -181,8 +209,8 @@ def _examples(folder):
         refuse_bomb(path)
         with np.load(path, allow_pickle=False) as file:
             tensors = {key: torch.from_numpy(file[key]) for key in ("x", "x_adv", "delta")}
-            return tensors | {key: file[key].tolist()
-                              for key in ("before", "after", "target", "uap")}
+            return tensors | {key: file[key].tolist() for key in (
+                "before", "after", "target", "uap", "networks", "clean", "seen")}
     except (*DAMAGE, OSError):
         raise UserError(f"--examples {folder}: its examples.npz is not one of eval_uap.py; run it "
                         "with --show again") from None
@@ -193,6 +221,7 @@ PICTURES = {  # flag: how it is drawn, its name in imgs/, the script whose files
     "corruptions": (corruptions_picture, "challenge", "eval_net.py"),
     "exercise": (exercise_picture, "mnist_examples", "fgsm_mnist.py"),
     "augmentations": (augmentations_picture, "augment", None),
+    "curves": (curves_picture, "uap_gradients", "eval_uap.py"),
     "uaps": (uaps_picture, "uaps", "eval_uap.py"),
     "examples": (examples_picture, "digits", "eval_uap.py")}
 

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 import attacks
-from attack_toys import greys, pictures
+from attack_toys import Watched, greys, pictures
 from utils import data, models
 from utils.attack import balls
 
@@ -301,19 +301,6 @@ def their_square(model, x, y, *, eps, norm, queries, seed):
         model, norm=PYAUTOATTACK[norm], eps=eps, n_queries=queries - 1, seed=seed)
     with torch.random.fork_rng():  # it seeds the global one
         return attack.perturb(x, y)
-
-
-class Watched(nn.Module):
-    """A model that remembers the points at which it was differentiated."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.points = model, []
-
-    def forward(self, x):
-        if x.requires_grad:
-            self.points.append(x.detach().clone())
-        return self.model(x)
 
 
 def from_the_same_start(monkeypatch, model, x, y, eps, norm, loss):

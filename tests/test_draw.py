@@ -108,7 +108,8 @@ def evaluated(tmp_path):
     x = torch.rand(3, 1, 28, 28, generator=seeded())
     np.savez(folder / "examples.npz", x=x, x_adv=(x + deltas["sga_cnn"]).clamp(0, 1),
              delta=deltas["sga_cnn"], before=["3", "4", "5"], after=["8", "4", "8"],
-             target="cnn", uap="sga_cnn")
+             target="cnn", uap="sga_cnn", networks=["cnn", "mlp"], clean=[["3", "4", "5"]] * 2,
+             seen=[["8", "4", "8"], ["3", "4", "1"]])
     return folder
 
 
@@ -120,6 +121,23 @@ def test_perturbations_and_their_fooling_ratios(run_here, refused, evaluated, tm
     assert both[0] > plain[0]
     refused(run_here("figures.py", "--uaps", evaluated, "--rows", "fgsm"), "--rows fgsm", "sga_cnn")
     refused(run_here("figures.py"), "runs/eval", "eval_uap.py")
+
+
+def test_fooling_ratios_over_what_was_spent(run_here, refused, tmp_path):
+    facts = {f"sga_{seed}_{gradients}": {"model_name": ["cnn"], "gradients": gradients,
+                                         "num_images": 10}
+             for seed in (0, 1) for gradients in (100, 1000)}
+    (tmp_path / "results.json").write_text(json.dumps({
+        "protocol": {"targets": dict.fromkeys(TARGETS, "V1")},
+        "uaps": {name: {"facts": of} for name, of in facts.items()} | {"signs": {"facts": {}}},
+        "rows": [{"uap": name, "target": target, "fooling_ratio": share(30, 50)}
+                 for name in (*facts, "signs") for target in TARGETS]}))
+    flags = ("--curves", tmp_path, "--rows")
+    drew(run_here("figures.py", *flags, "sga_*:SGA"), tmp_path / "imgs" / "uap_gradients.png")
+    drew(run_here("figures.py", *flags, "sga_0_*", "sga_1_*", "--over", "num_images", "--out",
+                  "b.png"), tmp_path / "b.png")
+    refused(run_here("figures.py", *flags, "spgd_*:SPGD"), "--rows spgd_*", "sga_0_100")
+    refused(run_here("figures.py", "--curves", tmp_path), "signs has no facts")
 
 
 def test_examples_are_three_rows(run_here, refused, evaluated, tmp_path):
@@ -197,7 +215,7 @@ def test_files_of_another_script_or_damaged_ones_are_one_line(
     other.mkdir()
     for text in ('{"settings": {}, "cells": {}}', "[]", '{"uaps": [], "rows": 3}', "{"):
         (other / "results.json").write_text(text)
-        for flag in ("--uaps", "--exercise", "--corruptions"):
+        for flag in ("--uaps", "--exercise", "--corruptions", "--curves"):
             refused(run_here("figures.py", flag, other), "other")
     refused(run_here("figures.py", "--corruptions", evaluated), "--corruptions", "eval_net.py")
     for text in ("", "model,attacker,w,epsilon\n"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from test_attacks_oracles import digits, library
-from torch import nn
 
 import attacks
 from attack_toys import (
     K,
+    Watched,
     chances,
     flat,
     greys,
@@ -164,19 +164,6 @@ def naive_fab(model, x, y, norm, steps, targets):
                     at = 0.1 * image + 0.9 * at
         found.append(best)
     return points, found
-
-
-class Watched(nn.Module):
-    """A model that remembers the points at which it was differentiated."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.points = model, []
-
-    def forward(self, x):
-        if x.requires_grad:
-            self.points.append(x.detach().clone())
-        return self.model(x)
 
 
 @pytest.mark.parametrize("norm", NORMS)

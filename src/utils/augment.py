@@ -316,8 +316,8 @@ def poisson(mean, u, v):
     table, and b what is left of the mean; each by inversion.
     """
     row = (16 * mean).long()
-    found = torch.searchsorted(_distributions(mean.device), (row << 24) + (u * 2 ** 24).long(),
-                               right=True).sub_(COUNTS * row)
+    where = ((row << 24) + (u * 2 ** 24).long()).contiguous()  # torch warns of others
+    found = torch.searchsorted(_distributions(mean.device), where, right=True).sub_(COUNTS * row)
     rest = mean - row / 16
     term = (-rest).exp()
     up_to = term.clone()  # P(X <= k)

@@ -273,20 +273,21 @@ def uaps(deltas, ratios, photograph=None, credit=""):
     """A photograph clean and perturbed, perturbations amplified; below, their fooling ratios.
 
     deltas {name: (C, H, W)}; ratios {name: {target: share}}; photograph: None, or x and x_adv
-    (C, H, W), before and after (classes that `target` predicts), uap (what was added).
+    (C, H, W), seen {network: (class before, after)}, uap (what was added).
     """
-    squares = len(deltas) + 2 * bool(photograph)
+    squares, lines = len(deltas) + 2 * bool(photograph), len((photograph or {}).get("seen", ()))
     width = max(7, 2.1 * squares)
-    heights = width / squares + 0.5, 2.6
+    heights = width / squares + 0.4 + 0.14 * lines, 2.6
     figure = _figure(width, sum(heights))
     top, bottom = figure.subfigures(2, height_ratios=heights)
     panels = top.subplots(1, squares, squeeze=False)[0]
     if photograph:
-        for axes, key, x, what in ((panels[0], "before", "x", "clean photograph"),
-                                   (panels[1], "after", "x_adv", f"with {photograph['uap']}")):
-            _show(axes, photograph[x])
-            _name(axes, photograph[key], photograph["before"],
-                  f"{what}\n{photograph['target']}: ")
+        for k, x, what in ((0, "x", "clean photograph"), (1, "x_adv", f"with {photograph['uap']}")):
+            _show(panels[k], photograph[x])
+            _name(panels[k], what, what)
+            panels[k].set_xlabel("\n".join(f"{name}: {str(classes[k])[:22]}" for name, classes
+                                           in photograph["seen"].items()), fontsize=7,
+                                 color=(BLACK, ORANGE)[k])
     for axes, (name, delta) in zip(panels[squares - len(deltas):], deltas.items(), strict=True):
         gain = _show_delta(axes, delta)
         axes.set_title(f"{name}\nat most {127.5 / gain:.0f}/255, shown × {gain:.3g}", fontsize=8,
@@ -314,6 +315,35 @@ def _bars(axes, ratios):
     axes.legend(fontsize=8, ncols=len(ratios), loc="upper right")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def against(curves, names, x):
+    """Fooling ratio over gradients or images (log scale), a panel for each network.
+
+    curves {method: {number: [{network: (share, whether the perturbation was made on it)}]}}, a
+    share for each seed. Lines join the means; dashed: a network that was not used for making it.
+    """
+    figure = _figure(3.1 * len(names) + 0.6, 3.2)
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axes, network in zip(panels, names, strict=True):
+        for k, (method, points) in enumerate(curves.items()):
+            numbers = sorted(points)
+            found = [[100 * one[network][0]["value"] for one in points[number]]
+                     for number in numbers]
+            white = points[numbers[0]][0][network][1]
+            colour = COLOURS[k % len(COLOURS)]
+            axes.plot(numbers, [np.mean(values) for values in found], color=colour,
+                      ls="-" if white else "--", label=method)
+            axes.plot([number for number, values in zip(numbers, found, strict=True)
+                       for _ in values], sum(found, []), ".", color=colour, ms=5)
+        n = sorted({one[network][0]["n"] for points in curves.values() for seeds in points.values()
+                    for one in seeds})
+        axes.set(xscale="log", ylim=(0, 100), xlabel=x,
+                 title=f"{network} (n={' / '.join(map(str, n))})")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("fooling ratio, %")
+    panels[-1].legend(fontsize=8, loc="lower right")
+    return _png(figure)
 
 
 def sweep(rows):

@@ -1,0 +1,55 @@
+"""The table of results.md from what run.sh left: a row for each setting, mean over its seeds.
+
+    python docs/results/uap_transfer/table.py runs/uap_transfer/eval
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
+
+from utils.report import markdown  # noqa: E402
+
+HEAD = ("name", "surrogate", "images", "method", "augment", "momentum", "loss", "batch_size",
+        "gradients", "seeds")
+
+
+def settings(name, facts):
+    """The cells of HEAD but the seeds; of the floor without facts, its name."""
+    if "method" not in facts:
+        return (name, *("-" for _ in HEAD[1:-1]))
+    untrained = "random" in facts["weights"]
+    return (re.sub(r"_\d+_\d+/.*", "", name),
+            " + ".join(facts["model_name"]) + (", random weights" if untrained else ""),
+            facts["num_images"], facts["method"], "yes" if facts["augment"] else "no",
+            f"{facts['momentum']:g}", facts["loss"], facts["batch_size"], facts["gradients"])
+
+
+def table(results):
+    """[head, rows ...] of strings."""
+    networks, groups = list(results["protocol"]["targets"]), {}
+    for name, uap in results["uaps"].items():
+        shares = {row["target"]: 100 * row["fooling_ratio"]["value"] for row in results["rows"]
+                  if row["uap"] == name}
+        groups.setdefault(settings(name, uap["facts"]), []).append(shares)
+    rows = [[*(f"{cell:,}" if isinstance(cell, int) else cell for cell in made), str(len(seeds)),
+             *(spread([shares[network] for shares in seeds]) for network in networks)]
+            for made, seeds in sorted(groups.items(), key=lambda item: str(item[0]))]
+    return [[*HEAD, *networks], *rows]
+
+
+def spread(values):
+    """'91.7 ± 1.2', of one seed '91.7'."""
+    more = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{more}"
+
+
+if __name__ == "__main__":
+    head, *rows = table(json.loads((Path(sys.argv[1]) / "results.json").read_text()))
+    with open(Path(__file__).parent / "results.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    print(markdown(head, rows))

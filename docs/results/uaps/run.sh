@@ -1,0 +1,59 @@
+#!/bin/sh
+# Makes the perturbations of imgs/uaps and measures them. What is done is kept, and a run that was
+# stopped goes on from its checkpoint.
+#   sh docs/results/uaps/run.sh        from the root of the repository
+set -eu
+SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+CIFAR10=${CIFAR10:-cifar10}      # the name, or a folder of that name
+PYTHON=${PYTHON:-python}
+RUNS=${RUNS:-runs/uaps}
+
+run() {  # run NAME FLAG...: a perturbation, and its picture and facts in imgs/uaps
+    name=$1; shift
+    if [ ! -d "$RUNS/done/$name" ]; then
+        "$PYTHON" src/train_sga.py --amp bf16 --layout channels_last --seed 0 \
+            --save "$RUNS/training/$name" --resume "$@"
+        mkdir -p "$RUNS/done/$name.part"
+        cp "$RUNS/training/$name"/*_*.png "$RUNS/done/$name.part/$name.png"
+        cp "$RUNS/training/$name"/*.json "$RUNS/done/$name.part/$name.json"
+        mv "$RUNS/done/$name.part" "$RUNS/done/$name"
+    fi
+    "$PYTHON" - "$RUNS/done/$name" imgs/uaps <<'END'
+import json
+import pathlib
+import shutil
+import sys
+
+made, kept = map(pathlib.Path, sys.argv[1:])
+facts = json.loads((made / f"{made.name}.json").read_text())
+del facts["data_dir"]  # where the images lay is of no use elsewhere
+(kept / f"{made.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+shutil.copy(made / f"{made.name}.png", kept)
+END
+}
+photographs() {  # NAME NETWORK FLAG...
+    name=$1 network=$2; shift 2
+    run "$name" --data_dir "$SAMPLE/train" --weights "$WEIGHTS" --model_name "$network" "$@"
+}
+photographs squeezenet1_0_sga squeezenet1_0
+photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images
+photographs squeezenet1_0_transfer squeezenet1_0 --preset transfer
+photographs squeezenet1_1_transfer squeezenet1_1 --preset transfer --epochs 4
+photographs mobilenet_v2_transfer mobilenet_v2 --preset transfer --epochs 4
+photographs ensemble_transfer squeezenet1_0,squeezenet1_1,mobilenet_v2 --preset transfer --epochs 4
+photographs squeezenet1_0_to_castle squeezenet1_0 --augment --batch_size 50 --target 483 --epochs 4
+photographs squeezenet1_0_to_jigsaw squeezenet1_0 --augment --batch_size 50 --target 611 --epochs 4
+run digits_sga --data_dir digits
+run digits_to_8 --data_dir digits --target 8
+run cifar10_sga --data_dir "$CIFAR10" --num_images 10000
+run cifar10_transfer --data_dir "$CIFAR10" --num_images 10000 --preset transfer --epochs 4
+for kind in photographs digits cifar10; do
+    case $kind in
+    photographs) set -- --data_dir "$SAMPLE/val" --weights "$WEIGHTS" \
+        --model_name squeezenet1_0 squeezenet1_1 mobilenet_v2 ;;
+    digits) set -- --data_dir digits ;;
+    cifar10) set -- --data_dir "$CIFAR10" ;;
+    esac
+    "$PYTHON" src/eval_uap.py --uaps imgs/uaps --save "$RUNS/eval/$kind" "$@"
+done
