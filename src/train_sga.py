@@ -43,7 +43,7 @@ def model_gradient(model, x, delta, y, loss, generator=None):
     """Mean loss of a model over images at x + delta, cut to [0, 1], and its gradient.
 
     x (N, C, H, W), delta (1, C, H, W) -> scalar, (1, C, H, W). y: labels (N,), or the outputs for
-    x (N, D), None: computed here. generator: of a random defence, which draws the same for both.
+    x, None: computed here. generator: of a random defence, which draws the same for both.
     """
     chance = None if generator is None else chance_of(generator, x)
     if y is None:
@@ -180,7 +180,7 @@ class SgaTraining(Trainer):
         if s.augment or defenses.is_random(s.defense):
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
-            return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
+            return [universal.joined([model(part) for part in x.split(SPGD_CHUNK)])
                     for model in self.attacked]
 
     def large_batch(self, index):

@@ -33,15 +33,16 @@ def logit_loss(logits, y):
 
 
 def cosine_loss(h, clean):
-    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D).
+    """Minus the mean cosine of outputs (N, D), or a tuple of such, and those for the clean images.
 
     At delta = 0 its gradient is zero but for rounding, by whose signs a perturbation leaves zero.
     """
-    return -F.cosine_similarity(h, clean).mean()
+    pairs = zip(h, clean, strict=True) if isinstance(h, tuple) else [(h, clean)]
+    return -torch.stack([F.cosine_similarity(a, b) for a, b in pairs]).mean()
 
 
 def make_loss(name, beta, target):
-    """loss(outputs (N, D), labels (N,) or clean outputs (N, D)) to ascend.
+    """loss(outputs, labels (N,) or clean outputs) to ascend; outputs (N, D), or a tuple of such.
 
     With a target: minus the loss of the logits towards it.
     """
@@ -55,7 +56,14 @@ def make_loss(name, beta, target):
 
 def picked(y, index):
     """Of each model's labels or outputs those of some images; None stays None."""
-    return [of_model if of_model is None else of_model[index] for of_model in y]
+    return [None if of_model is None else tuple(h[index] for h in of_model)
+            if isinstance(of_model, tuple) else of_model[index] for of_model in y]
+
+
+def joined(parts):
+    """Outputs of a model for some images after those for others."""
+    return (tuple(map(torch.cat, zip(*parts, strict=True))) if isinstance(parts[0], tuple)
+            else torch.cat(parts))
 
 
 def drawing(chance):
@@ -83,10 +91,10 @@ class _Reached(Exception):
 
 
 class Features(nn.Module):
-    """(N, C, H, W) -> (N, D) float32: what some layers of a model give, flattened.
+    """(N, C, H, W) -> a tuple of (N, D) float32: what some layers of a model give, flattened.
 
-    layers: "one", or "one+two": names of modules, below `inside`. Rows of several have length 1
-    each, so that a cosine is the mean of theirs. What comes after the last one is not computed.
+    layers: "one", or "one+two": names of modules, below `inside`. What comes after the last one is
+    not computed. The order in a row is that of memory, which a cosine does not see.
     """
 
     def __init__(self, model, layers, inside=""):
@@ -97,8 +105,9 @@ class Features(nn.Module):
         maps = {}
 
         def keep(name, module, args, out):
-            h = out.flatten(1).float()
-            maps[name] = h if len(self.layers) == 1 else F.normalize(h)
+            if out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last):
+                out = out.permute(0, 2, 3, 1)
+            maps[name] = out.flatten(1).float()
             if len(maps) == len(self.layers):
                 raise _Reached
 
@@ -107,7 +116,7 @@ class Features(nn.Module):
         try:
             self.model(x)
         except _Reached:
-            return torch.cat([maps[name] for name in self.layers], 1)
+            return tuple(maps[name] for name in self.layers)
         finally:
             for handle in handles:
                 handle.remove()
