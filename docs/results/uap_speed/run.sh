@@ -8,4 +8,4 @@ PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_speed}
 
 PYTHONPATH=src "$PYTHON" benchmarks/uap_speed.py --model_name squeezenet1_0 vgg16 \
-    --weights "$WEIGHTS" --layout channels_last --loss ce --results "$RUNS/results.json"
+    --weights "$WEIGHTS" --layout channels_last --results "$RUNS/results.json"
