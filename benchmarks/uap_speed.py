@@ -99,7 +99,8 @@ def bare_features(features, x, y, delta, draws):
         with torch.no_grad():
             clean = features(batch)
         batch.requires_grad_()
-        torch.autograd.grad((features(batch) * clean).sum(), batch)
+        pairs = zip(features(batch), clean, strict=True)
+        torch.autograd.grad(sum((seen * wanted).sum() for seen, wanted in pairs), batch)
         batch = batch.detach()
 
 
