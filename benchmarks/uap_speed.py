@@ -26,7 +26,7 @@ from tqdm import tqdm
 from bench import show, times_as_fast
 from train_sga import input_gradient, sga_gradient
 from utils.attack.balls import cut
-from utils.attack.universal import Features, clamped_ce, cosine_loss, feature_layers
+from utils.attack.universal import Features, clamped_ce, cosine_loss, feature_layer
 from utils.cli import Parser, at_least, run_script
 from utils.graphs import Graphed
 from utils.models import input_size, load_model
@@ -99,8 +99,7 @@ def bare_features(features, x, y, delta, draws):
         with torch.no_grad():
             clean = features(batch)
         batch.requires_grad_()
-        pairs = zip(features(batch), clean, strict=True)
-        torch.autograd.grad(sum((seen * wanted).sum() for seen, wanted in pairs), batch)
+        torch.autograd.grad((features(batch) * clean).sum(), batch)
         batch = batch.detach()
 
 
@@ -132,7 +131,7 @@ def loops(model, x, amp, loss, args):
     published = Fast(model, "off", "contiguous").requires_grad_()
     laid, laid_delta = to_layout(x, layout), to_layout(delta, layout)
     if loss == "feature":
-        features = Features(fast, f"model.1.{feature_layers(model[1], x[:2])}")
+        features = Features(fast, f"model.1.{feature_layer(model[1], x[:2])}")
         return {"ours": partial(ours, features, laid, y, laid_delta, draws),
                 "bare": partial(bare_features, features, laid, y, laid_delta, draws)}, layout
     return {"ours": partial(ours, fast, laid, y, laid_delta, draws),

@@ -8,7 +8,8 @@
 
     python train_sga.py                                            # digits, offline, seconds
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
-    python train_sga.py --preset transfer ...        # ours: docs/uap.md; --defense gcm --bpda ...
+    python train_sga.py --preset few_images ...      # ours, as is transfer: docs/uap.md
+    python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
 
 The loss is ascended. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt and
 checkpoint.pth in its folder. A killed run continues with --resume and ends in the same bytes.
@@ -43,7 +44,7 @@ def model_gradient(model, x, delta, y, loss, generator=None):
     """Mean loss of a model over images at x + delta, cut to [0, 1], and its gradient.
 
     x (N, C, H, W), delta (1, C, H, W) -> scalar, (1, C, H, W). y: labels (N,), or the outputs for
-    x, None: computed here. generator: of a random defence, which draws the same for both.
+    x (N, D), None: computed here. generator: of a random defence, which draws the same for both.
     """
     chance = None if generator is None else chance_of(generator, x)
     if y is None:
@@ -149,8 +150,8 @@ class SgaTraining(Trainer):
         """What the loss is of: a layer of each Fast(Sequential(first, net)), or its logits."""
         if not self.layers:
             return fast
-        return [universal.Features(model, layers, "model.1.")
-                for model, layers in zip(fast, self.layers, strict=True)]
+        return [universal.Features(model, f"model.1.{layer}")
+                for model, layer in zip(fast, self.layers, strict=True)]
 
     @cached_property
     def fast(self):
@@ -180,7 +181,7 @@ class SgaTraining(Trainer):
         if s.augment or defenses.is_random(s.defense):
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
-            return [universal.joined([model(part) for part in x.split(SPGD_CHUNK)])
+            return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
                     for model in self.attacked]
 
     def large_batch(self, index):
@@ -250,12 +251,11 @@ def get_args():
     add("--method", choices=("sga", "spgd", "adam"), default="sga", help="spgd: no inner "
         "pre-search; adam: nor a sign, a step of Adam, as Cos-UAP and FG-UAP")
     add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
-        "--momentum, --loss, --feature_maps and --batch_size are where they are not typed")
+        "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
         "of the logits, of the last feature map, with those of the clean image; None: preset, ce")
-    add("--layer", type=cli.names, help="layers that --loss feature compares, as one+two; one such "
-        "for all networks or for each; None: found by a dry run, the last ones before pooling")
-    add("--feature_maps", type=at_least(1), help="how many are found; None: preset, 1")
+    add("--layer", type=cli.names, help="layer that --loss feature compares, one for all networks "
+        "or one for each; None: found by a dry run, the last feature map before pooling")
     add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: preset, 10/255 on ImageNet")
     add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet; of "

@@ -25,15 +25,14 @@ def recorded(monkeypatch):
 
 
 def gradient(x, delta, y):
-    labels = sum(part.sum() for part in graphs.tensors(y))
+    labels = sum(part.sum() for part in y if part is not None)
     return (x * delta).sum() + labels, x.sum(0, keepdim=True) * delta + 1
 
 
 def batch(seed, n=3):
     g = torch.Generator().manual_seed(seed)
     return (torch.rand((n, 2, 4, 4), generator=g), torch.rand((1, 2, 4, 4), generator=g),
-            [torch.randint(5, (n,), generator=g), None,
-             (torch.rand((n, 7), generator=g), torch.rand((n, 3), generator=g))])
+            [torch.randint(5, (n,), generator=g), None])
 
 
 def test_every_batch_of_the_first_shape_is_replayed_and_results_are_kept(recorded):

@@ -25,7 +25,7 @@ from torchvision import models
 
 import train_sga as sga
 from utils import sga_run
-from utils.attack.universal import Features, cosine_loss, feature_layers
+from utils.attack.universal import Features, cosine_loss, feature_layer
 from utils.defenses import ResizePad
 from utils.errors import UserError
 from utils.nets import build_small
@@ -213,10 +213,10 @@ def test_features_are_the_layers_output_and_leave_no_hook():
     features = Features(net, str(LAYER))
     later = Counting(net[LAYER + 1])
     net[LAYER + 1] = later
-    torch.testing.assert_close(features(x), (net[:LAYER + 1](x).float(),))
+    torch.testing.assert_close(features(x), net[:LAYER + 1](x).float())
     assert later.seen == 0  # what comes after the layer is not computed
     assert not any(module._forward_hooks for module in net.modules())
-    with pytest.raises(AssertionError, match="unused: not all have a part"):
+    with pytest.raises(AssertionError, match="no part"):
         Features(Apart(), "unused")(x)
 
 
@@ -234,43 +234,11 @@ def test_features_of_a_fast_model_are_float32_and_near_those_of_the_model(layout
     net = build_small("cnn_bn", 1, 28).eval()
     model = nn.Sequential(nn.Identity(), net).requires_grad_(False)
     x = torch.rand((4, 1, 28, 28), generator=torch.Generator().manual_seed(0))
-    layer = feature_layers(net, x)
-    wanted, = Features(Fast(model, "off", layout), f"model.1.{layer}")(x)
-    fast, = Features(Fast(model, "bf16", layout), f"model.1.{layer}")(x)
+    layer = feature_layer(net, x)
+    wanted = Features(model, f"1.{layer}")(x)
+    fast = Features(Fast(model, "bf16", layout), f"model.1.{layer}")(x)
     assert fast.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(fast, wanted).min() > 0.99
-    plain, = Features(model, f"1.{layer}")(x)  # only the order in a row depends on the layout
-    torch.testing.assert_close(wanted.sort(1).values, plain.sort(1).values)
-
-
-def test_the_cosine_of_several_layers_is_the_mean_of_theirs():
-    net, x = toy(), pictures(4).double() / 255
-    layers = [str(LAYER - 2), str(LAYER)]
-    both, each = Features(net, "+".join(layers)), [Features(net, one) for one in layers]
-    torch.testing.assert_close(
-        cosine_loss(both(x), both(x.flip(-1))),
-        sum(cosine_loss(one(x), one(x.flip(-1))) for one in each) / 2, rtol=0, atol=1e-6)
-    inside = Features(nn.Sequential(nn.Identity(), net), "+".join(layers), inside="1.")
-    assert all(map(torch.equal, inside(x), both(x)))
-
-
-LAST = {  # what the blocks after them see, the last three
-    "alexnet": "features.7+features.9+features.11",
-    "squeezenet1_0": "features.9+features.11+features.12",
-    "resnet50": "layer4.0+layer4.1+layer4.2", "resnet18": "layer4.0+layer4.1",
-    "densenet121": "features.transition3+features.denseblock4+features.norm5",
-    "mobilenet_v2": "features.16+features.17+features.18",
-    "googlenet": "maxpool4+inception5a+inception5b",
-    "convnext_tiny": "features.5+features.6+features.7",
-    "vit_b_32": "+".join(f"encoder.layers.encoder_layer_{k}" for k in (9, 10, 11))}
-
-
-@pytest.mark.parametrize("name", LAST)
-def test_the_last_three_feature_maps_of_torchvision_networks_are_found(name):
-    with torch.device("meta"):
-        more = {"init_weights": False} if name == "googlenet" else {}
-        net, x = models.get_model(name, weights=None, **more).eval(), torch.rand(2, 3, 224, 224)
-        assert feature_layers(net, x, maps=3) == LAST[name]
 
 
 FOUND = {  # the last feature map before pooling, or the last block's tokens
@@ -287,24 +255,22 @@ def test_the_last_feature_map_of_torchvision_networks_is_found(name):
     with torch.device("meta"):
         more = {"init_weights": False} if name == "googlenet" else {}
         net, x = models.get_model(name, weights=None, **more).eval(), torch.rand(2, 3, 224, 224)
-        assert feature_layers(net, x) == FOUND[name]
+        assert feature_layer(net, x) == FOUND[name]
 
 
 def test_a_layer_that_does_not_fit_is_one_line():
     x = torch.rand(2, 1, 28, 28)
     mlp, cnn = build_small("mlp", 1, 28), build_small("cnn", 1, 28)
     with pytest.raises(UserError, match="no feature map before its classifier; type --layer"):
-        feature_layers(mlp, x)
+        feature_layer(mlp, x)
     with pytest.raises(UserError, match="--layer none: no such layer"):
-        feature_layers(cnn, x, "none")
+        feature_layer(cnn, x, "none")
     block = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())
     twice = nn.Sequential(block, nn.Sequential(block), nn.Flatten(), nn.Linear(784, 3))
     with pytest.raises(UserError, match="--layer 0.1: is called more than once"):
-        feature_layers(twice, x, "0.1")
-    assert feature_layers(twice, x) == "1"
-    assert feature_layers(cnn, x, "0") == "0"
-    with pytest.raises(UserError, match="--layer none: no such layer"):
-        feature_layers(cnn, x, "0+none")
+        feature_layer(twice, x, "0.1")
+    assert feature_layer(twice, x) == "1"
+    assert feature_layer(cnn, x, "0") == "0"
 
 
 # ------------------------------------------------------------------------ settings

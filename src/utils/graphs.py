@@ -14,15 +14,15 @@ WARM_UP = 3  # calls before the recording, as torch advises: libraries allocate 
 
 
 class Graphed:
-    """gradient(x, delta, y), y a list of tensors, tuples of them or None, for which nothing waits
-    and nothing is drawn.
+    """gradient(x, delta, y), y a list of tensors or None, for which nothing waits and nothing is
+    drawn.
     """
 
     def __init__(self, gradient):
         self.gradient, self.like, self.failed = gradient, None, False
 
     def __call__(self, x, delta, y):
-        given = [x, delta, *tensors(y)]
+        given = [x, delta, *(part for part in y if part is not None)]
         like = [(t.shape, t.dtype, t.stride()) for t in given]
         if self.like is None and not self.failed:
             self._first(given, y, like)
@@ -35,20 +35,13 @@ class Graphed:
 
     def _first(self, given, y, like):
         buffers = [t.detach().clone() for t in given]
-        mine = iter(buffers[2:])
-        y = [None if part is None else tuple(next(mine) for _ in part) if isinstance(part, tuple)
-             else next(mine) for part in y]
+        labels = iter(buffers[2:])
+        y = [None if part is None else next(labels) for part in y]
         try:
             self.replay, self.out = record(lambda: self.gradient(*buffers[:2], y))
             self.buffers, self.like = buffers, like
         except RuntimeError:  # the network reads a value back, or does what no graph can hold
             self.failed = True
-
-
-def tensors(y):
-    """Those of a list of tensors, tuples of them or None."""
-    return [t for part in y if part is not None
-            for t in (part if isinstance(part, tuple) else (part,))]
 
 
 def record(work):

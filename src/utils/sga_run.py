@@ -26,12 +26,11 @@ from utils.sga_team import predicted
 from utils.sources import label_of
 
 METHODS = {  # of --preset: what it sets where the flag is not typed
-    "paper": {"augment": False, "loss": "ce", "feature_maps": 1, "batch_size": 250},
-    "few_images": {"augment": True, "loss": "ce", "feature_maps": 1, "batch_size": 250},
-    "transfer": {"augment": True, "loss": "feature", "feature_maps": 3, "batch_size": 50}}
-MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "feature_maps",
-           "beta", "epochs", "batch_size", "minibatch", "iter", "momentum", "target", "augment",
-           "seed")
+    "paper": {"augment": False, "loss": "ce", "batch_size": 250},
+    "few_images": {"augment": True, "loss": "ce", "batch_size": 250},
+    "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
+MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
+           "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
 ADAM_RATE = 0.51  # of eps: FG-UAP's published script has a rate of 0.02 and eps 0.0392
 WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epoch for each
 

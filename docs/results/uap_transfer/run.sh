@@ -33,8 +33,7 @@ for s in $SEEDS; do
             small "few_images_$s" 4 --preset few_images
             small "few_images_batch50_$s" 4 --preset few_images --batch_size 50
             small "cosine_$s" 4 --preset transfer --loss cosine
-            small "one_map_$s" 4 --preset transfer --feature_maps 1
-            small "feature_$s" 4 --loss feature --feature_maps 3
+            small "feature_$s" 4 --loss feature
             small "momentum_$s" 4 --momentum 0.9
             small "augment_$s" 4 --augment --momentum 0
             small "batch50_$s" 4 --batch_size 50

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
 from utils.report import markdown  # noqa: E402
 
-HEAD = ("name", "surrogate", "images", "method", "augment", "momentum", "loss", "feature_maps",
-        "batch_size", "gradients", "seeds")
+HEAD = ("name", "surrogate", "images", "method", "augment", "momentum", "loss", "batch_size",
+        "gradients", "seeds")
 
 
 def settings(name, facts):
@@ -26,9 +26,7 @@ def settings(name, facts):
     return (re.sub(r"_\d+_\d+/.*", "", name),
             " + ".join(facts["model_name"]) + (", random weights" if untrained else ""),
             facts["num_images"], facts["method"], "yes" if facts["augment"] else "no",
-            f"{facts['momentum']:g}", facts["loss"],
-            str(facts.get("feature_maps", 1)) if facts["loss"] == "feature" else "-",
-            facts["batch_size"], facts["gradients"])
+            f"{facts['momentum']:g}", facts["loss"], facts["batch_size"], facts["gradients"])
 
 
 def table(results):

@@ -9,7 +9,6 @@ The last two need no labels. They compare the network's outputs with those for t
 
 import math
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +32,15 @@ def logit_loss(logits, y):
 
 
 def cosine_loss(h, clean):
-    """Minus the mean cosine of outputs (N, D), or a tuple of such, and those for the clean images.
+    """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D).
 
     At delta = 0 its gradient is zero but for rounding, by whose signs a perturbation leaves zero.
     """
-    pairs = zip(h, clean, strict=True) if isinstance(h, tuple) else [(h, clean)]
-    return -torch.stack([F.cosine_similarity(a, b) for a, b in pairs]).mean()
+    return -F.cosine_similarity(h, clean).mean()
 
 
 def make_loss(name, beta, target):
-    """loss(outputs, labels (N,) or clean outputs) to ascend; outputs (N, D), or a tuple of such.
+    """loss(outputs (N, D), labels (N,) or clean outputs (N, D)) to ascend.
 
     With a target: minus the loss of the logits towards it.
     """
@@ -56,14 +54,7 @@ def make_loss(name, beta, target):
 
 def picked(y, index):
     """Of each model's labels or outputs those of some images; None stays None."""
-    return [None if of_model is None else tuple(h[index] for h in of_model)
-            if isinstance(of_model, tuple) else of_model[index] for of_model in y]
-
-
-def joined(parts):
-    """Outputs of a model for some images after those for others."""
-    return (tuple(map(torch.cat, zip(*parts, strict=True))) if isinstance(parts[0], tuple)
-            else torch.cat(parts))
+    return [of_model if of_model is None else of_model[index] for of_model in y]
 
 
 def drawing(chance):
@@ -87,40 +78,31 @@ def adam_step(delta, g, v, *, eps, alpha, step, betas=(0.9, 0.999)):
 # ------------------------------------------------------------- the last feature map
 
 class _Reached(Exception):
-    """All outputs are there: out of the forward pass."""
+    """The layer's output, on its way out of the forward pass."""
 
 
 class Features(nn.Module):
-    """(N, C, H, W) -> a tuple of (N, D) float32: what some layers of a model give, flattened.
+    """(N, C, H, W) -> (N, D) float32: what one layer of a model gives, flattened.
 
-    layers: "one", or "one+two": names of modules, below `inside`. What comes after the last one is
-    not computed. The order in a row is that of memory, which a cosine does not see.
+    layer: the module's name in model.named_modules(). Later layers are not computed.
     """
 
-    def __init__(self, model, layers, inside=""):
+    def __init__(self, model, layer):
         super().__init__()
-        self.model, self.layers = model, [inside + name for name in layers.split("+")]
+        self.model, self.layer = model, layer
 
     def forward(self, x):
-        maps = {}
+        def stop(module, args, out):
+            raise _Reached(out)
 
-        def keep(name, module, args, out):
-            if out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last):
-                out = out.permute(0, 2, 3, 1)
-            maps[name] = out.flatten(1).float()
-            if len(maps) == len(self.layers):
-                raise _Reached
-
-        handles = [self.model.get_submodule(name).register_forward_hook(partial(keep, name))
-                   for name in self.layers]
+        handle = self.model.get_submodule(self.layer).register_forward_hook(stop)
         try:
             self.model(x)
-        except _Reached:
-            return tuple(maps[name] for name in self.layers)
+        except _Reached as reached:
+            return reached.args[0].flatten(1).float()
         finally:
-            for handle in handles:
-                handle.remove()
-        raise AssertionError(f"{'+'.join(self.layers)}: not all have a part in the forward pass")
+            handle.remove()
+        raise AssertionError(f"{self.layer} has no part in the forward pass")
 
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
@@ -128,7 +110,7 @@ AFTERWARDS = (*POOLING, nn.LayerNorm, nn.Dropout, nn.Identity)  # gives no featu
 
 
 def layers_of(models, s, x):
-    """Of each Sequential(first layer, net) the layers that the loss is of, [] if it is the logits.
+    """Of each Sequential(first layer, net) the layer that the loss is of, [] if it is the logits.
 
     s: settings of train_sga.py; x (1, C, H, W) uint8. The names are those in the net.
     """
@@ -139,33 +121,31 @@ def layers_of(models, s, x):
         raise UserError(f"--layer {','.join(given)}: {len(given)} for {len(models)} networks; type "
                         "one for all, or one for each")
     x = (x / 255).repeat(2, 1, 1, 1)
-    return [feature_layers(model[1], model[0](x), names, s.feature_maps)
-            for model, names in zip(models, given * (len(models) // len(given)), strict=True)]
+    return [feature_layer(model[1], model[0](x), name)
+            for model, name in zip(models, given * (len(models) // len(given)), strict=True)]
 
 
-def feature_layers(net, x, names=None, maps=1):
-    """The layers that --loss feature compares, "one+two": `names`, or the net's last feature maps.
+def feature_layer(net, x, name=None):
+    """The layer whose output --loss feature compares: `name`, or the last feature map of the net.
 
-    x (N, C, H, W), N > 1: images as the net takes them; maps: at most so many. UserError: no such
-    layer, none that is found, or no tensor with a row for each image.
+    x (N, C, H, W), N > 1: images as the net takes them. UserError: no such layer, none that is
+    found, or no tensor with a row for each image.
     """
     calls, begins = _dry_run(net, x)
-    if names is None:
+    if name is None:
         found = _last_feature_map(calls[:begins], len(x))
         if found is None:
             raise UserError("--loss feature: this network has no feature map before its classifier;"
                             " type --layer NAME, or --loss cosine")
-        return found if maps == 1 else "+".join(_before(net, calls, found, len(x))[-maps:])
-    for name in names.split("+"):
-        outs = [out for called, _, out in calls if called == name]
-        if not outs:
-            some = ", ".join([called for called, *_ in calls if called.count(".") < 2][:12])
-            raise UserError(f"--layer {name}: no such layer in the forward pass; wanted one of "
-                            f"{some}")
-        if len(outs) > 1 or not torch.is_tensor(outs[0]) or len(outs[0]) != len(x):
-            raise UserError(f"--layer {name}: is called more than once, or gives no tensor with a "
-                            "row for each image; type the block that it is in")
-    return names
+        return found
+    outs = [out for called, _, out in calls if called == name]
+    if not outs:
+        some = ", ".join([called for called, *_ in calls if called.count(".") < 2][:12])
+        raise UserError(f"--layer {name}: no such layer in the forward pass; wanted one of {some}")
+    if len(outs) > 1 or not torch.is_tensor(outs[0]) or len(outs[0]) != len(x):
+        raise UserError(f"--layer {name}: is called more than once, or gives no tensor with a row "
+                        "for each image; type the block that it is in")
+    return name
 
 
 @torch.no_grad()
@@ -190,37 +170,17 @@ def _dry_run(net, x):
     return calls, begins[-1]
 
 
-def _is_map(out, n):
-    """Whether a layer gives n maps (C, H, W) or n rows of tokens (T, D), not of one value each."""
-    return (torch.is_tensor(out) and len(out) == n and out.ndim in (3, 4)
-            and out[0].numel() > out.shape[1 if out.ndim == 4 else 2])
-
-
 def _last_feature_map(calls, n):
-    """The last name that is called once and gives n maps, pooling and the like left out."""
+    """The last name that is called once and gives n maps (C, H, W) or n rows of tokens (T, D)."""
     names, without, found = [name for name, *_ in calls], set(), None
     for name, module, out in calls:
         if isinstance(module, AFTERWARDS):
             without.add(id(out))  # and the blocks that end with it, which give the same tensor
-        if id(out) not in without and _is_map(out, n) and names.count(name) == 1:
+        if (torch.is_tensor(out) and id(out) not in without and len(out) == n
+                and out.ndim in (3, 4) and out[0].numel() > out.shape[1 if out.ndim == 4 else 2]
+                and names.count(name) == 1):
             found = name
     return found
-
-
-def _before(net, calls, found, n):
-    """Names of what the blocks after them see, up to the last feature map `found`, in order.
-
-    Blocks: the parts with weights of `found` where it is a Sequential, else of what it is part of.
-    """
-    inside = isinstance(net.get_submodule(found), nn.Sequential)
-    parent = found if inside else found.rpartition(".")[0]
-    parts = [(name, module, out) for name, module, out in calls
-             if name.rpartition(".")[0] == parent]
-    if not inside:
-        parts = parts[:1 + [name for name, *_ in parts].index(found)]
-    ends = [k for k in range(len(parts)) if k + 1 == len(parts)
-            or next(parts[k + 1][1].parameters(), None) is not None]
-    return [parts[k][0] for k in ends if _is_map(parts[k][2], n)]
 
 
 # ------------------------------------------------------------- input diversity
