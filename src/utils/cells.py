@@ -30,7 +30,7 @@ from utils.team import Team
 ROUND = 200                         # images that a process works on before results are gathered
 NOTHING = {"batches": 0, "skipped": [], "state": {}}  # of a pass: batches done, and what they gave
 EVERY = 5.0                         # seconds from one save to the next, at least
-IN_MEMORY = 10_000 * 3 * 224 * 224  # bytes of pixels; longer lists are decoded in every pass
+IN_MEMORY = 500 * 3 * 224 * 224     # bytes of pixels; longer lists are decoded in every pass
 
 
 def added(total, part):
