@@ -69,19 +69,48 @@ def test_each_member_gets_what_is_left_and_the_report_adds_up(norm, classes, sho
     y[5] = (y[5] + 1) % classes
     x_adv = attacks.autoattack(model, x, y, eps=EPS[norm], norm=norm, generator=chances(12),
                                report=report)
-    parts = several._parts(classes, norm, EPS[norm], "standard")
-    wanted, left = x.clone(), [i for i in range(12) if i != 5]
+    wanted, counts, left = in_turn(model, x, y, several._parts(classes, norm, EPS[norm],
+                                                               "standard"))
+    assert torch.equal(x_adv, wanted) and 0 < len(left) < 11
+    assert {name: (report[name]["tried"], report[name]["fooled"]) for name in counts} == counts
+    assert (balls.norm_of(x_adv - x, norm) <= EPS[norm] * (1 + 1e-5)).all()
+    assert report["gradients"] == sum(report[name].get("gradients", 0) for name in counts)
+
+
+def in_turn(model, x, y, parts):
+    """Each of {name: attack} on the images that are left: what it makes of x, {name: (tried,
+    fooled)}, and who is left in the end.
+    """
+    found, counts, left = x.clone(), {}, (predicted(model, x) == y).nonzero()[:, 0]
     for k, (name, attack) in enumerate(parts.items()):
-        assert report[name]["tried"] == len(left)
-        z = attack(model, x[left], y[left], generator=chances(12)[left].fold(k))
+        z = attack(model, x[left], y[left], generator=chances(len(x))[left].fold(k))
         z = z[0] if isinstance(z, tuple) else z
         hit = predicted(model, z) != y[left]
-        wanted[[i for i, ok in zip(left, hit, strict=True) if ok]] = z[hit]
-        left = [i for i, ok in zip(left, hit, strict=True) if not ok]
-        assert report[name]["fooled"] == hit.sum()
-    assert torch.equal(x_adv, wanted) and 0 < len(left) < 11
-    assert (balls.norm_of(x_adv - x, norm) <= EPS[norm] * (1 + 1e-5)).all()
-    assert report["gradients"] == sum(report[name].get("gradients", 0) for name in parts)
+        counts[name], found[left[hit]] = (len(left), int(hit.sum())), z[hit]
+        left = left[~hit]
+    return found, counts, left
+
+
+@pytest.mark.parametrize("version", ["plus", "rand"])
+def test_plus_and_rand_run_all_their_members_in_their_order(version, short):
+    """With twelve classes, of which nine are targets, and the steps of `short`."""
+    model, x, report, eps = toy(classes=12), pictures(12), {}, 0.02
+    y, restarts = predicted(model, x), {"plus": 5, "rand": 1}[version]
+    x_adv = attacks.autoattack(model, x, y, eps=eps, version=version, generator=chances(12),
+                               report=report)
+    climb = functools.partial(attacks.apgd, eps=eps, steps=6, restarts=restarts)
+    parts = {"APGD-CE": climb, "APGD-DLR": functools.partial(climb, loss="dlr")}
+    if version == "plus":
+        parts |= {
+            "Square 40": functools.partial(attacks.square, eps=eps, queries=40, rescale=False),
+            "APGD-T": functools.partial(climb, loss="dlr_targeted", targets=9, restarts=1),
+            "FAB-T": functools.partial(attacks.fab, eps=eps, steps=6, targets=9, restarts=5)}
+    else:
+        model = attacks.eot(model, 20)
+    wanted, counts, left = in_turn(model, x, y, parts)
+    assert [name for name in report if isinstance(report[name], dict)] == list(parts)
+    assert {name: (report[name]["tried"], report[name]["fooled"]) for name in parts} == counts
+    assert torch.equal(x_adv, wanted) and 0 < len(left) < 12
 
 
 def test_of_a_random_network_rand_averages_twenty_draws(short):
@@ -145,6 +174,11 @@ def test_an_image_that_is_fooled_only_outside_the_radius_is_not_fooled():
     assert fooled.sum() < (predicted(model, far) != y).sum()
     near = attacks.apgd(model, x, y, eps=1.0, norm="l1", steps=20)
     assert fooled.sum() >= (predicted(model, near) != y).sum()
+    left, report = ~fooled, {}
+    assert (predicted(model, far) != y)[left].any()
+    attacks.apgd(model, x[left], y[left], eps=1.0, norm="l1", steps=20, stages=True,
+                 generator=chances(8)[left], report=report)
+    assert report["gradients"] == 23 * left.sum()  # all steps, also once a larger ball fools them
 
 
 # ------------------------------------------------------------------------ flags
