@@ -277,7 +277,8 @@ def main(args):
                              processes=team.size, device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
     if images.kind not in ("imagenet", "folder") or s.augment == "off":  # else decoded in each pass
-        images = load(cached(images, s.cache, workers=s.workers), workers=s.workers)
+        images = load(cached(images, s.cache, workers=s.workers), workers=s.workers,
+                      aloud=team.first)
     held = free_run.validation(s, images, team)
     training = FreeTraining(s, images, team, device, held)
     recipes.check_network(training.model, s, images.channels, device)

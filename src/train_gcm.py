@@ -273,7 +273,8 @@ def main(args):
                              processes=team.size, device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
     if images.kind in nets.RECIPES or not s.chances:  # else every epoch has crops of its own
-        images = data.load(data.cached(images, s.cache, workers=s.workers), workers=s.workers)
+        images = data.load(data.cached(images, s.cache, workers=s.workers), workers=s.workers,
+                           aloud=team.first)
     held = data.cached(held, s.cache, workers=s.workers)
     training = ChallengeTraining(s, images, held, team, device)
     models.check_takes(training.final().eval(), s.model_name, images.channels, s.image_size, device)

@@ -283,7 +283,7 @@ def main(args):
     s, images, surrogates = team.in_turn(lambda: sga_run.settle(args))
     jobs = sga_team.jobs_of(s, team)
     ready = cache(lambda: data.load(data.cached(images, s.cache, workers=s.workers),
-                                    workers=s.workers))
+                                    workers=s.workers, aloud=team.first))
     for job, sharing in jobs:
         one = sga_run.Run.opened(job, images, sharing, device, several=len(s.seed) > 1)
         models = [target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)

@@ -110,6 +110,14 @@ def test_broken_files_are_warned_of_by_each_command_once(images, folder, capsys)
     assert capsys.readouterr().err.count("cannot be decoded") == 2
 
 
+def test_a_process_that_is_not_the_first_loads_in_silence(images, folder, capsys):
+    stored = cached(images, folder, workers=0)
+    capsys.readouterr()
+    for own in (images, stored):
+        assert same(load(own, workers=0, aloud=False), load(images, workers=0))
+        assert capsys.readouterr().err.count("cannot be decoded") == 2  # by the second load
+
+
 def test_only_broken_files_are_an_error_and_leave_nothing(tmp_path, folder):
     for i in range(3):
         (tmp_path / "own" / "a").mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from conftest import SRC
 
 from utils import cells, measure, models
 from utils.attack.chance import numbered
+from utils.cache import cached
 from utils.cells import Progress, added, at_hand, shared
 from utils.data import open_images
 from utils.errors import UserError
@@ -462,6 +463,20 @@ def test_a_short_list_is_decoded_once_and_a_long_one_is_only_checked(
     assert all(images.pixels is None for images in long)
     for images in small:
         assert torch.equal(images.pixels, torch.stack([long[0][i] for i in range(11)]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("how", ["short", "long", "cached"])
+def test_of_several_processes_the_first_alone_names_broken_files(
+        photographs, tmp_path, monkeypatch, capsys, size, how):
+    if how == "long":
+        monkeypatch.setattr(cells, "IN_MEMORY", 0)
+    if how == "cached":
+        photographs = cached(photographs, tmp_path / "cache", workers=0)
+    capsys.readouterr()
+    found = together(size, lambda team: at_hand(photographs, workers=0, team=team))
+    assert [images.skipped for images in found] == [("n01440764/05.png",)] * size
+    assert capsys.readouterr().err.count("05.png: cannot be decoded, skipped") == 1
 
 
 class Mean(torch.nn.Module):

@@ -87,7 +87,7 @@ def at_hand(images, *, workers, team):
     shape = (len(images), 3, images.size, images.size)
     small = torch.Size(shape).numel() <= IN_MEMORY
     if images.pixels is not None or images.stored is not None or (small and team.size == 1):
-        found = load(images, workers=workers)
+        found = load(images, workers=workers, aloud=team.first)
         if len(set(team.everyone(found.sha256()))) > 1:
             raise UserError("the processes have other images in their caches; delete the folders "
                             "of --cache")
@@ -102,9 +102,7 @@ def at_hand(images, *, workers, team):
         for part, (broken, x) in zip(parts, shared(
                 images, parts, lambda index, x: x if small else (), team=team,
                 workers=workers), strict=True):
-            if team.first:
-                warned(images, broken)
-            skipped += broken
+            skipped += warned(images, broken, team.first)
             good = [i for i in part.tolist() if i not in broken]
             if small and good:
                 pixels[len(keep):len(keep) + len(good)] = x
@@ -113,7 +111,7 @@ def at_hand(images, *, workers, team):
     if not keep:
         raise none_decoded(images)
     return replace(images.select(keep), pixels=pixels[:len(keep)] if small else None,
-                   skipped=tuple(images.names[i] for i in skipped))
+                   skipped=tuple(skipped))
 
 
 # ------------------------------------------------------------------------ passes
@@ -166,8 +164,7 @@ class Progress:
         if broken and whole:
             raise UserError(f"{images.root / images.names[broken[0]]}: could be decoded when this "
                             "command started, and cannot now; restore it, or choose another --save")
-        if self.team.first:
-            warned(images, broken)
+        warned(images, broken, self.team.first)
 
     def _key(self, images, cell):
         """Of a pass in the file: a hash of all that it depends on, the code too."""

@@ -29,7 +29,7 @@ def validation(s, images, team):
             raise UserError("the test images have no labels, or other classes")
         backwards = held.select(list(range(len(held)))[::-1])
         held = load(cached(backwards.prepared(s.image_size, number), s.cache, workers=s.workers),
-                    workers=s.workers)
+                    workers=s.workers, aloud=team.first)
     except UserError as error:
         if team.first:
             print(f"no validation: {error}", flush=True)

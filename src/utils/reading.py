@@ -65,16 +65,16 @@ def stack(items):
     return good, torch.stack([items[k] for k in good]) if good else None
 
 
-def batches(images, batch_size, *, workers, skipped, device=None):
+def batches(images, batch_size, *, workers, skipped, device=None, aloud=True):
     """Yields (index (n,), x (n, C, H, W) uint8) in order; decodes in `workers` processes.
 
     device: where x is wanted; None: the CPU. To a GPU it is copied from pinned memory, while the
-    processes decode the next batches. A file that cannot be decoded is named on stderr, appended to
-    the list `skipped` and left out. UserError at the end if no file could be decoded.
+    processes decode the next batches. A file that cannot be decoded is named on stderr, if `aloud`,
+    appended to the list `skipped` and left out. UserError at the end if no file could be decoded.
     """
     gpu = device is not None and device.type == "cuda"
     for index, x, broken in decoded(images, batch_size, workers=workers, pinned=gpu):
-        skipped += warned(images, broken)
+        skipped += warned(images, broken, aloud)
         if x is not None:
             yield index, x if device is None else x.to(device, non_blocking=gpu)
     if len(skipped) == len(images):
@@ -96,10 +96,10 @@ def decoded(images, batch_size, *, workers, pinned=False):
         yield torch.tensor(good, dtype=torch.long) + start, x, [start + k for k in sorted(broken)]
 
 
-def warned(images, broken):
-    """The names of images that cannot be decoded, each of which is named on stderr."""
+def warned(images, broken, aloud=True):
+    """The names of images that cannot be decoded, each of which is named on stderr if `aloud`."""
     names = [images.names[i] for i in broken]
-    for name in names:
+    for name in names if aloud else ():
         tqdm.write(f"warning: {images.root / name}: cannot be decoded, skipped", file=sys.stderr)
     return names
 
@@ -117,28 +117,29 @@ def alive(loader):
                         "give the container more shared memory") from None
 
 
-def load(images, *, workers):
+def load(images, *, workers, aloud=True):
     """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), without broken files.
 
-    Those of cache.cached stay on disk and are mapped.
+    Those of cache.cached stay on disk and are mapped. aloud: broken files are named on stderr; of
+    several processes that load the same list, the first one's task.
     """
     if images.pixels is not None:
         return images
     if images.stored is not None:
-        return _mapped(images)
+        return _mapped(images, aloud)
     pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
     keep, skipped = [], []
-    with tqdm(total=len(images), desc="decode", unit="img", disable=None) as bar:
-        for index, x in batches(images, 32, workers=workers, skipped=skipped):
+    with tqdm(total=len(images), desc="decode", unit="img", disable=None if aloud else True) as bar:
+        for index, x in batches(images, 32, workers=workers, skipped=skipped, aloud=aloud):
             pixels[len(keep):len(keep) + len(x)] = x  # in place: never twice in memory
             keep += index.tolist()
             bar.update(len(x))
     return replace(images.select(keep), pixels=pixels[:len(keep)], skipped=tuple(skipped))
 
 
-def _mapped(images):
+def _mapped(images, aloud):
     """Images that are stored on disk, without broken files, their pixels mapped."""
-    skipped = warned(images, (images.stored.rows < 0).nonzero()[:, 0].tolist())
+    skipped = warned(images, (images.stored.rows < 0).nonzero()[:, 0].tolist(), aloud)
     if len(skipped) == len(images):
         raise none_decoded(images)
     images = images.select((images.stored.rows >= 0).nonzero()[:, 0].tolist())
