@@ -153,7 +153,7 @@ def main(args):
     wanted = {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
         "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
-        "batch_size": s.batch_size, "device": about["device"], "torch": about["torch"],
+        "device": about["device"], "torch": about["torch"],
         **({"eps": networks[0].eps} if s.judged else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
@@ -172,7 +172,8 @@ def main(args):
     if s.transfer:
         missing.append(transfer.missing_cells(networks, attacks.mim, ready, done, s, progress))
     for key, cell in chain(*missing):
-        done[key] = cell | {"commit": about["commit"], "processes": team.size}
+        done[key] = cell | {"commit": about["commit"], "processes": team.size,
+                            "batch_size": s.batch_size}
         if team.first:
             run.save_json(folder / "results.json", {"settings": settings, "cells": done})
         progress.clear()

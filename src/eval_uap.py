@@ -49,8 +49,8 @@ def count(models, deltas, images, aims, s, device, progress):
                 found[u][m].add(clean, adv, adv8, y, again)
         return {u: {m: counts.state() for m, counts in own.items()} for u, own in found.items()}
     state = progress.count(
-        images, torch.arange(len(images)).split(s.batch_size), counted, cell=str(images.geometry),
-        workers=s.workers, desc="evaluate", whole=False)
+        images, torch.arange(len(images)), counted, batch_size=s.batch_size,
+        cell=str(images.geometry), workers=s.workers, desc="evaluate", whole=False)
     return {(u, m): UapCounts(aims[u], **state[u][m]) for u in deltas for m in models}
 
 
@@ -175,7 +175,7 @@ def facts(s, images, note, targets, device):
 def depends(s, about, images, fitted, aims):
     """What else the counts depend on, so that parts of other ones are never added to them."""
     return about | {
-        "seed": s.seed, "batch_size": s.batch_size, "labels": digest(images.labels), "aims": aims,
+        "seed": s.seed, "labels": digest(images.labels), "aims": aims,
         "uaps": {f"{name} {size}": digest(delta) for size, deltas in fitted.items()
                  for name, delta in deltas.items()}}
 

@@ -186,10 +186,15 @@ def cells_of(s, model):
             for attack in s.attacks]
 
 
+def shown(settings, found, networks, s):
+    """{Cell: what is known of it, or None} of this command, and the line above their tables."""
+    cells = {cell: found.get(cell.key(s)) for name in networks for cell in cells_of(s, name)}
+    return cells, report.protocol(report_gcm.facts(settings, s, STEPS, cells))
+
+
 def save_report(folder, settings, found, networks, s):
     """Writes the tables that this command makes of its cells; -> the Markdown"""
-    head = report.protocol(report_gcm.facts(settings, s, STEPS))
-    cells = {cell: found.get(cell.key(s)) for name in networks for cell in cells_of(s, name)}
+    cells, head = shown(settings, found, networks, s)
     twins = {name: network.differences(s.defense, s.w) for name, network in networks.items()
              } if s.audit and s.defense != "none" else {}  # by all processes
     if not s.team.first:
@@ -270,25 +275,22 @@ def main(args):
     wanted = {
         "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
         "images_sha256": listed.sha256(images.geometry), "stop_early": s.stop_early, "amp": s.amp,
-        "batch_size": s.batch_size, "seed": s.seed, "device": about["device"],
-        "torch": about["torch"], **({"note": s.note} if s.note else {}),
+        "seed": s.seed, "device": about["device"], "torch": about["torch"],
+        **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
     settings, found = team.from_first(lambda: folder.load_cells(wanted))
     progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})
-    head = report.protocol(report_gcm.facts(settings, s, STEPS))
+    cells, head = shown(settings, found, networks, s)
     print(head, flush=True)
-    for name, network in networks.items():
-        for cell in cells_of(s, name):
-            if (key := cell.key(s)) in found:
-                continue
-            found[key] = measure_cell(cell, network, s, progress) | {
-                "commit": about["commit"], "processes": team.size}
-            if team.first:
-                run.save_json(folder / "results.json", {"settings": settings, "cells": found})
-            progress.clear()
-            if not (s.audit or s.w_sweep):
-                save_report(folder, settings, found, networks, s)
-            tqdm.write(report_gcm.line(found[key]))
+    for key, cell in [(cell.key(s), cell) for cell, counts in cells.items() if counts is None]:
+        found[key] = measure_cell(cell, networks[cell.model], s, progress) | {
+            "commit": about["commit"], "processes": team.size, "batch_size": s.batch_size}
+        if team.first:
+            run.save_json(folder / "results.json", {"settings": settings, "cells": found})
+        progress.clear()
+        if not (s.audit or s.w_sweep):
+            save_report(folder, settings, found, networks, s)
+        tqdm.write(report_gcm.line(found[key]))
     text = save_report(folder, settings, found, networks, s)
     print(f"{text.removeprefix(head)}saved {folder.path}/results.json (and .csv, .md)", flush=True)
     team.leave()

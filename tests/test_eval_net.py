@@ -631,13 +631,16 @@ def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
                                                              ).read_bytes(), k
 
 
-def test_other_columns_are_added_to_the_same_folder(run_here, leave, tmp_path, two_operations):
+def test_other_columns_are_added_to_the_same_folder_also_in_batches_of_another_size(
+        run_here, leave, tmp_path, two_operations):
     leave("free", FREE)
     command = ("--runs", "free", *FEW, "--save", "out")
     assert run_here("eval_net.py", *command, "--attacks", "none", "--corruptions").returncode == 0
-    done = run_here("eval_net.py", *command, "--attacks", "fgsm")
+    done = run_here("eval_net.py", *command, "--attacks", "fgsm", "--batch_size", 7)
     assert done.returncode == 0, done.stderr
-    assert set(cells(tmp_path / "out")) == {"free8 | corruptions", "free8 | clean", "free8 | FGSM"}
+    assert {key: cell["batch_size"] for key, cell in cells(tmp_path / "out").items()} == {
+        "free8 | corruptions": 250, "free8 | clean": 7, "free8 | FGSM": 7}
+    assert "; batches of: 7 and 250;" in done.stdout
 
 
 def test_with_overwrite_everything_is_measured_again(run_here, leave, refused, tmp_path):

@@ -352,12 +352,39 @@ def test_defences_with_different_settings_share_a_folder_without_mixing(run_here
 @pytest.mark.parametrize(("more", "words"), [
     (("--num_images", 31), "n 30, given 31"), (("--seed", 1), "seed 0, given 1"),
     (("--eps", "0.1"), "network mlp"), (("--amp", "bf16"), "amp off, given bf16"),
-    (("--batch_size", 7), "batch_size"), (("--stop_early",), "stop_early False, given True")])
+    (("--stop_early",), "stop_early False, given True")])
 def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(
         made, run_here, refused, more, words):
     before = (made[0] / "results.json").read_bytes()
     refused(run_here("gcm.py", *FEW, *more, "--save", made[0]), words, "choose another folder")
     assert (made[0] / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_table_goes_on_with_another_batch_size_and_says_so(run_here, tmp_path, older):
+    one = ("gcm.py", *FEW, "--save", "out", "--batch_size")
+    done = run_here(*one, 30, "--attacks", "fgsm")
+    assert done.returncode == 0 and "; batch size: 30;" in done.stdout, done.stderr
+    first = saved(tmp_path / "out")
+    assert "batch_size" not in first["settings"]
+    if older:  # one size for the whole table, of which cells said nothing
+        cells = {key: {k: v for k, v in cell.items() if k != "batch_size"}
+                 for key, cell in first["cells"].items()}
+        (tmp_path / "out" / "results.json").write_text(json.dumps(
+            {"settings": first["settings"] | {"batch_size": 30}, "cells": cells}))
+    done = run_here(*one, 7, "--attacks", *COLUMNS)
+    assert done.returncode == 0 and "; batch size: 7 and 30;" in done.stdout, done.stderr
+    assert done.stdout.count("Protocol: ") == 1
+    assert "; batch size: 7 and 30;" in (tmp_path / "out" / "results.md").read_text()
+    second = saved(tmp_path / "out")
+    assert "batch_size" not in second["settings"]
+    assert {key: second["cells"][key] for key in first["cells"]} == first["cells"]
+    assert {cell["batch_size"] for key, cell in second["cells"].items()
+            if key not in first["cells"]} == {7}
+    assert run_here("gcm.py", *SHORT, "--save", "whole").returncode == 0
+    out, whole = ({key: (cell["before"], cell["after"]) for key, cell in plain(path).items()}
+                  for path in (tmp_path / "out", tmp_path / "whole"))  # losses differ by rounding
+    assert out == whole
 
 
 # --------------------------------------------------------------- audit and sweep

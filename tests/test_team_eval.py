@@ -299,37 +299,68 @@ def test_when_a_process_dies_the_others_say_so_in_one_line_and_the_same_command_
 
 def test_a_damaged_partial_file_is_measured_again_and_said_to_be(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cells, "EVERY", 0)
-    images, parts, path = Numbers(6), torch.arange(6).split(2), tmp_path / "partial.json"
+    images, path = Numbers(6), tmp_path / "partial.json"
 
     def work(index, x):
         return {"sum": int(x.sum())}
-    Progress(path=path, settings={}).count(images, parts, work, cell="a")
+
+    def count(progress, work=work, cell="a"):
+        return progress.count(images, torch.arange(6), work, batch_size=2, cell=cell)
+    count(Progress(path=path, settings={}))
     whole = path.read_text()
     for text_ in (whole.replace('"sum": ', '"sum": 1'), whole[:-9], "[]", "{}", "\\xff",
-                  whole.replace('"batches"', '"batch"')):
+                  whole.replace('"done"', '"batches"')):
         path.write_text(text_)
         assert Progress(path=path, settings={}).kept == {}
         assert "partial.json: damaged" in capsys.readouterr().out
     key, = json.loads(whole)["kept"]
-    for kept in ([], {key: 3}, {key: {"batches": "3", "skipped": [], "state": {}}},
-                 {key: {"batches": 1, "skipped": [-1], "state": {}}},
-                 {key: {"batches": 1, "skipped": [], "state": []}}):  # whole, but of another form
+    for kept in ([], {key: 3}, {key: {"done": "3", "skipped": [], "state": {}}},
+                 {key: {"done": 2, "skipped": [-1], "state": {}}},
+                 {key: {"done": 2, "skipped": [], "state": []}}):  # whole, but of another form
         text = json.dumps(kept)
         path.write_text(json.dumps({"sha256": cells._hash(text), "kept": kept}))
         assert Progress(path=path, settings={}).kept == {}
         assert "partial.json: damaged" in capsys.readouterr().out
-    for part in ({"batches": 9, "skipped": []}, {"batches": 1, "skipped": [6]}):  # of other images
+    for part in ({"done": 9, "skipped": []}, {"done": 2, "skipped": [6]}):  # of other images
         path.write_text(whole)
         one = Progress(path=path, settings={})
         one.kept = {key: part | {"state": {"sum": 7}}}
-        assert one.count(images, parts, work, cell="a") == {"sum": 15}
+        assert count(one) == {"sum": 15}
     path.write_text(whole)
-    assert Progress(path=path, settings={}).count(images, parts, None, cell="a") == {"sum": 15}
+    assert count(Progress(path=path, settings={}), None) == {"sum": 15}
     for other in (Progress(path=path, settings={"seed": 1}), Progress(path=path, settings={})):
         key = "a" if other.settings else "b"
-        assert other.count(images, parts, work, cell=key) == {"sum": 15}  # work is called
+        assert count(other, cell=key) == {"sum": 15}  # work is called
     Progress(path=path, settings={}).clear()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_pass_that_was_killed_goes_on_with_another_batch_size(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(cells, "EVERY", 0)
+    images, index, path = Numbers(20, broken=(7, 11)), torch.arange(1, 20), tmp_path / "partial"
+
+    seen = []
+
+    def work(index, x):
+        seen.append(index.tolist())
+        return {"index": index.tolist()}
+
+    def killed(index, x):
+        if 9 in index:
+            raise Killed
+        return {"index": index.tolist()}
+    with pytest.raises(Killed):
+        Progress(path=path, settings={}).count(images, index, killed, batch_size=4, cell="",
+                                               whole=False)
+
+    def goes_on(team):
+        progress = Progress(team, path, {})
+        found = progress.count(images, index, work, batch_size=3, cell="", whole=False)
+        return found["index"], progress.skipped
+    wanted = [i for i in range(1, 20) if i not in (7, 11)]
+    assert together(size, goes_on) == [(wanted, [7, 11])] * size
+    assert sorted(seen) == [[9, 10], [12, 13, 14], [15, 16, 17], [18, 19]]
 
 
 # ------------------------------------------------------------------ one round after another
@@ -392,29 +423,27 @@ def named(index, x):
 @pytest.mark.parametrize("each", [1, 2, 3])
 def test_every_process_gets_the_results_of_all_batches_in_order(size, each):
     for n in (1, 6, 7, 12, 15):
-        for first in (0, 1, n // 2):
-            def task(team, n=n, first=first):
-                return list(shared(Numbers(n), torch.arange(n).split(1), named, team=team,
-                                   first=first, each=each))
-            found = together(size, task)
-            assert found == [[([], ([b], b)) for b in range(first, n)]] * size
+        def task(team, n=n):
+            return list(shared(Numbers(n), torch.arange(n).split(1), named, team=team, each=each))
+        assert together(size, task) == [[([], ([b], b)) for b in range(n)]] * size
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_files_that_cannot_be_decoded_are_known_to_every_process(size, capsys):
-    images, parts = Numbers(7, broken=(1, 2, 3)), torch.arange(7).split(2)
+    images, index = Numbers(7, broken=(1, 2, 3)), torch.arange(7)
 
     def counted(team):
         progress = Progress(team)
-        found = progress.count(images, parts, lambda index, x: {"x": x.flatten().tolist()},
-                               whole=False)
+        found = progress.count(images, index, lambda index, x: {"x": x.flatten().tolist()},
+                               batch_size=2, whole=False)
         return found["x"], progress.skipped
     assert together(size, counted) == [([0, 4, 5, 6], [1, 2, 3])] * size
     assert capsys.readouterr().err.count("cannot be decoded, skipped") == 3
     with pytest.raises(UserError, match="cannot now"):
-        Progress().count(images, parts, lambda index, x: {})
+        Progress().count(images, index, lambda index, x: {}, batch_size=2)
     with pytest.raises(UserError, match="none of its 2 images"):
-        Progress().count(Numbers(2, broken=(0, 1)), torch.arange(2).split(2), None, whole=False)
+        Progress().count(Numbers(2, broken=(0, 1)), torch.arange(2), None, batch_size=2,
+                         whole=False)
 
 
 def test_results_are_added_by_their_form():

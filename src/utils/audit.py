@@ -57,7 +57,7 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
                 "largest": (ours - theirs).abs().max().item(), "agree": same.tolist(),
                 "factor": factor.tolist()}
     found = (progress or Progress()).count(
-        images, torch.arange(len(images)).split(batch_size), compared, workers=workers,
+        images, torch.arange(len(images)), compared, batch_size=batch_size, workers=workers,
         desc="twin")
     return {"changed": found["changed"] / len(images), "logits": found["largest"],
             "agree": sum(found["agree"]) / len(images),

@@ -1,15 +1,15 @@
 """Passes over images: shared by any number of processes, streamed, continued where they stopped.
 
     progress = Progress(team, folder / "partial.json", settings)
-    state = progress.count(images, parts, work, cell=key)       # of all batches, in every process
-    progress.clear()                                            # when the result is saved
+    state = progress.count(images, index, work, batch_size=50, cell=key)  # alike in every process
+    progress.clear()                                                      # when the result is saved
 
 Process r works on every size-th batch that is left; what is random in one belongs to its images. So
 every batch holds the same images and draws the same numbers whatever the number of processes, and
 their results are added in the order of the batches: the sums are the same, to the last bit. The
 processes work in rounds. After a round every process has the results of all of them, and the first
-one saves the sum so far, from which the same command goes on, also with another number of
-processes.
+one saves the sum so far, from which the same command goes on, also with another number of processes
+or another batch size: networks round differently then, and nothing else changes.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from utils.run import write_atomic
 from utils.team import Team
 
 ROUND = 200                         # images that a process works on before results are gathered
-NOTHING = {"batches": 0, "skipped": [], "state": {}}  # of a pass: batches done, and what they gave
+NOTHING = {"done": 0, "skipped": [], "state": {}}  # of a pass: images done, and what they gave
 EVERY = 5.0                         # seconds from one save to the next, at least
 IN_MEMORY = 500 * 3 * 224 * 224     # bytes of pixels; longer lists are decoded in every pass
 
@@ -59,19 +59,18 @@ def pixels_of(images, parts, *, workers):
         yield index[good], x
 
 
-def shared(images, parts, work, *, team, workers=0, first=0, each=1):
-    """Yields (positions that cannot be decoded, work(index, x)) of every batch from `first` on,
-    in order, in every process; None where nothing of a batch can be decoded.
+def shared(images, parts, work, *, team, workers=0, each=1):
+    """Yields (positions that cannot be decoded, work(index, x)) of every batch, in order, in every
+    process; None where nothing of a batch can be decoded.
 
     parts: tensors of positions; each: batches of a process in a round.
     """
-    todo = range(first, len(parts))
-    own = todo[team.rank::team.size]
-    made = (_worked(parts[b], index, x, work) for b, (index, x) in zip(
-        own, pixels_of(images, [parts[b] for b in own], workers=workers), strict=True))
-    for start in range(0, len(todo), each * team.size):
+    own = parts[team.rank::team.size]
+    made = (_worked(part, index, x, work) for part, (index, x) in zip(
+        own, pixels_of(images, own, workers=workers), strict=True))
+    for start in range(0, len(parts), each * team.size):
         found = team.everyone(list(islice(made, each)))
-        for k in range(min(each * team.size, len(todo) - start)):
+        for k in range(min(each * team.size, len(parts) - start)):
             yield found[k % team.size][k // team.size]
 
 
@@ -129,24 +128,26 @@ class Progress:
             self.settings, self.kept = self.team.from_first(lambda: (settings, self._read()))
         self.skipped, self.saved = [], time.monotonic()
 
-    def count(self, images, parts, work, *, cell=None, workers=0, desc="", whole=True):
-        """The sum, by `added`, of work(index, x) over the batches `parts`, tensors of positions.
+    def count(self, images, index, work, *, batch_size, cell=None, workers=0, desc="", whole=True):
+        """The sum, by `added`, of work(index, x) over batches of the positions `index` (N,).
 
         work: gets positions (n,) and pixels (n, C, H, W) uint8 and gives a dict that JSON can hold.
         cell: what the pass depends on besides the settings; None: it is not kept. whole: a file
         that cannot be decoded is a UserError.
         """
-        key, sizes = self._key(images, cell), [len(index) for index in parts]
+        key = self._key(images, cell)
         now = self.kept.get(key, NOTHING)
-        if now["batches"] > len(parts) or max([-1, *now["skipped"]]) >= len(images):
+        if now["done"] > len(index) or max([-1, *now["skipped"]]) >= len(images):
             now = NOTHING
-        with self.team.bar(sum(sizes), desc, sum(sizes[:now["batches"]])) as bar:
-            for broken, found in shared(
-                    images, parts, work, team=self.team, workers=workers, first=now["batches"],
-                    each=max(1, ROUND // max([1, *sizes])) if self.team.size > 1 else 1):
+        left = index[now["done"]:]
+        parts = left.split(batch_size) if len(left) else ()
+        each = max(1, ROUND // batch_size) if self.team.size > 1 else 1
+        with self.team.bar(len(index), desc, now["done"]) as bar:
+            for part, (broken, found) in zip(parts, shared(
+                    images, parts, work, team=self.team, workers=workers, each=each), strict=True):
                 self._check(images, broken, whole)
-                bar.update(sizes[now["batches"]])
-                now = {"batches": now["batches"] + 1, "skipped": now["skipped"] + broken,
+                bar.update(len(part))
+                now = {"done": now["done"] + len(part), "skipped": now["skipped"] + broken,
                        "state": now["state"] if found is None else added(now["state"], found)}
                 self._keep(key, now)
         self.skipped = now["skipped"]
@@ -200,7 +201,7 @@ def _is_state(entry):
     """Whether it has the form of NOTHING."""
     return (isinstance(entry, dict) and entry.keys() == NOTHING.keys()
             and isinstance(entry["state"], dict)
-            and all(type(k) is int and k >= 0 for k in (entry["batches"], *entry["skipped"])))
+            and all(type(k) is int and k >= 0 for k in (entry["done"], *entry["skipped"])))
 
 
 def _hash(text):

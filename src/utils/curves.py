@@ -71,7 +71,7 @@ def norm_cell(net, images, before, s, progress):
             size.tolist(), (found.cpu() & (right == 0)).tolist(), strict=True)]}
     tried = (before > 0).nonzero()[:, 0]
     found = (progress or Progress()).count(
-        images, tried.split(s.batch_size) if len(tried) else (), nearest,
+        images, tried, nearest, batch_size=s.batch_size,
         cell=[f"{net.name} norms", before.tolist()], workers=s.workers, desc=f"{net.name} FAB")
     norms = dict(zip(tried.tolist(), found.get("norms", []), strict=True))
     return {"n": len(images), "draws": net.draws(s), "before": before.tolist(),

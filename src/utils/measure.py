@@ -101,8 +101,8 @@ def times_right_on(model, images, *, draws, batch_size, chance, device, workers=
         x, y = to_float(x.to(device)), images.labels[index].to(device)
         return {"right": times_right(model, x, y, draws, chance[index].fold(BEFORE)).tolist()}
     return torch.tensor((progress or Progress()).count(
-        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
-        desc="clean")["right"])
+        images, torch.arange(len(images)), counted, batch_size=batch_size, cell=cell,
+        workers=workers, desc="clean")["right"])
 
 
 def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chance, device, desc,
@@ -140,7 +140,7 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chan
     tried = before > 0
     found = {"after": [], "seconds": 0.0, "largest": 0.0, "outside": 0, **dict.fromkeys(COUNTED, 0),
              **(progress or Progress()).count(
-                images, tried.nonzero()[:, 0].split(batch_size) if tried.any() else (), attacked,
+                images, tried.nonzero()[:, 0], attacked, batch_size=batch_size,
                 cell=[desc, before.tolist()], workers=workers, desc=desc)}
     return {"norm": attack.norm, "eps": attack.eps, "n": len(before), "draws": draws,
             "before": before.tolist(), "after": _spread(found["after"], tried),
@@ -188,8 +188,8 @@ def accuracy_cell(model, images, operations, *, batch_size, chance, device, work
             right[name] += int(times_right(model, z, y, 1, own.fold(AFTER)).sum())
         return {"n": len(y), "right": right}
     return (progress or Progress()).count(
-        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
-        desc="accuracy")
+        images, torch.arange(len(images)), counted, batch_size=batch_size, cell=cell,
+        workers=workers, desc="accuracy")
 
 
 @torch.no_grad()
@@ -202,8 +202,8 @@ def fooling_cell(model, images, delta, chance, device, *, batch_size=50, workers
                          for k, d in ((BEFORE, None), (AFTER, delta)))
         return {"n": len(x), "fooled": int((after != before).sum())}
     return (progress or Progress()).count(
-        images, torch.arange(len(images)).split(batch_size), counted, cell=cell, workers=workers,
-        desc="fooling")
+        images, torch.arange(len(images)), counted, batch_size=batch_size, cell=cell,
+        workers=workers, desc="fooling")
 
 
 def in_ball(x, x_adv, attack, audit):

@@ -48,7 +48,7 @@ def predicted(model, images, s, desc, team):
         return {"index": index.tolist(), "classes": found.indices.tolist(),
                 "shares": found.values.tolist()}
     found = Progress(team).count(
-        images, torch.arange(len(images)).split(s.batch_size), top, workers=s.workers,
+        images, torch.arange(len(images)), top, batch_size=s.batch_size, workers=s.workers,
         desc=desc, whole=False)
     classes, shares = torch.full((len(images),), -1), torch.zeros(len(images))
     classes[found["index"]] = torch.tensor(found["classes"])

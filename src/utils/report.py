@@ -37,6 +37,15 @@ def with_note(text, note):
     return f"{text} ({note})" if note else text
 
 
+def batch_sizes(cells, s):
+    """Of {key: cell}, as text: '50', or '25 and 50' of a table that was continued with another one.
+
+    Cells that are None are still to be made, with that of the flags s.
+    """
+    sizes = {s.batch_size if cell is None else cell.get("batch_size") for cell in cells.values()}
+    return " and ".join(map(str, sorted(sizes - {None})))
+
+
 def csv_columns(figures):
     """{metric: share} -> {metric: value, metric_n: n, metric_low: ..., metric_high: ...}.
 

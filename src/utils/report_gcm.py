@@ -13,7 +13,7 @@ from utils.defenses import describe, is_random
 from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
-from utils.report import csv_columns, eps_text, interval, markdown, with_note
+from utils.report import batch_sizes, csv_columns, eps_text, interval, markdown, with_note
 from utils.run import save_csv, save_json, write_atomic
 
 WORST = "worst case"
@@ -21,8 +21,8 @@ KEPT = ("norm", "eps", "seconds", "gradients", "queries", "zero_gradient", "larg
 FLAGGED = {True: "yes", False: "no", None: "does not apply"}
 
 
-def facts(settings, s, steps):
-    """{name: value} that every figure depends on, for the line above the tables."""
+def facts(settings, s, steps, cells):
+    """{name: value} that every figure depends on, for the line above the tables of these cells."""
     sizes = sorted({target.size for target in s.targets})
     leave = "always" if s.stop_early else "where the attacker is adaptive or transfers"
     if s.audit:
@@ -42,7 +42,7 @@ def facts(settings, s, steps):
         "PGD": f"{steps} steps of 3/40 eps from a random start, scaled to the ball and clipped to "
                "[0, 1], the last step counts", "fooled images leave PGD": leave,
         "gradients": "float32" if s.amp == "off" else s.amp, "measured in": "float32",
-        "seed": s.seed, "batch size": s.batch_size, "device": settings["device"],
+        "seed": s.seed, "batch size": batch_sizes(cells, s), "device": settings["device"],
         "torch": settings["torch"]}
 
 

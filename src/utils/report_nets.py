@@ -11,7 +11,7 @@ from utils.defenses import describe, is_random
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
-from utils.report import eps_text, interval, markdown, protocol, with_note
+from utils.report import batch_sizes, eps_text, interval, markdown, protocol, with_note
 from utils.run import save_csv, write_atomic
 from utils.saved import read_about, title_of
 
@@ -28,7 +28,8 @@ def save_tables(folder, networks, settings, cells, s):
     networks: eval_net.Tested; settings: of this command; cells: of results.json; s: the flags.
     """
     found = [measured(net, settings, cells, s) for net in networks]
-    text = protocol(stated(networks, settings, found[0].clean["n"], s)) + "\n" + tables(found)
+    text = protocol(stated(networks, settings, found[0].clean["n"], cells, s)) + "\n"
+    text += tables(found)
     if s.eps_curve:
         text += curves.save(folder, networks, cells)
     if s.transfer:
@@ -41,7 +42,7 @@ def save_tables(folder, networks, settings, cells, s):
     return text
 
 
-def stated(networks, settings, n, s):
+def stated(networks, settings, n, cells, s):
     """What all figures have in common, for the line above the table."""
     nets = [f"{net.name} (" + f"{net.target.name}, " * (net.name != net.target.name)
             + f"{net.target.geometry}, {net.target.described})" for net in networks]
@@ -65,7 +66,7 @@ def stated(networks, settings, n, s):
         "list sha256": settings["images_sha256"][:16], "networks": ", ".join(nets),
         "defences": ", ".join(defences), **attacks,
         "accuracy": "of all images, in %, with 95 % Wilson intervals",
-        "float32, BatchNorm in eval mode; seed": s.seed, "batches of": s.batch_size,
+        "float32, BatchNorm in eval mode; seed": s.seed, "batches of": batch_sizes(cells, s),
         "device": settings["device"], "torch": settings["torch"]}
 
 

@@ -302,18 +302,20 @@ class RunFolder:
             parts += parts[1].values()
         if not all(isinstance(part, dict) for part in parts):
             raise UserError(f"{path}: not a table of this script; choose another folder")
-        if any(isinstance(cell.get("before"), str) for cell in saved["cells"].values()):
+        was, cells = saved["settings"], saved["cells"]
+        if any(isinstance(cell.get("before"), str) for cell in cells.values()):
             raise UserError(f"{path}: a table made by an older version; choose another folder")
-        broken = next((key for key, cell in saved["cells"].items() if not _can_be_counted(cell)),
-                      None)
+        if "batch_size" in was and "batch_size" not in settings:  # before cells had their own
+            size = {"batch_size": was.pop("batch_size")}
+            cells = {key: size | cell for key, cell in cells.items()}
+        broken = next((key for key, cell in cells.items() if not _can_be_counted(cell)), None)
         if broken is not None:
             raise UserError(f"{path}: the cell '{broken}' is damaged; restore the file, or choose "
                             "another folder")
-        was = saved["settings"]
         for key in [key for key in settings if key in was and settings[key] != was[key]]:
             raise UserError(f"--save {self.path}: holds a table made with {key} {was[key]}, "
                             f"given {settings[key]}; choose another folder")
-        return was | settings, saved["cells"]
+        return was | settings, cells
 
 
 def _can_be_counted(cell):
@@ -326,7 +328,7 @@ def _can_be_counted(cell):
     sizes = [cell[key] for key in ("seconds", "largest", "eps", "w") if key in cell]
     steps = cell.get("losses", [])
     return (counts(n, draws) and n * draws > 0
-            and counts(*(cell.get(key, 0) for key in ("fooled", *COUNTED)))
+            and counts(*(cell.get(key, 0) for key in ("fooled", "batch_size", *COUNTED)))
             and all(isinstance(cell.get(key, ""), str) for key in NAMED_BY)
             and all(isinstance(part, list) and len(part) == n and counts(*part, most=draws)
                     for part in lists)

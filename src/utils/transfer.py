@@ -51,8 +51,9 @@ def source_cells(source, left, mim, images, done, s, progress):
         return audit | {"after": {key: measure.times_right(
             net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER)).tolist()
             for key, net in left.items()}}
-    found = progress.count(images, torch.arange(len(images)).split(s.batch_size), attacked,
-                           cell=list(left), workers=s.workers, desc=f"{source.name} MI-FGSM")
+    found = progress.count(
+        images, torch.arange(len(images)), attacked, batch_size=s.batch_size, cell=list(left),
+        workers=s.workers, desc=f"{source.name} MI-FGSM")
     return [(key, {"norm": "linf", "eps": eps, "n": len(images), "draws": net.draws(s),
                    "before": done[f"{net.name} | clean"]["before"], "after": found["after"][key],
                    "largest": found["largest"], "outside": found["outside"]})
