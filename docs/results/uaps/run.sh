@@ -5,7 +5,6 @@
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
-CIFAR10=${CIFAR10:-cifar10}      # the name, or a folder of that name
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uaps}
 
@@ -36,24 +35,18 @@ photographs() {  # NAME NETWORK FLAG...
     name=$1 network=$2; shift 2
     run "$name" --data_dir "$SAMPLE/train" --weights "$WEIGHTS" --model_name "$network" "$@"
 }
-photographs squeezenet1_0_sga squeezenet1_0
-photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images
 photographs squeezenet1_0_transfer squeezenet1_0 --preset transfer
 photographs squeezenet1_1_transfer squeezenet1_1 --preset transfer --epochs 4
 photographs mobilenet_v2_transfer mobilenet_v2 --preset transfer --epochs 4
-photographs ensemble_transfer squeezenet1_0,squeezenet1_1,mobilenet_v2 --preset transfer --epochs 4
-photographs squeezenet1_0_to_castle squeezenet1_0 --augment --batch_size 50 --target 483 --epochs 4
-photographs squeezenet1_0_to_jigsaw squeezenet1_0 --augment --batch_size 50 --target 611 --epochs 4
+photographs squeezenet1_0_cosine squeezenet1_0 --preset transfer --loss cosine --epochs 4
+photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images --batch_size 50 --epochs 4
 run digits_sga --data_dir digits
 run digits_to_8 --data_dir digits --target 8
-run cifar10_sga --data_dir "$CIFAR10" --num_images 10000
-run cifar10_transfer --data_dir "$CIFAR10" --num_images 10000 --preset transfer --epochs 4
-for kind in photographs digits cifar10; do
+for kind in photographs digits; do
     case $kind in
     photographs) set -- --data_dir "$SAMPLE/val" --weights "$WEIGHTS" \
         --model_name squeezenet1_0 squeezenet1_1 mobilenet_v2 ;;
     digits) set -- --data_dir digits ;;
-    cifar10) set -- --data_dir "$CIFAR10" ;;
     esac
     "$PYTHON" src/eval_uap.py --uaps imgs/uaps --save "$RUNS/eval/$kind" "$@"
 done
