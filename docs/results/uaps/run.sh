@@ -25,6 +25,7 @@ import shutil
 import sys
 
 made, kept = map(pathlib.Path, sys.argv[1:])
+kept.mkdir(exist_ok=True)
 facts = json.loads((made / f"{made.name}.json").read_text())
 del facts["data_dir"]  # where the images lay is of no use elsewhere
 (kept / f"{made.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
