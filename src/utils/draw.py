@@ -284,10 +284,11 @@ def uaps(deltas, ratios, photograph=None, credit=""):
     if photograph:
         for k, x, what in ((0, "x", "clean photograph"), (1, "x_adv", f"with {photograph['uap']}")):
             _show(panels[k], photograph[x])
-            _name(panels[k], what, what)
-            panels[k].set_xlabel("\n".join(f"{name}: {str(classes[k])[:22]}" for name, classes
-                                           in photograph["seen"].items()), fontsize=7,
-                                 color=(BLACK, ORANGE)[k])
+            panels[k].set_title(what, fontsize=8, pad=3)
+            for line, (name, classes) in enumerate(photograph["seen"].items()):
+                panels[k].text(0.5, -0.03 - 0.06 * line, f"{name}: {str(classes[k])[:22]}",
+                               transform=panels[k].transAxes, ha="center", va="top", fontsize=7,
+                               color=BLACK if classes[k] == classes[0] else ORANGE)
     for axes, (name, delta) in zip(panels[squares - len(deltas):], deltas.items(), strict=True):
         gain = _show_delta(axes, delta)
         axes.set_title(f"{name}\nat most {127.5 / gain:.0f}/255, shown × {gain:.3g}", fontsize=8,

@@ -16,6 +16,6 @@ folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
 shutil.copy(folder / "china.jpg", sys.argv[1])' "$RUNS/photos/photographs"
 for shown in eval photo; do
     case $shown in eval) data=$SAMPLE/val ;; photo) data=$RUNS/photos ;; esac
-    "$PYTHON" src/eval_uap.py --uaps "$RUNS/transfer" --data_dir "$data" --weights "$WEIGHTS" \
+    "$PYTHON" src/eval_uap.py --uaps "$RUNS"/transfer/sga_*.pth --data_dir "$data" --weights "$WEIGHTS" \
         --model_name squeezenet1_0 squeezenet1_1 mobilenet_v2 --save "$RUNS/$shown"
 done
