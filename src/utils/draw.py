@@ -339,8 +339,10 @@ def against(curves, names, x):
                        for _ in values], sum(found, []), ".", color=colour, ms=5)
         n = sorted({one[network][0]["n"] for points in curves.values() for seeds in points.values()
                     for one in seeds})
-        axes.set(xscale="log", ylim=(0, 100), xlabel=x,
-                 title=f"{network} (n={' / '.join(map(str, n))})")
+        axes.set(xscale="log", ylim=(0, 100), xlabel=x)
+        axes.set_title(f"{network} (n={' / '.join(map(str, n))})", fontsize=9)
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers], rotation=30, fontsize=8)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("fooling ratio, %")
     panels[-1].legend(fontsize=8, loc="lower right")
@@ -364,6 +366,7 @@ def sweep(rows):
                      label="epsilon w = 1")
         n = float(own[0]["attack_robustness_n"])
         axes.set(xscale="log", ylim=(-2, 102), xlabel="w", title=f"{name} (n={n:.6g})")
+        axes.xaxis.set_major_formatter("{x:.0e}")  # not as a formula
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("attack robustness, PGD Linf, %")
     panels[0].legend(fontsize=8)

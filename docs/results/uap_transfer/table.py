@@ -21,7 +21,7 @@ HEAD = ("name", "surrogate", "images", "method", "augment", "momentum", "loss", 
 def settings(name, facts):
     """The cells of HEAD but the seeds; of the floor without facts, its name."""
     if "method" not in facts:
-        return (name, *("-" for _ in HEAD[1:-1]))
+        return (name.rpartition("/")[-1], *("-" for _ in HEAD[1:-1]))
     untrained = "random" in facts["weights"]
     return (re.sub(r"_\d+_\d+/.*", "", name),
             " + ".join(facts["model_name"]) + (", random weights" if untrained else ""),
@@ -38,7 +38,7 @@ def table(results):
         groups.setdefault(settings(name, uap["facts"]), []).append(shares)
     rows = [[*(f"{cell:,}" if isinstance(cell, int) else cell for cell in made), str(len(seeds)),
              *(spread([shares[network] for shares in seeds]) for network in networks)]
-            for made, seeds in sorted(groups.items(), key=lambda item: str(item[0]))]
+            for made, seeds in sorted(groups.items(), key=lambda one: (one[0][0], one[0][-1]))]
     return [[*HEAD, *networks], *rows]
 
 

@@ -1,0 +1,37 @@
+"""The tables of results.md from what run.sh left: each perturbation, its figures and its hash.
+
+    python docs/results/uaps/table.py runs/uaps/eval
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2] / "src"))
+
+from utils.report import interval, markdown  # noqa: E402
+from utils.uaps import digest, read_uap  # noqa: E402
+
+
+def rows(results):
+    """[head, rows ...] of strings."""
+    networks, table = list(results["protocol"]["targets"]), []
+    for name, uap in results["uaps"].items():
+        shares = {row["target"]: row["fooling_ratio"] for row in results["rows"]
+                  if row["uap"] == name}
+        path = HERE.parents[2] / "imgs" / "uaps" / f"{name}.png"
+        table.append([name, f"{uap['facts']['gradients']:,}",
+                      *(interval(shares[network]) for network in networks),
+                      digest(read_uap(path, scale="auto", eps=1).delta)])
+    return [["UAP", "gradients", *networks, "hash"], *table]
+
+
+if __name__ == "__main__":
+    for kind, name in (("photographs", "results"), ("digits", "digits")):
+        results = json.loads((Path(sys.argv[1]) / kind / "results.json").read_text())
+        head, *body = rows(results)
+        with open(HERE / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([head, *body])
+        print(markdown(head, body))
