@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -477,13 +478,18 @@ def photographs(tmp_path, picture):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("limit", ["list", "disk"])
 def test_a_short_list_is_decoded_once_and_a_long_one_is_only_checked(
-        photographs, size, monkeypatch, capsys):
+        photographs, size, limit, monkeypatch, capsys):
     small = together(size, lambda team: at_hand(photographs, workers=0, team=team))
-    assert "do not stay in memory" not in capsys.readouterr().out
-    monkeypatch.setattr(cells, "IN_MEMORY", 11 * 3 * 32 * 32)
+    assert "are too many" not in capsys.readouterr().out
+    if limit == "list":
+        monkeypatch.setattr(cells, "KEPT", 11 * 3 * 32 * 32)
+    else:  # a process too many
+        monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(
+            1, 1, size * 12 * 3 * 32 * 32 - 1))
     long = together(size, lambda team: at_hand(photographs, workers=0, team=team))
-    assert "12 images of 32 pixels do not stay in memory" in capsys.readouterr().out
+    assert "12 images of 32 pixels are too many" in capsys.readouterr().out
     wanted = [name for name in photographs.names if "05" not in name]
     for images in (*small, *long):
         assert list(images.names) == wanted and len(images.labels) == 11
@@ -499,13 +505,22 @@ def test_a_short_list_is_decoded_once_and_a_long_one_is_only_checked(
 def test_of_several_processes_the_first_alone_names_broken_files(
         photographs, tmp_path, monkeypatch, capsys, size, how):
     if how == "long":
-        monkeypatch.setattr(cells, "IN_MEMORY", 0)
+        monkeypatch.setattr(cells, "KEPT", 0)
     if how == "cached":
         photographs = cached(photographs, tmp_path / "cache", workers=0)
     capsys.readouterr()
     found = together(size, lambda team: at_hand(photographs, workers=0, team=team))
     assert [images.skipped for images in found] == [("n01440764/05.png",)] * size
     assert capsys.readouterr().err.count("05.png: cannot be decoded, skipped") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_decoded_images_are_mapped_from_a_file_without_a_name(photographs):
+    images = at_hand(photographs, workers=0, team=Team())
+    at = images.pixels.data_ptr()
+    found = [line for line in Path("/proc/self/maps").read_text().splitlines()
+             if int(line.split("-")[0], 16) <= at < int(line.split("-")[1].split()[0], 16)]
+    assert len(found) == 1 and found[0].endswith("(deleted)")
 
 
 class Mean(torch.nn.Module):
@@ -525,7 +540,7 @@ def test_a_streamed_list_gives_the_cells_of_one_in_memory_and_never_holds_more_t
         most[0] = max(most[0], sum(batch() is not None for batch in made))
         return good, x
     small = at_hand(photographs, workers=0, team=Team())
-    monkeypatch.setattr(cells, "IN_MEMORY", 0)
+    monkeypatch.setattr(cells, "KEPT", 0)
     monkeypatch.setattr(cells, "stack", tracked)
     streamed = at_hand(photographs, workers=0, team=Team())
     attack = measure.Attack("", "linf", 0.1, lambda model, x, y, generator, report: (

@@ -14,12 +14,16 @@ or another batch size: networks round differently then, and nothing else changes
 
 import hashlib
 import json
+import math
+import shutil
+import tempfile
 import time
 from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
@@ -30,7 +34,7 @@ from utils.team import Team
 ROUND = 200                         # images that a process works on before results are gathered
 NOTHING = {"done": 0, "skipped": [], "state": {}}  # of a pass: images done, and what they gave
 EVERY = 5.0                         # seconds from one save to the next, at least
-IN_MEMORY = 500 * 3 * 224 * 224     # bytes of pixels; longer lists are decoded in every pass
+KEPT = 10_000 * 3 * 224 * 224       # bytes of pixels; longer lists are decoded in every pass
 
 
 def added(total, part):
@@ -80,36 +84,39 @@ def _worked(wanted, index, x, work):
 
 
 def at_hand(images, *, workers, team):
-    """The same list without broken files: all pixels in memory, or, where there are more of them
-    than IN_MEMORY, checked once and decoded again in every pass. Processes share this work.
+    """The same list without broken files: all pixels mapped from a temporary file, or, where there
+    are more of them than KEPT or than fit there, checked once and decoded again in every pass.
+    Processes share this work.
     """
-    shape = (len(images), 3, images.size, images.size)
-    small = torch.Size(shape).numel() <= IN_MEMORY
-    if images.pixels is not None or images.stored is not None or (small and team.size == 1):
+    if images.pixels is not None or images.stored is not None:
         found = load(images, workers=workers, aloud=team.first)
         if len(set(team.everyone(found.sha256()))) > 1:
             raise UserError("the processes have other images in their caches; delete the folders "
                             "of --cache")
         return found
+    shape = (3, images.size, images.size)
+    most = min(KEPT, shutil.disk_usage(tempfile.gettempdir()).free // team.size)
+    small = team.first_says(len(images) * math.prod(shape) <= most)
     if not small and team.first:
-        print(f"{len(images)} images of {images.size} pixels do not stay in memory: they are "
+        print(f"{len(images)} images of {images.size} pixels are too many to be kept: they are "
               "checked now and decoded again in every pass; --cache DIR decodes them once",
               flush=True)
-    pixels = torch.empty(shape if small else 0, dtype=torch.uint8)
     keep, skipped, parts = [], [], torch.arange(len(images)).split(32)
-    with team.bar(len(images), "decode") as bar:
+    with tempfile.TemporaryFile() as file, team.bar(len(images), "decode") as bar:
         for part, (broken, x) in zip(parts, shared(
                 images, parts, lambda index, x: x if small else (), team=team,
                 workers=workers), strict=True):
             skipped += warned(images, broken, team.first)
             good = [i for i in part.tolist() if i not in broken]
             if small and good:
-                pixels[len(keep):len(keep) + len(good)] = x
+                file.write(x.numpy())
             keep += good
             bar.update(len(part))
-    if not keep:
-        raise none_decoded(images)
-    return replace(images.select(keep), pixels=pixels[:len(keep)] if small else None,
+        if not keep:
+            raise none_decoded(images)
+        file.flush()
+        pixels = np.memmap(file, np.uint8, "c", shape=(len(keep), *shape)) if small else None
+    return replace(images.select(keep), pixels=torch.from_numpy(pixels) if small else None,
                    skipped=tuple(skipped))
 
 
