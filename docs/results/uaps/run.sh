@@ -13,6 +13,7 @@ run() {  # run NAME FLAG...: a perturbation, and its picture and facts in imgs/u
     if [ ! -d "$RUNS/done/$name" ]; then
         "$PYTHON" src/train_sga.py --amp bf16 --layout channels_last --seed 0 \
             --save "$RUNS/training/$name" --resume "$@"
+        [ -f "$RUNS/training/$name/checkpoint.pth" ] || return 0
         mkdir -p "$RUNS/done/$name.part"
         cp "$RUNS/training/$name"/*_*.png "$RUNS/done/$name.part/$name.png"
         cp "$RUNS/training/$name"/*.json "$RUNS/done/$name.part/$name.json"
