@@ -65,7 +65,7 @@ def drawing(chance):
 # ------------------------------------------------------------------ the outer step
 
 def adam_step(delta, g, v, *, eps, alpha, step, betas=(0.9, 0.999)):
-    """One step of Adam up the loss (Kingma and Ba, Alg. 1), as of Cos-UAP and FG-UAP. -> delta, v
+    """One step of Adam up the loss (Kingma and Ba, Alg. 1), as in FG-UAP. -> delta, v
 
     v (2, C, H, W): running means of g and of g * g; step: 1 for the first.
     """
