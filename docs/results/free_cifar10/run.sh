@@ -1,20 +1,29 @@
 #!/bin/sh
-# Natural, free, K-PGD and fast training of a small network on CIFAR-10: an hour of training on one
-# thread, then the attacks.
-#   sh docs/results/free_cifar10/run.sh        from the root of the repository
+# Natural, free, K-PGD and fast training of a small network on all of CIFAR-10, with as many weight
+# steps each: about four hours of one thread, then the attacks. What is done is kept, and a run that
+# was stopped goes on from its checkpoint.
+#   METHODS="natural free8 pgd" sh docs/results/free_cifar10/run.sh     from the root of the repository
 set -eu
 DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_cifar10}
+METHODS=${METHODS:-natural free2 free4 free8 pgd fast fast_stop}
+N=${N:-1000}                     # test images that are attacked
 
 train() {  # train NAME FLAG...
     name=$1; shift
-    "$PYTHON" src/free_at.py --data_dir "$DATA" --model_name cnn_bn --epochs 8 \
-        --schedule onecycle --amp bf16 --save "$RUNS/$name" "$@"
+    ls "$RUNS/$name"/*_small.pth > /dev/null 2>&1 && return
+    "$PYTHON" src/free_at.py --data_dir "$DATA" --model_name docs/results/free_cifar10/net.py:small \
+        --weight_steps 4692 --schedule onecycle --amp bf16 --save "$RUNS/$name" --resume "$@"
 }
-train natural --method natural
-for m in 2 4 8; do train "free$m" --method free --replays "$m"; done
-train pgd --method pgd
-train fast --method fast
-"$PYTHON" src/eval_net.py --runs "$RUNS/natural" "$RUNS/free2" "$RUNS/free4" "$RUNS/free8" \
-    "$RUNS/pgd" "$RUNS/fast" --num_images 300 --save "$RUNS"
+runs=
+for name in $METHODS; do
+    case $name in
+    free*) train "$name" --method free --replays "${name#free}" ;;
+    fast_stop) train "$name" --method fast --guard stop ;;
+    *) train "$name" --method "$name" ;;
+    esac
+    runs="$runs $RUNS/$name"
+done
+[ "$N" = 0 ] || "$PYTHON" src/eval_net.py --runs $runs --num_images "$N" --save "$RUNS/eval" \
+    --attacks fgsm pgd20 pgd50x10 cw50 autoattack
