@@ -3,10 +3,12 @@
     pip install pyautoattack==0.2.0
     PYTHONPATH=src python benchmarks/autoattack.py                       # digits, three networks
     PYTHONPATH=src python benchmarks/autoattack.py --norms l1 --seeds 3
+    PYTHONPATH=src python benchmarks/autoattack.py --data_dir sample/val --num_images 30 \\
+        --model_name squeezenet1_0 --weights V1 --norms linf --eps 4/255   # as it is
 
 A network of --model_name is trained on --data_dir against PGD in the norm, and 200 test images are
-attacked at the radius of its training. Both attack the same network, in one batch; what they
-return is classified again. A row for each norm and seed; the images are the first of the data set.
+attacked at the radius of its training; with --weights it is attacked as it is. Both attack the same
+network, in one batch; what they return is classified again. A row for each network, norm and seed.
 """
 
 import time
@@ -16,14 +18,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from attack_others import installed
+from attack_others import installed, positive
 from attacks import autoattack, pgd
 from bench import show
 from utils.attack.balls import norm_of
 from utils.cli import Parser, at_least, run_script
-from utils.data import open_images, to_float
+from utils.data import load, open_images, to_float
 from utils.errors import UserError
-from utils.models import freeze, load_model
+from utils.models import freeze, input_size, load_model
 from utils.run import make_generator, provenance, resolve_device
 
 EPS = {"linf": 0.12, "l2": 1.5, "l1": 12.0}  # on digits
@@ -33,10 +35,12 @@ THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data_dir", default="digits", help="data set by name")
-    add("--model_name", default="mlp", help="a small network of ours")
+    add("--data_dir", default="digits", help="data set by name; or class folders, with --weights")
+    add("--model_name", nargs="+", default=["mlp"], help="networks")
+    add("--weights", help="V1, a folder of NAME.pth, or the path of a state dict; None: networks of "
+        "ours, trained here")
     add("--norms", nargs="+", choices=list(EPS), default=list(EPS), help="one network for each")
-    add("--eps", nargs="+", type=float, help="a radius for each of the norms; None: 0.12, 1.5, 12")
+    add("--eps", nargs="+", type=positive, help="radius of each of the norms; None: 0.12, 1.5, 12")
     add("--epochs", type=at_least(0), default=15, help="of training against 10 steps of PGD")
     add("--num_images", type=at_least(1), default=200, help="test images, evenly over the classes")
     add("--seeds", type=at_least(1), default=1, help="runs of either side")
@@ -60,6 +64,13 @@ def trained(name, images, norm, eps, epochs):
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
     return freeze(model)
+
+
+def attacked(name, test, norm, eps, args):
+    """The network with --weights, or trained here."""
+    if args.weights:
+        return load_model(name, weights=args.weights, kind=test.kind, data_dir=args.data_dir)
+    return trained(name, open_images(args.data_dir, split="train"), norm, eps, args.epochs)
 
 
 @dataclass
@@ -86,7 +97,7 @@ def theirs(model, x, y, norm, eps, version, seed):
         return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
 
-def row_of(model, x, y, norm, eps, seed, args):
+def row_of(name, model, x, y, norm, eps, seed, args):
     """A line of the table."""
     report = {}
     ours = Found.of(lambda: autoattack(model, x, y, norm=norm, eps=eps, version=args.version,
@@ -97,7 +108,7 @@ def row_of(model, x, y, norm, eps, seed, args):
         right = int((model(x).argmax(1) == y).sum())
     fooled = ", ".join(f"{name} {one['fooled']}" for name, one in report.items()
                        if isinstance(one, dict))
-    return [norm, f"{eps:g}", seed, len(x), right, int(ours.robust.sum()),
+    return [name, norm, f"{eps:.4g}", seed, len(x), right, int(ours.robust.sum()),
             int(other.robust.sum()), int((ours.robust != other.robust).sum()), fooled,
             "; ".join(report["flags"]) or "-", f"{ours.largest:.6g}", f"{other.largest:.6g}",
             f"{ours.seconds:.0f}", f"{other.seconds:.0f}"]
@@ -109,18 +120,21 @@ def main(args):
     radii = dict(zip(args.norms, args.eps or [EPS[norm] for norm in args.norms], strict=False))
     if len(radii) < len(args.norms):
         raise UserError(f"--eps {' '.join(map(str, args.eps))}: wanted {len(args.norms)} radii")
-    train, test = (open_images(args.data_dir, split=split) for split in ("train", "test"))
-    test = test.prepared(test.size, args.num_images)
-    x, y = to_float(test.pixels), test.labels
     lines = []
-    for norm, eps in radii.items():
-        model = trained(args.model_name, train, norm, eps, args.epochs)
-        lines += [row_of(model, x, y, norm, eps, seed, args) for seed in range(args.seeds)]
+    for name in args.model_name:
+        test = open_images(args.data_dir, split="test")
+        test = load(test.prepared(input_size(name, test.kind, test.size, args.weights or "random"),
+                                  args.num_images), workers=0)
+        x, y = to_float(test.pixels), test.labels
+        for norm, eps in radii.items():
+            model = attacked(name, test, norm, eps, args)
+            lines += [row_of(name, model, x, y, norm, eps, seed, args)
+                      for seed in range(args.seeds)]
     about = provenance(resolve_device("cpu"))
-    head = ["norm", "eps", "seed", "n", "right", "robust, ours", "robust, pyautoattack",
+    head = ["network", "norm", "eps", "seed", "n", "right", "robust, ours", "robust, pyautoattack",
             "images that differ", "fooled by ours", "flags", "largest norm", "theirs", "s",
             "s, theirs"]
-    show(head, lines, f"{args.data_dir}, {args.model_name}, {args.version}; CPU, "
+    show(head, lines, f"{args.data_dir}, {args.version}; CPU, "
          f"{torch.get_num_threads()} threads, torch {about['torch']}, commit {about['commit']}",
          args.results, rows=lines, about=about)
 

@@ -67,7 +67,8 @@ def get_args():
         "default": None, "help": "data set by name, or folder of class folders; None: what the "
         "--runs were trained on, else digits"}, data_root={"default": None, "help": "where named "
         "data sets are kept or downloaded to; None: where the --runs found them, else data"})
-    parser.shared("labels", "classes")
+    parser.shared("labels", "classes", "defense", "low", defense={
+        "help": "layers in front of every network of --model_name; a run says its own"})
     add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files that "
         "free_at.py, train_gcm.py or fgsm_mnist.py left")
     parser.shared("model_name", "geometry", "weights", weights={"default": None, "help":
@@ -106,6 +107,8 @@ def settle(args, device):
     if args.runs and (args.model_name or args.weights):
         raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
                         "name alone")
+    if args.runs and (args.defense != "none" or args.low):
+        raise UserError("--runs with --defense or --low: a run says its own; leave them out")
     if args.predict and (args.corruptions or args.uaps or args.eps_curve or args.transfer
                          or args.save_images or args.from_images):
         raise UserError("--predict with --corruptions, --uaps, --eps_curve, --transfer or saved "

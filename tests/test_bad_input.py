@@ -286,6 +286,8 @@ for chosen in ("phase1,rain", "rain,all"):
 for chosen in ("phase1", "released"):
     case(f"--p beside {chosen}", (*STAGE, "--augment", chosen, "--p", 0.1),
          ("--p 0.1", f"{chosen} has probabilities of its own"))
+for flag in (("--defense", "gcm"), ("--low", 20)):
+    case(f"{flag[0]} beside --runs", (*NETS, *flag), ("--runs", "a run says its own"))
 case("--momentum nan", (*SGA, "--momentum", "nan"), ("--momentum",))
 case("--out that is no PNG", ("figures.py", "--augmentations", "--out", "free/log.csv"), ("PNG",))
 

@@ -44,7 +44,7 @@ def s(tmp_path):
 
 def network(name, model=None, defense="none", eps=0.05):
     target = SimpleNamespace(size=8, geometry=paper_geometry(8))
-    return tested.Tested(name, target, model or toy(), K, eps, {"defense": defense}, None)
+    return tested.Tested(name, target, model or toy(), K, eps, {}, None, defense=defense)
 
 
 def clean_cells(nets, images, s):

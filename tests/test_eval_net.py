@@ -240,6 +240,21 @@ def test_a_network_behind_gcm_is_attacked_by_the_adaptive_attacker(run_here, lea
     assert "defended behind GCM w=1e+20" in done.stdout
 
 
+def test_a_network_by_name_is_measured_behind_the_defence_of_the_flag(run_here, leave, tmp_path):
+    """The same cells as of a run whose own defence that is."""
+    folder = leave("run", STAGE, defense="gcm+resizepad", low=12)
+    attacked = (*FEW, "--attacks", "fgsm", "--eps", 0.1, "--draws", 2)
+    by_name = run_here("eval_net.py", "--model_name", "cnn_bn", "--weights",
+                       folder / "stage1_cnn_bn.pth", "--defense", "gcm+resizepad", "--low", 12,
+                       *attacked, "--save", "named")
+    of_run = run_here("eval_net.py", "--runs", "run", *attacked, "--save", "out")
+    assert by_name.returncode == of_run.returncode == 0, by_name.stderr + of_run.stderr
+    assert "cnn_bn behind GCM w=1e+20" in by_name.stdout and "ResizePad to 12-28" in by_name.stdout
+    found, wanted = cells(tmp_path / "named"), cells(tmp_path / "out")
+    for cell in ("clean", "FGSM"):
+        assert found[f"cnn_bn | {cell}"]["after"] == wanted[f"run | {cell}"]["after"]
+
+
 def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, tmp_path):
     folder = leave("run", STAGE, defense="resizepad", low=12)
     done = run_here("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "--draws", 3,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils import curves, draw, transfer
 from utils.attack.several import flags_of
-from utils.defenses import describe, is_random
+from utils.defenses import is_random
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
@@ -47,9 +47,7 @@ def stated(networks, settings, n, cells, s):
     nets = [f"{net.name} (" + f"{net.target.name}, " * (net.name != net.target.name)
             + f"{net.target.geometry}, {net.target.described})" for net in networks]
     behind = [net for net in networks if net.defense != "none"]
-    defences = [f"{net.name} behind "
-                + describe(net.defense, size=net.target.size, low=net.facts["low"])
-                for net in behind]
+    defences = [f"{net.name} behind {net.front}" for net in behind]
     random = any(is_random(net.defense) for net in behind)
     means = ["BPDA"] * any("gcm" in net.defense for net in behind) + [f"EOT of {s.draws}"] * random
     attacks = {

@@ -31,16 +31,18 @@ class Tested:
     facts: dict
     folder: Path
     made: Callable = None
-
-    @property
-    def defense(self):
-        return self.facts.get("defense", "none")
+    defense: str = "none"
+    low: int | None = None
 
     @cached_property
     def defended(self):
         """The network behind its defence."""
-        return defend(self.model, self.defense, size=self.target.size,
-                      low=self.facts.get("low")).eval()
+        return defend(self.model, self.defense, size=self.target.size, low=self.low).eval()
+
+    @property
+    def front(self):
+        """The defence in words."""
+        return describe(self.defense, size=self.target.size, low=self.low)
 
     def draws(self, s):
         return s.draws if is_random(self.defense) else 1
@@ -52,9 +54,8 @@ class Tested:
 
     def described(self, s):
         """What its cells depend on."""
-        front = describe(self.defense, size=self.target.size, low=self.facts.get("low"))
-        return (f"{self.target.name} ({self.target.described}) behind {front}, {self.draws(s)} "
-                "draws" + f", {self.target.geometry}" * (self.target.size > 64))
+        return (f"{self.target.name} ({self.target.described}) behind {self.front}, "
+                f"{self.draws(s)} draws" + f", {self.target.geometry}" * (self.target.size > 64))
 
     def clean_cell(self, images, s, progress):
         """The cell of no attack at all: in how many forward passes each image is right."""
@@ -134,9 +135,11 @@ def open_all(named, images, s, made):
         model = target.load(images, data_dir=data_dir, data_root=data_root, device=s.device)
         model = Halving(model.to(memory_format=torch.channels_last), name)  # faster on photographs
         zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
-        facts = facts if folder else {}
+        facts, defense, low = ((facts, facts.get("defense", "none"), facts.get("low")) if folder
+                               else ({}, s.defense, s.low))
         eps = s.eps or finished.linf_radius(facts, images.kind)
-        networks.append(Tested(name, target, model, model(zero).shape[1], eps, facts, folder, made))
+        networks.append(Tested(name, target, model, model(zero).shape[1], eps, facts, folder, made,
+                               defense, low))
         _ = networks[-1].defended  # says now if the defence cannot be built
     return networks
 

@@ -6,7 +6,7 @@ from utils.nets import Residual
 
 
 class Small(nn.Sequential):
-    """Images (N, 3, 32, 32) -> logits: 32, 64, 128 and 256 channels, one residual block at 8 x 8."""
+    """(N, 3, 32, 32) -> logits; 32, 64, 128, 256 channels, one residual block at 8 x 8."""
     mean = std = [0.5, 0.5, 0.5]
 
     def __init__(self, num_classes):
