@@ -37,8 +37,8 @@ def get_args():
     add = parser.add_argument
     add("--data_dir", default="digits", help="data set by name; or class folders, with --weights")
     add("--model_name", nargs="+", default=["mlp"], help="networks")
-    add("--weights", help="V1, a folder of NAME.pth, or the path of a state dict; None: networks of "
-        "ours, trained here")
+    add("--weights", help="V1, a folder of NAME.pth, or the path of a state dict; None: "
+        "networks of ours, trained here")
     add("--norms", nargs="+", choices=list(EPS), default=list(EPS), help="one network for each")
     add("--eps", nargs="+", type=positive, help="radius of each of the norms; None: 0.12, 1.5, 12")
     add("--epochs", type=at_least(0), default=15, help="of training against 10 steps of PGD")
