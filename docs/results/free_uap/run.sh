@@ -8,9 +8,9 @@ PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_cifar10}
 
 for n in natural free8; do
-    "$PYTHON" src/train_sga.py --data_dir "$DATA" --model_name cnn_bn --eps 8/255 \
-        --num_images 5000 --weights "$RUNS/$n/${n}_cnn_bn.pth" --amp bf16 \
-        --layout channels_last --save "$RUNS/uap_$n"
+    "$PYTHON" src/train_sga.py --data_dir "$DATA" --eps 8/255 --num_images 5000 --amp bf16 \
+        --layout channels_last --model_name docs/results/free_cifar10/net.py:small \
+        --weights "$RUNS/$n/${n}_small.pth" --save "$RUNS/uap_$n" --resume
 done
 "$PYTHON" src/eval_net.py --runs "$RUNS/natural" "$RUNS/free8" "$RUNS/pgd" --attacks none \
-    --uaps "$RUNS/uap_natural" "$RUNS/uap_free8" --num_images 300 --save "$RUNS/uap_table"
+    --uaps "$RUNS/uap_natural" "$RUNS/uap_free8" --num_images 1000 --save "$RUNS/uap_table"
