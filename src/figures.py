@@ -4,6 +4,7 @@
     python figures.py --examples runs/eval                                               digits.png
     python figures.py --curves runs/eval --over gradients --rows 'sga_*:SGA'      uap_gradients.png
     python figures.py --w_sweep runs/w_vgg16 runs/w_resnet50                              gcm_w.png
+    python figures.py --eps_curves runs/eval_net --rows mlp cnn:CNN                  eps_curves.png
     python figures.py --corruptions runs/eval_net --rows plain stage1:augmented       challenge.png
     python figures.py --exercise runs/mnist/clean runs/mnist/fgs                 mnist_examples.png
     python figures.py --augmentations                                                   augment.png
@@ -46,6 +47,8 @@ def get_args():
     add("--over", choices=tuple(OVER), default="gradients", help="of --curves: what was spent")
     add("--w_sweep", type=Path, nargs="+", help="folders with w_sweep.csv of gcm.py: robustness "
         "against GCM's w")
+    add("--eps_curves", type=Path, nargs="+", help="folders that eval_net.py --eps_curve wrote: "
+        "robust accuracy over the radius")
     add("--corruptions", type=Path, help="folder that eval_net.py --corruptions wrote: accuracy by "
         "family of corruption, minus that of the first of --rows")
     add("--exercise", type=Path, nargs="+", help="run folders of fgsm_mnist.py: the same images "
@@ -121,17 +124,15 @@ def curves_picture(args):
 
 def w_sweep_picture(args):
     """Robustness against w, a panel for each network."""
-    rows = []
-    for path in (folder / "w_sweep.csv" for folder in args.w_sweep):
-        if not path.is_file():
-            raise UserError(f"--w_sweep {path.parent}: no w_sweep.csv there; run gcm.py with "
-                            "--w_sweep first")
-        with open(path, newline="") as file:
-            rows += csv.DictReader(file)
-        if not rows:
-            raise UserError(f"--w_sweep {path.parent}: no rows in its w_sweep.csv; run gcm.py with "
-                            "--w_sweep again")
-    return draw.sweep(rows)
+    return draw.sweep(_table("--w_sweep", args.w_sweep, "w_sweep.csv", "gcm.py with --w_sweep"))
+
+
+def eps_curves_picture(args):
+    """Robust accuracy over the Linf radius, a panel for each network."""
+    rows = _table("--eps_curves", args.eps_curves, "curve.csv", "eval_net.py with --eps_curve")
+    there = dict.fromkeys(row["network"] for row in rows)
+    return draw.eps_curves([row | {"network": label} for name, label in _chosen(
+        args.rows, there, args.eps_curves[-1]) for row in rows if row["network"] == name])
 
 
 def corruptions_picture(args):
@@ -191,6 +192,19 @@ def _results(folder, flag, script):
     return load_json(path)
 
 
+def _table(flag, folders, name, command):
+    """The rows of NAME.csv in these folders, one table after the other."""
+    rows = []
+    for folder in folders:
+        if not (folder / name).is_file():
+            raise UserError(f"{flag} {folder}: no {name} there; run {command} first")
+        with open(folder / name, newline="") as file:
+            rows += csv.DictReader(file)
+        if not rows:
+            raise UserError(f"{flag} {folder}: no rows in its {name}; run {command} again")
+    return rows
+
+
 def _chosen(rows, there, folder):
     """[(name, label)] of --rows, or of all that are there."""
     chosen = [row.partition(":") for row in rows or there]
@@ -218,6 +232,7 @@ def _examples(folder):
 
 PICTURES = {  # flag: how it is drawn, its name in imgs/, the script whose files it reads
     "w_sweep": (w_sweep_picture, "gcm_w", "gcm.py"),
+    "eps_curves": (eps_curves_picture, "eps_curves", "eval_net.py"),
     "corruptions": (corruptions_picture, "challenge", "eval_net.py"),
     "exercise": (exercise_picture, "mnist_examples", "fgsm_mnist.py"),
     "augmentations": (augmentations_picture, "augment", None),

@@ -2,12 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import figures
 from utils import draw
 from utils.augment import FAMILIES, OPS
 from utils.measure import share, wilson
@@ -153,6 +155,29 @@ def test_a_sweep_is_drawn_from_its_csv(run_here, refused, tmp_path):
         "attack_robustness_n", *lines]))
     drew(run_here("figures.py", "--w_sweep", tmp_path), tmp_path / "imgs" / "gcm_w.png")
     refused(run_here("figures.py", "--w_sweep", tmp_path / "no"), "no w_sweep.csv", "gcm.py")
+
+
+def test_curves_over_the_radius_of_several_tables_are_one_picture(
+        run_here, refused, tmp_path, monkeypatch):
+    head = "network,attacker,eps,value,k,n,low,high"
+    for name, attackers in (("plain", ("APGD-CE, adaptive", "FAB, adaptive")),
+                            ("small", ("APGD-CE, adaptive", "APGD-CE, naive"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curve.csv").write_text("\n".join([head, *(
+            f'{name},"{attacker}",{eps},{1 - eps},5,10,0,1'
+            for attacker in attackers for eps in (0, 0.5))]))
+    shown = []
+    folders = [tmp_path / "plain", tmp_path / "small"]
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "eps_curves", lambda rows: shown.extend(rows) or b"")
+        figures.eps_curves_picture(SimpleNamespace(eps_curves=folders, rows=["small:GCM", "plain"]))
+    assert [row["network"] for row in shown] == 4 * ["GCM"] + 4 * ["plain"]
+    assert {row["attacker"] for row in shown[:4]} == {"APGD-CE, adaptive", "APGD-CE, naive"}
+    drew(run_here("figures.py", "--eps_curves", *folders), tmp_path / "imgs" / "eps_curves.png")
+    refused(run_here("figures.py", "--eps_curves", tmp_path), "no curve.csv", "eval_net.py")
+    refused(run_here("figures.py", "--eps_curves", *folders, "--rows", "other"), "--rows other")
+    (tmp_path / "curve.csv").write_text("a,b\n1,2\n")
+    refused(run_here("figures.py", "--eps_curves", tmp_path), "--eps_curves", "eval_net.py")
 
 
 def test_corruptions_are_compared_with_the_first_network(run_here, refused, tmp_path):

@@ -1,17 +1,17 @@
 #!/bin/sh
-# Robust accuracy over the Linf radius: a network without and behind GCM, by the naive and by the
-# adaptive attacker, on 50 photographs; trainings of docs/results/free_cifar10, on 200 images.
+# Robust accuracy over the Linf radius, on 200 images of CIFAR-10: natural, free-8 and K-PGD training,
+# and the natural network behind GCM. Needs the networks of docs/results/free_cifar10/run.sh.
 #   sh docs/results/eps_curves/run.sh        from the root of the repository
 set -eu
-SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/eps_curves}
-FREE=${FREE:-runs/free_cifar10}  # what docs/results/free_cifar10/run.sh left
+FREE=${FREE:-runs/free_cifar10}
 
-for d in none gcm; do
-    "$PYTHON" src/eval_net.py --data_dir "$SAMPLE/val" --weights "$WEIGHTS" --num_images 50 \
-        --model_name squeezenet1_0 --attacks none --eps_curve --defense "$d" --save "$RUNS/$d"
-done
 "$PYTHON" src/eval_net.py --runs "$FREE/natural" "$FREE/free8" "$FREE/pgd" --num_images 200 \
-    --attacks none --eps_curve --save "$RUNS/free"
+    --attacks none --eps_curve --save "$RUNS/trainings"
+"$PYTHON" src/eval_net.py --data_dir "$DATA" --model_name docs/results/free_cifar10/net.py:small \
+    --weights "$FREE/natural/natural_small.pth" --defense gcm --num_images 200 --attacks none \
+    --eps_curve --save "$RUNS/gcm"
+"$PYTHON" src/figures.py --eps_curves "$RUNS/trainings" "$RUNS/gcm" \
+    --rows natural "small:natural, behind GCM" free8 pgd --out imgs/eps_curves.png
