@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from attack_others import installed, positive
 from attacks import autoattack, pgd
@@ -120,7 +121,8 @@ def main(args):
     radii = dict(zip(args.norms, args.eps or [EPS[norm] for norm in args.norms], strict=False))
     if len(radii) < len(args.norms):
         raise UserError(f"--eps {' '.join(map(str, args.eps))}: wanted {len(args.norms)} radii")
-    lines = []
+    lines, bar = [], tqdm(total=len(args.model_name) * len(radii) * args.seeds, unit="pair",
+                          desc="AutoAttack, ours and theirs", disable=None)
     for name in args.model_name:
         test = open_images(args.data_dir, split="test")
         test = load(test.prepared(input_size(name, test.kind, test.size, args.weights or "random"),
@@ -128,8 +130,10 @@ def main(args):
         x, y = to_float(test.pixels), test.labels
         for norm, eps in radii.items():
             model = attacked(name, test, norm, eps, args)
-            lines += [row_of(name, model, x, y, norm, eps, seed, args)
-                      for seed in range(args.seeds)]
+            for seed in range(args.seeds):
+                lines.append(row_of(name, model, x, y, norm, eps, seed, args))
+                bar.update()
+    bar.close()
     about = provenance(resolve_device("cpu"))
     head = ["network", "norm", "eps", "seed", "n", "right", "robust, ours", "robust, pyautoattack",
             "images that differ", "fooled by ours", "flags", "largest norm", "theirs", "s",
