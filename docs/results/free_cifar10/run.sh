@@ -1,6 +1,6 @@
 #!/bin/sh
 # Natural, free, K-PGD and fast training of a small network on all of CIFAR-10, with as many weight
-# steps each: about four hours of one thread, then the attacks. What is done is kept, and a run that
+# steps each: about three hours of one thread, then the attacks. What is done is kept, and a run that
 # was stopped goes on from its checkpoint.
 #   METHODS="natural free8 pgd" sh docs/results/free_cifar10/run.sh     from the root of the repository
 set -eu
