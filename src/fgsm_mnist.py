@@ -1,4 +1,4 @@
-"""The exercise: FGS, FGV and adversarial training on MNIST; each task is a flag.
+"""An exercise: FGS, FGV and adversarial training on MNIST; each task is a flag.
 
     task                             here
     1  a small network               --batch_norm; lenet, lenet_bn in utils/nets.py

@@ -1,6 +1,6 @@
 #!/bin/sh
 # AutoAttack beside pyautoattack: small networks trained against each norm, on 200 digits; three
-# networks of torchvision as they are, on 30 photographs.
+# networks of torchvision as they are, on 30 photographs. Needs requirements-dev.txt.
 #   sh docs/results/autoattack/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What was tried for --augment: without and with momentum, 10 epochs. The row with rotation has no
-# flag: it was made with ROTATE = 20.0 in src/train_sga.py.
+# flag: type ROTATE = 20.0 in src/utils/attack/universal.py.
 #   sh docs/results/uap_augment_settings/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
