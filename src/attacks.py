@@ -234,6 +234,8 @@ def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=Tru
     stop_early: fooled images leave the batch and are not restarted, which saves time; the textbook
     attack takes all steps.
     """
+    if unknown := choices.keys() - {"step", "q", "projection"}:
+        raise TypeError(f"pgd() got an unexpected keyword argument {min(unknown)!r}")
     norm = replace(norm, **choices) if isinstance(norm, Norm) else Norm(norm, **choices)
     move, climbed, tally = norm.direction, ascend(loss, targeted), Tally(x)
     alpha = eps / 4 if alpha is None else alpha

@@ -747,6 +747,8 @@ def test_the_choices_of_a_norm_are_one_object():
     assert not torch.equal(ours, attacks.pgd(model, x, y, norm="l1", **same))
     assert torch.equal(attacks.pgd(model, x, y, norm=norm, step="sparse", **same), attacks.pgd(
         model, x, y, norm="l1", step="sparse", projection="rescale", **same))
+    with pytest.raises(TypeError, match=r"pgd\(\) got an unexpected keyword argument 'stepp'"):
+        attacks.pgd(model, x, y, stepp="dense", **same)
 
 
 @pytest.mark.parametrize(("classes", "name", "loss"), [

@@ -219,6 +219,9 @@ def test_square_is_flagged_above_two_images_of_a_thousand():
     found["Square 5000"]["fooled"] = 3
     assert several.flags_of(found, 0, 1000) == [
         "Square fooled 3 of 500 images that gradients had left: they may be masked"]
+    found["Square 5000"]["tried"] = 1000  # gradients fooled none
+    assert several.flags_of(found, 0, 1000) == [
+        "Square fooled 3 of 1000 images that gradients had left: they may be masked"]
 
 
 # ------------------------------------------------------------------------ another library

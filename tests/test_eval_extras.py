@@ -90,8 +90,20 @@ def test_a_curve_is_the_attack_at_every_radius_on_what_is_left(images, s, monkey
 def test_the_curve_of_fab_counts_the_images_that_are_farther_away():
     cell = {"n": 5, "draws": 1, "before": [1, 1, 1, 0, 1], "norms": [0.1, 0.2, None, None, 0.3]}
     assert [curves._beyond(cell, eps)["k"] for eps in (0, 0.1, 0.25, 0.5)] == [4, 3, 2, 1]
-    assert curves.radii(cell, 1.0)[9] == pytest.approx(0.3 * curves.BEYOND)
-    assert curves.radii(cell | {"norms": [None] * 5}, 0.1)[9] == pytest.approx(0.408)
+    every = cell | {"norms": [0.1, 0.2, 0.25, None, 0.3]}
+    assert curves.radii(every, 1.0)[9] == pytest.approx(0.3 * curves.BEYOND)
+    for one in (cell, cell | {"norms": [None] * 5}):  # FAB found nothing for a right image
+        assert curves.radii(one, 0.1)[9] == pytest.approx(0.408)
+
+
+def test_a_random_defence_has_no_curve_of_fab(images, s):
+    net = network("a", defense="resizepad")
+    cell = {"n": 2, "draws": 1, "before": [1, 1], "after": [1, 0]}
+    cells = {"a | clean": cell, "a | norms": cell | {"norms": [0.1, None]}} | {
+        f"a | {curves.key_of(attacker, eps)}": cell for attacker in ("adaptive", "naive")
+        for eps in curves.radii(cell | {"norms": [0.1, None]}, net.eps)}
+    assert {row["attacker"] for row in curves.rows_of(net, cells)} == {
+        "APGD-CE, adaptive", "APGD-CE, naive"}
 
 
 def test_behind_a_defence_there_are_two_curves(images, s):

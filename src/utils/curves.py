@@ -16,7 +16,7 @@ from utils.attack.chance import numbered
 from utils.attack.fab import fab
 from utils.cells import Progress
 from utils.data import to_float
-from utils.defenses import adaptive
+from utils.defenses import adaptive, is_random
 from utils.report import interval, markdown
 from utils.run import save_csv, write_atomic
 
@@ -79,8 +79,10 @@ def norm_cell(net, images, before, s, progress):
 
 
 def radii(cell, eps):
-    """Ten, from 0 to just beyond the largest of FAB's norms."""
-    last = max((size for size in cell["norms"] if size is not None), default=FARTHEST * eps)
+    """Ten, from 0 to just beyond the largest of FAB's norms, or far where an image has none."""
+    found = [size for right, size in zip(cell["before"], cell["norms"], strict=True) if right]
+    last = max((FARTHEST * eps if size is None else size for size in found),
+               default=FARTHEST * eps)
     return [min(1.0, BEYOND * last) * k / (RADII - 1) for k in range(RADII)]
 
 
@@ -93,6 +95,8 @@ def rows_of(net, cells):
         found = [clean] + [measure.figures(cells[f"{net.name} | {key_of(attacker, eps)}"])[
             "robust_acc"] for eps in every[1:]]
         rows += [_row(net, f"APGD-CE, {attacker}", *one) for one in zip(every, found, strict=True)]
+    if is_random(net.defense):  # to FAB's images on the border another draw gives another class
+        return rows
     return rows + [_row(net, "FAB, adaptive", eps, _beyond(norms, eps)) for eps in every]
 
 

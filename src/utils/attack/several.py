@@ -215,7 +215,7 @@ def flags_of(found, changed, n):
             flags.append("zero gradient: " + share.format(one["zero_gradient"]))
         elif one.get("flat", 0) > BLIND * one["tried"]:
             flags.append("the loss never rose: " + share.format(one["flat"]))
-        if name.startswith("Square") and one["fooled"] > SQUARE_GAIN * n and one["tried"] < n:
+        if name.startswith("Square") and one["fooled"] > SQUARE_GAIN * n:
             flags.append(f"Square fooled {one['fooled']} of {one['tried']} images that gradients "
                          "had left: they may be masked")
     return flags
