@@ -187,7 +187,7 @@ def save_pictures(folder, rows, uaps, targets, shown):
     if shown:
         clean, seen = (shown.pop(key) for key in ("clean", "seen"))
         run.write_atomic(folder / "examples.png", draw.examples(
-            **shown, title=uaps[0].name, seen=seen))
+            **shown, title=uaps[0].name, clean=clean, seen=seen))
         buffer = io.BytesIO()
         np.savez(buffer, **{key: np.asarray(value) for key, value in shown.items()},
                  networks=list(seen), clean=list(clean.values()), seen=list(seen.values()),

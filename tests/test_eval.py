@@ -109,8 +109,7 @@ def test_the_examples_show_what_up_to_four_networks_see_in_the_perturbed_images(
     assert shown["before"] == [f"net 0 says {k}" for k in nets["net 0"](x).argmax(1).tolist()]
     assert shown["clean"]["net 3"] == [
         f"net 3 says {k}" for k in nets["net 3"](x).argmax(1).tolist()]
-    del shown["clean"]
-    plain = {key: value for key, value in shown.items() if key != "seen"}
+    plain = {key: value for key, value in shown.items() if key not in ("clean", "seen")}
     heights = [int.from_bytes(draw.examples(**one, title="t")[20:24], "big")
                for one in (plain, shown)]
     assert heights[0] < heights[1]

@@ -285,10 +285,8 @@ def uaps(deltas, ratios, photograph=None, credit=""):
         for k, x, what in ((0, "x", "clean photograph"), (1, "x_adv", f"with {photograph['uap']}")):
             _show(panels[k], photograph[x])
             panels[k].set_title(what, fontsize=8, pad=3)
-            for line, (name, classes) in enumerate(photograph["seen"].items()):
-                panels[k].text(0.5, -0.03 - 0.06 * line, f"{name}: {str(classes[k])[:22]}",
-                               transform=panels[k].transAxes, ha="center", va="top", fontsize=7,
-                               color=BLACK if classes[k] == classes[0] else ORANGE)
+            _predictions(panels[k], {name: (classes[k], classes[0])
+                                     for name, classes in photograph["seen"].items()}, size=7)
     for axes, (name, delta) in zip(panels[squares - len(deltas):], deltas.items(), strict=True):
         gain = _show_delta(axes, delta)
         axes.set_title(f"{name}\nat most {127.5 / gain:.0f}/255, shown × {gain:.3g}", fontsize=8,
@@ -396,23 +394,22 @@ def eps_curves(rows):
     return _png(figure)
 
 
-def examples(x, x_adv, delta, before, after, title, seen=None):
+def examples(x, x_adv, delta, before, after, title, clean=None, seen=None):
     """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes.
 
-    seen: {network: n classes} that stand under the perturbed images.
+    clean, seen: {network: n classes} of the images and of the perturbed ones, below them.
     """
-    seen = seen if seen and len(seen) > 1 else {}
-    figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9 + 0.14 * len(seen))
+    clean, seen = (clean, seen) if seen and len(seen) > 1 else ({}, {})
+    figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9 + 0.28 * len(seen))
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(3, len(x), squeeze=False)
-    for i, (clean, mid, adv) in enumerate(panels.T):
-        _show(clean, x[i])
-        _name(clean, before[i], before[i])
+    for i, (top, mid, bottom) in enumerate(panels.T):
         gain = _show_delta(mid, delta)
-        _show(adv, x_adv[i])
-        _name(adv, after[i], before[i])
-        adv.set_xlabel("\n".join(f"{name[:16]}: {classes[i][:16]}"
-                                 for name, classes in seen.items()), fontsize=6)
+        for axes, picture, label, under in ((top, x, before, clean), (bottom, x_adv, after, seen)):
+            _show(axes, picture[i])
+            _name(axes, label[i], before[i])
+            _predictions(axes, {name: (classes[i], clean[name][i])
+                                for name, classes in under.items()}, size=6)
     rows = ("clean", f"perturbation × {gain:.3g}", "perturbed")
     for axes, name in zip(panels[:, 0], rows, strict=True):
         axes.set_ylabel(name, fontsize=9)
@@ -431,6 +428,14 @@ def _name(axes, seen, wanted, prefix="", size=8):
     """The predicted class above a picture, orange where it is not the wanted one."""
     axes.set_title(f"{prefix}{str(seen)[:22]}", fontsize=size, pad=3,
                    color="black" if seen == wanted else ORANGE)
+
+
+def _predictions(axes, classes, size):
+    """{network: (class, wanted one)} below a picture, orange where it is another."""
+    for line, (name, (one, wanted)) in enumerate(classes.items()):
+        axes.annotate(f"{name[:16]}: {str(one)[:18]}", (0.5, 0), (0, -2 - 1.3 * size * line),
+                      "axes fraction", "offset points", ha="center", va="top", fontsize=size,
+                      color="black" if one == wanted else ORANGE)
 
 
 def _show_delta(axes, delta):

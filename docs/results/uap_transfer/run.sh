@@ -53,6 +53,8 @@ for s in $SEEDS; do
         images)  # the same number of gradients from fewer photographs
             for n in 25 50 100 200; do
                 small "transfer_n${n}_$s" $((1600 / n)) --preset transfer --num_images "$n"
+                small "paper_n${n}_$s" $((1600 / n)) --num_images "$n"
+                small "momentum_n${n}_$s" $((1600 / n)) --momentum 0.9 --num_images "$n"
             done ;;
         floor)   # a network that never saw an image
             (WEIGHTS=random; small "random_network_$s" 4 --preset transfer) ;;
