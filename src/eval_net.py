@@ -85,7 +85,7 @@ def get_args():
         "other network")
     add("--diverse", action="store_true", help="with --transfer: DI and TI as well")
     add("--save_images", type=Path, help="folder: keep the attacked images as PNG, in 8 bit inside "
-        "the ball, and measure them again")
+        "the ball, listed in images.csv, and measure them again")
     add("--from_images", type=Path, nargs="+", help="also the accuracy on images that "
         "--save_images left: folders DIR/NETWORK/ATTACK")
     add("--draws", type=at_least(1), default=10, help="of a random defence: forward passes that "

@@ -2,6 +2,7 @@
 hand.
 """
 
+import csv
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from utils.data import to_float
 from utils.defenses import GradientConcealment, ResizePad
 from utils.errors import UserError
 from utils.images import Images, paper_geometry
+from utils.team import Team
 
 CPU, N = torch.device("cpu"), 12
 
@@ -140,6 +142,10 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
     eight = saved.rounded(x, x_adv, 0.06, "linf")
     for i in kept.nonzero()[:, 0].tolist():
         assert torch.equal(saved.read_png(folder / f"{i:06}.png", eight[i]), eight[i])
+    rows = list(csv.DictReader((folder / "images.csv").open()))
+    assert rows == [{"file": f"{i:06}.png", "source": str(i), "label": str(k),
+                     "class_name": "abcde"[k]} for i, k in enumerate(images.labels.tolist())
+                    if before[i]]
     right = ((predicted(net.model, eight / 255) == images.labels) & kept).long().tolist()
     assert cell["after8"] == right and cell["outside"] == 0
     assert 0 < sum(cell["after"]) <= sum(right) < sum(before)
@@ -154,7 +160,9 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
 
 def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     attack = measure.Attack("FGSM", "linf", 0.1, None)
-    keep = saved.Kept(tmp_path, network("a"), attack, images, s)
+    s.save_images = tmp_path
+    keep = saved.Kept(network("a"), attack, images, s)
+    keep.begin(Team())
     x = to_float(images.pixels[:2])
     keep(torch.tensor([0, 1]), x, x)
     folder = tmp_path / "a" / "FGSM"

@@ -2,6 +2,7 @@
 
     DIR/NETWORK/ATTACK/000017.png    the image at place 17 of the list
     DIR/NETWORK/ATTACK/about.json    which list, which attack
+    DIR/NETWORK/ATTACK/images.csv    of which image each file is, and its label; written last
 """
 
 import io
@@ -17,7 +18,7 @@ from utils.attack.balls import norm_of
 from utils.attack.chance import numbered
 from utils.data import to_float
 from utils.errors import UserError
-from utils.run import load_json, save_json, write_atomic
+from utils.run import load_json, save_csv, save_json, write_atomic
 
 FACTS = {"attack": str, "network": str, "norm": str, "eps": float, "images_sha256": str,
          "size": int}
@@ -67,13 +68,21 @@ def read_png(path, like):
 class Kept:
     """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network."""
 
-    def __init__(self, folder, net, attack, images, s):
-        self.folder, self.attack = folder / _word(net.name) / _word(attack.title), attack
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_json(self.folder / "about.json", {
+    def __init__(self, net, attack, images, s):
+        self.folder = s.save_images / _word(net.name) / _word(attack.title)
+        self.attack, self.images = attack, images
+        self.about = {
             "attack": attack.title, "network": net.name, "norm": attack.norm, "eps": attack.eps,
             "images_sha256": images.sha256(), "size": net.target.size, "n": len(images),
-            "seed": s.seed})
+            "seed": s.seed}
+
+    def begin(self, team):
+        """about.json in the folder, and no images.csv until all images are there."""
+        def made():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "images.csv").unlink(missing_ok=True)
+            save_json(self.folder / "about.json", self.about)
+        team.from_first(made)
 
     def __call__(self, index, x, x_adv):
         """Saves the images at these places of the list; -> what is read again."""
@@ -83,6 +92,15 @@ class Kept:
         return to_float(torch.stack([read_png(self.folder / f"{i:06}.png", one)
                                      for i, one in zip(index.tolist(), pixels, strict=True)])
                         .to(x.device))
+
+    def finish(self, before, team):
+        """images.csv: a row for each image that was right before, and so attacked."""
+        names, labels = self.images.names, self.images.labels.tolist()
+        if team.first:
+            save_csv(self.folder / "images.csv", [
+                {"file": f"{i:06}.png", "source": names[i], "label": labels[i],
+                 "class_name": measure.class_name(self.images.classes, labels[i])}
+                for i, right in enumerate(before) if right])
 
 
 def _word(text):

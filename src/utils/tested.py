@@ -67,12 +67,17 @@ class Tested:
 
     def attack_cell(self, attack, images, before, s, progress):
         """The cell of one attack by the adaptive attacker, measured behind the defence."""
-        keep = Kept(s.save_images, self, attack, images, s) if s.save_images else None
-        return measure.run_cell(
+        keep = Kept(self, attack, images, s) if s.save_images else None
+        if keep:
+            keep.begin(progress.team)
+        cell = measure.run_cell(
             attack, adaptive(self.defended, s.draws), self.defended, images, torch.tensor(before),
             draws=self.draws(s), batch_size=s.batch_size, chance=numbered(s.seed, len(images)),
             device=s.device, workers=s.workers, progress=progress, keep=keep,
             desc=f"{self.name} {attack.title}" + f", saved in {s.save_images}" * bool(keep))
+        if keep:
+            keep.finish(before, progress.team)
+        return cell
 
 
 def missing_cells(net, ready, perturbations, done, s, progress):
