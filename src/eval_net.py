@@ -33,7 +33,7 @@ from utils import curves, data, finished, measure, predictions, report_nets, run
 from utils.cells import Progress, at_hand
 from utils.cli import Parser, at_least, radius, run_script
 from utils.errors import UserError
-from utils.saved import check_saved
+from utils.saved import check_saved, prepare_folders
 from utils.team import join_to_count
 from utils.tested import fitting, missing_cells, named_networks, open_all, where
 
@@ -98,7 +98,8 @@ def get_args():
         "of every image, which needs no labels")
     parser.shared("batch_size", "seed", "device", "workers", "cache", batch_size={"default": 250})
     add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
-    parser.shared("overwrite", overwrite={"help": "measure again what is in --save"})
+    parser.shared("overwrite", overwrite={"help": "measure again what is in --save, "
+        "and replace what is in --save_images"})
     return parser.parse_args()
 
 
@@ -162,13 +163,14 @@ def main(args):
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
     settings, done = (wanted, {}) if s.overwrite else team.from_first(
         lambda: folder.load_cells(wanted))
+    ready = cache(lambda at: at_hand(
+        data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
+        team=team))
+    prepare_folders(networks, ready, s, team)
     progress = Progress(team, folder / "partial.json", wanted | {
         "commit": about["commit"], "labels": uaps.digest(images.labels)})
     if s.overwrite:
         progress.clear()
-    ready = cache(lambda at: at_hand(
-        data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
-        team=team))
     missing = [missing_cells(net, ready, perturbations, done, s, progress) for net in networks]
     missing += [curves.missing_cells(net, ready, done, s, progress) for net in networks
                 if s.eps_curve]

@@ -24,7 +24,8 @@ from utils.data import to_float
 from utils.defenses import GradientConcealment, ResizePad
 from utils.errors import UserError
 from utils.images import Images, paper_geometry
-from utils.team import Team
+from utils.models import trainable
+from utils.run import save_pth
 
 CPU, N = torch.device("cpu"), 12
 
@@ -45,7 +46,7 @@ def s(tmp_path):
 
 
 def network(name, model=None, defense="none", eps=0.05):
-    target = SimpleNamespace(size=8, geometry=paper_geometry(8))
+    target = SimpleNamespace(name=name, size=8, geometry=paper_geometry(8), described="toy")
     return tested.Tested(name, target, model or toy(), K, eps, {}, None, defense=defense)
 
 
@@ -162,7 +163,7 @@ def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     attack = measure.Attack("FGSM", "linf", 0.1, None)
     s.save_images = tmp_path
     keep = saved.Kept(network("a"), attack, images, s)
-    keep.begin(Team())
+    keep.begin([1, 1], Progress())
     x = to_float(images.pixels[:2])
     keep(torch.tensor([0, 1]), x, x)
     folder = tmp_path / "a" / "FGSM"
@@ -179,6 +180,44 @@ def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     for bad in (folder, tmp_path):
         with pytest.raises(UserError, match="no about.json of saved images"):
             saved.read_about(bad)
+
+
+SAVING = ("eval_net.py", "--model_name", "mlp", "--num_images", 100, "--device", "cpu", "--workers",
+          0, "--attacks", "fgsm", "--save_images", "kept")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """a.pth and b.pth: two networks of one name."""
+    for seed, name in enumerate("ab"):
+        state = trainable("mlp", kind="digits", seed=seed)[1].state_dict()
+        save_pth(tmp_path / f"{name}.pth", state)
+
+
+def held(folder):
+    """{file: what it holds} of a folder of saved images."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_images_of_another_command_are_refused_or_replaced(run_here, refused, weights, tmp_path):
+    command, folder = (*SAVING, "--weights", "a.pth", "--save", "a"), tmp_path / "kept/mlp/FGSM"
+    assert run_here(*command).returncode == 0
+    first = held(folder)
+    other = (*command[:-1], "b")
+    for flags, word in ((("--weights", "b.pth"), "model mlp (a.pth"), (("--eps", 0.1), "eps 0.2"),
+                        (("--num_images", 99), "n 100, given 99"), (("--seed", 1), "seed 0")):
+        refused(run_here(*other, *flags), "kept/mlp/FGSM", word, "type --overwrite to replace")
+        assert held(folder) == first
+    assert run_here(*other).returncode == 0  # the same images
+    assert held(folder) == first
+    others = (*command[:-1], "c", "--weights", "b.pth")
+    assert run_here(*others, "--overwrite").returncode == 0
+    second = held(folder)
+    assert first.keys() - second.keys() and second.keys() - first.keys()
+    assert run_here(*others, "--save", "d", "--save_images", "new").returncode == 0
+    assert held(tmp_path / "new/mlp/FGSM") == second
+    (folder / "about.json").unlink()
+    refused(run_here(*others), "kept/mlp/FGSM", "attack None, given FGSM")
 
 
 # ------------------------------------------------------------------------ transfer

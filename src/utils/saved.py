@@ -1,7 +1,7 @@
 """Attacked images as PNG: rounded to 8 bit inside the ball, read again, measured on networks.
 
     DIR/NETWORK/ATTACK/000017.png    the image at place 17 of the list
-    DIR/NETWORK/ATTACK/about.json    which list, which attack
+    DIR/NETWORK/ATTACK/about.json    which list, which attack, which network
     DIR/NETWORK/ATTACK/images.csv    of which image each file is, and its label; written last
 """
 
@@ -19,6 +19,7 @@ from utils.attack.chance import numbered
 from utils.data import to_float
 from utils.errors import UserError
 from utils.run import load_json, save_csv, save_json, write_atomic
+from utils.uaps import digest
 
 FACTS = {"attack": str, "network": str, "norm": str, "eps": float, "images_sha256": str,
          "size": int}
@@ -66,23 +67,49 @@ def read_png(path, like):
 
 
 class Kept:
-    """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network."""
+    """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network.
+
+    about: all that they depend on. A folder never holds images of which it differs.
+    """
 
     def __init__(self, net, attack, images, s):
         self.folder = s.save_images / _word(net.name) / _word(attack.title)
         self.attack, self.images = attack, images
         self.about = {
-            "attack": attack.title, "network": net.name, "norm": attack.norm, "eps": attack.eps,
-            "images_sha256": images.sha256(), "size": net.target.size, "n": len(images),
-            "seed": s.seed}
+            "attack": attack.title, "network": net.name, "model": net.described(s),
+            "norm": attack.norm, "eps": attack.eps, "size": net.target.size, "n": len(images),
+            "seed": s.seed, "labels": digest(images.labels), "images_sha256": images.sha256()}
 
-    def begin(self, team):
-        """about.json in the folder, and no images.csv until all images are there."""
+    def check(self):
+        """UserError if the folder holds other images."""
+        if not _files(self.folder) and not (self.folder / "about.json").is_file():
+            return
+        was = _about(self.folder)
+        for key in [key for key in self.about if was.get(key) != self.about[key]]:
+            raise UserError(f"--save_images: {self.folder} holds images made with {key} "
+                            f"{was.get(key)}, given {self.about[key]}; type --overwrite to replace "
+                            "them, or choose another folder")
+
+    def remove(self):
+        """Empties the folder; about.json is there until all images are gone."""
+        for name in ("images.csv", *_files(self.folder), "about.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def begin(self, before, progress):
+        """about.json in the folder, no images.csv until all images are there, and none of an image
+        that was wrong before.
+        """
         def made():
+            self.check()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "images.csv").unlink(missing_ok=True)
+            for name in _files(self.folder) - {f"{i:06}.png" for i, b in enumerate(before) if b}:
+                (self.folder / name).unlink()
+            empty = not (self.folder / "about.json").is_file()
             save_json(self.folder / "about.json", self.about)
-        team.from_first(made)
+            return empty
+        if progress.team.from_first(made):
+            progress.clear()  # what was done of this cell left its images in a folder that is gone
 
     def __call__(self, index, x, x_adv):
         """Saves the images at these places of the list; -> what is read again."""
@@ -107,12 +134,35 @@ def _word(text):
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
+def _files(folder):
+    """Names of the saved images in a folder, which may not be there."""
+    return {path.name for path in folder.glob("*.png") if path.stem.isdecimal()}
+
+
+def _about(folder):
+    """about.json, {} if there is none."""
+    path = folder / "about.json"
+    about = load_json(path) if path.is_file() else {}
+    return about if isinstance(about, dict) else {}
+
+
+def prepare_folders(networks, ready, s, team):
+    """Before any attack. UserError if a folder of --save_images holds other images than those of
+    this command; with --overwrite what the folders hold is removed.
+
+    ready(geometry): the images, in every process.
+    """
+    if not s.save_images:
+        return
+    keeps = [Kept(net, attack, ready(net.target.geometry), s)
+             for net in networks for attack in net.attacks(s).values()]
+    team.from_first(lambda: [keep.remove() if s.overwrite else keep.check() for keep in keeps])
+
+
 def read_about(folder):
     """about.json; UserError if the folder is none that --save_images left."""
-    path = folder / "about.json"
-    about = load_json(path) if path.is_file() else None
-    if not isinstance(about, dict) or not all(
-            isinstance(about.get(key), kind) for key, kind in FACTS.items()):
+    about = _about(folder)
+    if not all(isinstance(about.get(key), kind) for key, kind in FACTS.items()):
         raise UserError(f"--from_images {folder}: no about.json of saved images in it; wanted "
                         "DIR/NETWORK/ATTACK of --save_images DIR")
     return about

@@ -69,7 +69,7 @@ class Tested:
         """The cell of one attack by the adaptive attacker, measured behind the defence."""
         keep = Kept(self, attack, images, s) if s.save_images else None
         if keep:
-            keep.begin(progress.team)
+            keep.begin(before, progress)
         cell = measure.run_cell(
             attack, adaptive(self.defended, s.draws), self.defended, images, torch.tensor(before),
             draws=self.draws(s), batch_size=s.batch_size, chance=numbered(s.seed, len(images)),
