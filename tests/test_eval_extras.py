@@ -4,6 +4,7 @@ hand.
 
 import csv
 import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -218,6 +219,54 @@ def test_images_of_another_command_are_refused_or_replaced(run_here, refused, we
     assert held(tmp_path / "new/mlp/FGSM") == second
     (folder / "about.json").unlink()
     refused(run_here(*others), "kept/mlp/FGSM", "attack None, given FGSM")
+
+
+@pytest.mark.parametrize("lost", ["elsewhere", "folder", "one image", "images.csv",
+                                  "nothing"])
+def test_images_that_are_not_all_there_are_made_again(run_here, weights, tmp_path, lost):
+    command = (*SAVING, "--weights", "a.pth", "--save", "a")
+    said = run_here(*command).stdout
+    folder, table = tmp_path / "kept/mlp/FGSM", (tmp_path / "a/results.csv").read_bytes()
+    whole = held(folder)
+    lost = min(whole) if lost == "one image" else lost
+    if lost == "elsewhere":
+        command, folder = (*command, "--save_images", "other"), tmp_path / "other/mlp/FGSM"
+    elif lost == "folder":
+        shutil.rmtree(tmp_path / "kept")
+    elif lost != "nothing":
+        (folder / lost).unlink()
+    done = run_here(*command)
+    assert done.returncode == 0, done.stderr
+    line, = (line for line in said.splitlines() if line.startswith("mlp | FGSM: "))
+    assert (line in done.stdout.splitlines()) == (lost != "nothing")
+    assert held(folder) == whole and (tmp_path / "a/results.csv").read_bytes() == table
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script may catch it."""
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_killed_cell_goes_on_only_where_its_images_are(run_here, weights, tmp_path, monkeypatch,
+                                                         deleted):
+    command, folder = (*SAVING, "--weights", "a.pth"), tmp_path / "kept/mlp/FGSM"
+    real, saves = (saved.Kept.finish, saved.Kept.__call__), []
+
+    def killed(*_):
+        raise Killed
+    monkeypatch.setattr("utils.cells.EVERY", 0)
+    monkeypatch.setattr(saved.Kept, "finish", killed)
+    with pytest.raises(Killed):
+        run_here(*command, "--save", "a")
+    first = held(folder)
+    assert len(first) > 2 and "images.csv" not in first
+    monkeypatch.setattr(saved.Kept, "finish", real[0])
+    monkeypatch.setattr(saved.Kept, "__call__", lambda *a: saves.append(a) or real[1](*a))
+    if deleted:
+        shutil.rmtree(tmp_path / "kept")
+    assert run_here(*command, "--save", "a").returncode == 0
+    assert len(saves) == deleted
+    assert {name: text for name, text in held(folder).items() if name != "images.csv"} == first
 
 
 # ------------------------------------------------------------------------ transfer

@@ -5,6 +5,7 @@
     DIR/NETWORK/ATTACK/images.csv    of which image each file is, and its label; written last
 """
 
+import csv
 import io
 import re
 from functools import partial
@@ -17,7 +18,7 @@ from utils import measure
 from utils.attack.balls import norm_of
 from utils.attack.chance import numbered
 from utils.data import to_float
-from utils.errors import UserError
+from utils.errors import DAMAGE, UserError
 from utils.run import load_json, save_csv, save_json, write_atomic
 from utils.uaps import digest
 
@@ -90,6 +91,10 @@ class Kept:
                             f"{was.get(key)}, given {self.about[key]}; type --overwrite to replace "
                             "them, or choose another folder")
 
+    def whole(self):
+        """Whether the folder holds all of them."""
+        return _about(self.folder) == self.about and _is_whole(self.folder)
+
     def remove(self):
         """Empties the folder; about.json is there until all images are gone."""
         for name in ("images.csv", *_files(self.folder), "about.json"):
@@ -144,6 +149,15 @@ def _about(folder):
     path = folder / "about.json"
     about = load_json(path) if path.is_file() else {}
     return about if isinstance(about, dict) else {}
+
+
+def _is_whole(folder):
+    """Whether all files that images.csv names are there."""
+    try:
+        with open(folder / "images.csv", newline="") as file:
+            return {row["file"] for row in csv.DictReader(file)} <= _files(folder)
+    except (OSError, *DAMAGE):
+        return False
 
 
 def prepare_folders(networks, ready, s, team):
