@@ -5,6 +5,7 @@ hand.
 import csv
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from utils.errors import UserError
 from utils.images import Images, paper_geometry
 from utils.models import trainable
 from utils.run import save_pth
+from utils.team import Team
 
 CPU, N = torch.device("cpu"), 12
 
@@ -151,13 +153,16 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
     right = ((predicted(net.model, eight / 255) == images.labels) & kept).long().tolist()
     assert cell["after8"] == right and cell["outside"] == 0
     assert 0 < sum(cell["after"]) <= sum(right) < sum(before)
-    s.from_images = [folder]
-    saved.check_saved([folder], [net])
+    s.from_images, s.save_images = [folder], None
+    assert saved.made_with([folder], [net]) == {
+        "saved: PGD (5) on a/b": "model a/b (toy) behind none, 1 draws, eps 0.06, seed 2"}
+    saved.prepare_folders([net], lambda _: images, s, Team())
     (key, again), = saved.saved_cells(net, images, cells, s, Progress())
     assert key == "a/b | saved: PGD (5) on a/b" and again["after"] == right
     assert not list(saved.saved_cells(net, images, cells | {key: again}, s, Progress()))
-    with pytest.raises(UserError, match="another list"):
-        list(saved.saved_cells(net, images.select(range(5)), cells, s, Progress()))
+    for other in (images.select(range(5)), replace(images, labels=images.labels.flip(0))):
+        with pytest.raises(UserError, match="another list"):
+            saved.prepare_folders([net], lambda _, other=other: other, s, Team())
 
 
 def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
@@ -171,7 +176,7 @@ def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     larger = network("b")
     larger.target.size = 28
     with pytest.raises(UserError, match="saved at 8 pixels, but b takes 28"):
-        saved.check_saved([folder], [larger])
+        saved.made_with([folder], [larger])
     (folder / "000000.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot be read"):
         saved.read_png(folder / "000000.png", images.pixels[0])
@@ -240,6 +245,25 @@ def test_images_that_are_not_all_there_are_made_again(run_here, weights, tmp_pat
     line, = (line for line in said.splitlines() if line.startswith("mlp | FGSM: "))
     assert (line in done.stdout.splitlines()) == (lost != "nothing")
     assert held(folder) == whole and (tmp_path / "a/results.csv").read_bytes() == table
+
+
+def test_saved_images_that_do_not_fit_are_refused_before_any_attack(
+        run_here, refused, weights, tmp_path, monkeypatch):
+    command = (*SAVING, "--weights", "a.pth", "--save", "a")
+    assert run_here(*command).returncode == 0
+    measuring = (*SAVING[:-2], "--weights", "b.pth", "--from_images", "kept/mlp/FGSM")
+    assert run_here(*measuring, "--save", "b").returncode == 0
+    shutil.copytree(tmp_path / "kept", tmp_path / "copy")
+    assert run_here(*command, "--eps", 0.1, "--overwrite").returncode == 0
+    monkeypatch.setattr(measure, "run_cell", lambda *_, **__: pytest.fail("an attack was run"))
+    refused(run_here(*measuring, "--save", "c", "--num_images", 99), "another list of images")
+    refused(run_here(*measuring, "copy/mlp/FGSM", "--save", "c"), "a second folder of FGSM on mlp")
+    refused(run_here(*measuring, "--save", "b"), "saved: FGSM on mlp", "eps 0.2", "eps 0.1")
+    refused(run_here(*measuring, "--save", "c", "--save_images", "kept", "--overwrite"),
+            "--overwrite --save_images kept", "type two commands")
+    min((tmp_path / "kept/mlp/FGSM").glob("*.png")).unlink()
+    refused(run_here(*measuring, "--save", "c"), "not all of its images are there")
+    assert not (tmp_path / "c/results.json").exists()
 
 
 class Killed(BaseException):

@@ -22,8 +22,8 @@ from utils.errors import DAMAGE, UserError
 from utils.run import load_json, save_csv, save_json, write_atomic
 from utils.uaps import digest
 
-FACTS = {"attack": str, "network": str, "norm": str, "eps": float, "images_sha256": str,
-         "size": int}
+FACTS = {"attack": str, "network": str, "model": str, "norm": str, "eps": float, "seed": int,
+         "labels": str, "images_sha256": str, "size": int}
 
 
 def rounded(x, x_adv, eps, norm):
@@ -161,35 +161,59 @@ def _is_whole(folder):
 
 
 def prepare_folders(networks, ready, s, team):
-    """Before any attack. UserError if a folder of --save_images holds other images than those of
-    this command; with --overwrite what the folders hold is removed.
+    """Before any attack. UserError if --from_images are of another list, or if a folder of
+    --save_images holds other images than those of this command; with --overwrite what these
+    folders hold is removed.
 
     ready(geometry): the images, in every process.
     """
-    if not s.save_images:
+    if not (s.from_images or s.save_images):
         return
-    keeps = [Kept(net, attack, ready(net.target.geometry), s)
-             for net in networks for attack in net.attacks(s).values()]
-    team.from_first(lambda: [keep.remove() if s.overwrite else keep.check() for keep in keeps])
+    lists = [ready(net.target.geometry) for net in networks]
+    keeps = [Kept(net, attack, images, s) for net, images in zip(networks, lists, strict=True)
+             for attack in net.attacks(s).values()] if s.save_images else []
+
+    def made():
+        for folder in s.from_images or []:
+            about = read_about(folder)
+            if any((about["images_sha256"], about["labels"]) != (one.sha256(), digest(one.labels))
+                   for one in lists):
+                raise UserError(f"--from_images {folder}: saved of another list of images; give "
+                                "the --data_dir and --num_images that they were saved with")
+        for keep in keeps:
+            keep.remove() if s.overwrite else keep.check()
+    team.from_first(made)
 
 
 def read_about(folder):
     """about.json; UserError if the folder is none that --save_images left."""
     about = _about(folder)
     if not all(isinstance(about.get(key), kind) for key, kind in FACTS.items()):
-        raise UserError(f"--from_images {folder}: no about.json of saved images in it; wanted "
-                        "DIR/NETWORK/ATTACK of --save_images DIR")
+        raise UserError(f"--from_images {folder}: no about.json of saved images in it, or an "
+                        "older one; wanted DIR/NETWORK/ATTACK of --save_images DIR")
     return about
 
 
-def check_saved(folders, networks):
-    """UserError unless these are saved images, as large as the networks take them."""
+def made_with(folders, networks):
+    """{title: what the images were made with} of the folders of --from_images. UserError unless all
+    images are there, as large as the networks take them, and each title is that of one folder.
+    """
+    found = {}
     for folder in folders or []:
         about = read_about(folder)
         for net in networks:
             if about["size"] != net.target.size:
                 raise UserError(f"--from_images {folder}: saved at {about['size']} pixels, but "
                                 f"{net.name} takes {net.target.size}; type --geometry as then")
+        if not _is_whole(folder):
+            raise UserError(f"--from_images {folder}: not all of its images are there; type the "
+                            "command with --save_images again")
+        if title_of(about) in found:
+            raise UserError(f"--from_images {folder}: a second folder of {about['attack']} on "
+                            f"{about['network']}; type one at a time, with another --save")
+        found[title_of(about)] = ", ".join(f"{key} {about[key]}" for key in
+                                           ("model", "eps", "seed"))
+    return found
 
 
 def title_of(about):
@@ -200,9 +224,6 @@ def saved_cells(net, images, done, s, progress):
     """Yields (key, cell) of --from_images on one network; images that were not saved are clean."""
     for folder in s.from_images or []:
         about = read_about(folder)
-        if about["images_sha256"] != images.sha256():
-            raise UserError(f"--from_images {folder}: saved of another list of images; give the "
-                            "--data_dir and --num_images that they were saved with")
         key = f"{net.name} | {title_of(about)}"
         if key in done:
             continue
