@@ -210,6 +210,8 @@ def test_images_of_another_command_are_refused_or_replaced(run_here, refused, we
     assert run_here(*command).returncode == 0
     first = held(folder)
     other = (*command[:-1], "b")
+    refused(run_here(*other, "--save_images", "a.pth"), "a.pth/mlp/FGSM: cannot write there")
+    assert not (tmp_path / "b/results.json").exists()
     for flags, word in ((("--weights", "b.pth"), "model mlp (a.pth"), (("--eps", 0.1), "eps 0.2"),
                         (("--num_images", 99), "n 100, given 99"), (("--seed", 1), "seed 0")):
         refused(run_here(*other, *flags), "kept/mlp/FGSM", word, "type --overwrite to replace")
@@ -240,6 +242,7 @@ def test_images_that_are_not_all_there_are_made_again(run_here, weights, tmp_pat
         shutil.rmtree(tmp_path / "kept")
     elif lost != "nothing":
         (folder / lost).unlink()
+        (folder / "000100.png").write_bytes(b"of an image that was wrong before")
     done = run_here(*command)
     assert done.returncode == 0, done.stderr
     line, = (line for line in said.splitlines() if line.startswith("mlp | FGSM: "))

@@ -70,7 +70,7 @@ def read_png(path, like):
 class Kept:
     """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network.
 
-    about: all that they depend on. A folder never holds images of which it differs.
+    about: all that they depend on; a folder holds images of one `about` alone.
     """
 
     def __init__(self, net, attack, images, s):
@@ -82,7 +82,12 @@ class Kept:
             "seed": s.seed, "labels": digest(images.labels), "images_sha256": images.sha256()}
 
     def check(self):
-        """UserError if the folder holds other images."""
+        """UserError if the folder cannot be made, or holds other images."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save_images: {self.folder}: cannot write there ({error.strerror}); "
+                            "choose another folder") from None
         if not _files(self.folder) and not (self.folder / "about.json").is_file():
             return
         was = _about(self.folder)
@@ -106,7 +111,6 @@ class Kept:
         """
         def made():
             self.check()
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "images.csv").unlink(missing_ok=True)
             for name in _files(self.folder) - {f"{i:06}.png" for i, b in enumerate(before) if b}:
                 (self.folder / name).unlink()
@@ -154,7 +158,7 @@ def _about(folder):
 def _is_whole(folder):
     """Whether all files that images.csv names are there."""
     try:
-        with open(folder / "images.csv", newline="") as file:
+        with open(folder / "images.csv", newline="", encoding="utf-8") as file:
             return {row["file"] for row in csv.DictReader(file)} <= _files(folder)
     except (OSError, *DAMAGE):
         return False
@@ -181,7 +185,9 @@ def prepare_folders(networks, ready, s, team):
                 raise UserError(f"--from_images {folder}: saved of another list of images; give "
                                 "the --data_dir and --num_images that they were saved with")
         for keep in keeps:
-            keep.remove() if s.overwrite else keep.check()
+            if s.overwrite:
+                keep.remove()
+            keep.check()
     team.from_first(made)
 
 
