@@ -33,7 +33,7 @@ from utils import curves, data, finished, measure, predictions, report_nets, run
 from utils.cells import Progress, at_hand
 from utils.cli import Parser, at_least, radius, run_script
 from utils.errors import UserError
-from utils.saved import check_saved
+from utils.saved import made_with, prepare_folders
 from utils.team import join_to_count
 from utils.tested import fitting, missing_cells, named_networks, open_all, where
 
@@ -85,7 +85,7 @@ def get_args():
         "other network")
     add("--diverse", action="store_true", help="with --transfer: DI and TI as well")
     add("--save_images", type=Path, help="folder: keep the attacked images as PNG, in 8 bit inside "
-        "the ball, and measure them again")
+        "the ball, listed in images.csv, and measure them again")
     add("--from_images", type=Path, nargs="+", help="also the accuracy on images that "
         "--save_images left: folders DIR/NETWORK/ATTACK")
     add("--draws", type=at_least(1), default=10, help="of a random defence: forward passes that "
@@ -98,7 +98,8 @@ def get_args():
         "of every image, which needs no labels")
     parser.shared("batch_size", "seed", "device", "workers", "cache", batch_size={"default": 250})
     add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
-    parser.shared("overwrite", overwrite={"help": "measure again what is in --save"})
+    parser.shared("overwrite", overwrite={"help": "measure again what is in --save, "
+        "and replace what is in --save_images"})
     return parser.parse_args()
 
 
@@ -118,6 +119,11 @@ def settle(args, device):
     if args.save_images and args.attacks == ["none"]:
         raise UserError("--save_images with --attacks none: there is nothing to save; type an "
                         "attack")
+    if args.overwrite and args.save_images and any(
+            folder.resolve().is_relative_to(args.save_images.resolve())
+            for folder in args.from_images or []):
+        raise UserError(f"--overwrite --save_images {args.save_images}: removes the images of "
+                        "--from_images before they are measured; type two commands")
     if args.diverse and not args.transfer:
         raise UserError("--diverse without --transfer: type both")
     attacked = [name for name in ATTACKS if name in args.attacks]
@@ -151,7 +157,6 @@ def main(args):
                         f"{other.eps:.4g}; type --eps to attack them at one radius")
     shown = finished.said_of(perturbations, images, s.num_images, note)
     images, about = images.prepared(images.size, s.num_images), run.provenance(s.device)
-    check_saved(s.from_images, networks)
     transfer.check(networks, s)
     wanted = {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
@@ -159,16 +164,18 @@ def main(args):
         "device": about["device"], "torch": about["torch"],
         **({"eps": networks[0].eps} if s.judged else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
-        **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
+        **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations},
+        **made_with(s.from_images, networks)}
     settings, done = (wanted, {}) if s.overwrite else team.from_first(
         lambda: folder.load_cells(wanted))
+    ready = cache(lambda at: at_hand(
+        data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
+        team=team))
+    prepare_folders(networks, ready, s, team)
     progress = Progress(team, folder / "partial.json", wanted | {
         "commit": about["commit"], "labels": uaps.digest(images.labels)})
     if s.overwrite:
         progress.clear()
-    ready = cache(lambda at: at_hand(
-        data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
-        team=team))
     missing = [missing_cells(net, ready, perturbations, done, s, progress) for net in networks]
     missing += [curves.missing_cells(net, ready, done, s, progress) for net in networks
                 if s.eps_curve]

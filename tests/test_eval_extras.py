@@ -2,7 +2,10 @@
 hand.
 """
 
+import csv
 import json
+import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,6 +26,9 @@ from utils.data import to_float
 from utils.defenses import GradientConcealment, ResizePad
 from utils.errors import UserError
 from utils.images import Images, paper_geometry
+from utils.models import trainable
+from utils.run import save_pth
+from utils.team import Team
 
 CPU, N = torch.device("cpu"), 12
 
@@ -43,7 +49,7 @@ def s(tmp_path):
 
 
 def network(name, model=None, defense="none", eps=0.05):
-    target = SimpleNamespace(size=8, geometry=paper_geometry(8))
+    target = SimpleNamespace(name=name, size=8, geometry=paper_geometry(8), described="toy")
     return tested.Tested(name, target, model or toy(), K, eps, {}, None, defense=defense)
 
 
@@ -152,28 +158,37 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
     eight = saved.rounded(x, x_adv, 0.06, "linf")
     for i in kept.nonzero()[:, 0].tolist():
         assert torch.equal(saved.read_png(folder / f"{i:06}.png", eight[i]), eight[i])
+    rows = list(csv.DictReader((folder / "images.csv").open()))
+    assert rows == [{"file": f"{i:06}.png", "source": str(i), "label": str(k),
+                     "class_name": "abcde"[k]} for i, k in enumerate(images.labels.tolist())
+                    if before[i]]
     right = ((predicted(net.model, eight / 255) == images.labels) & kept).long().tolist()
     assert cell["after8"] == right and cell["outside"] == 0
     assert 0 < sum(cell["after"]) <= sum(right) < sum(before)
-    s.from_images = [folder]
-    saved.check_saved([folder], [net])
+    s.from_images, s.save_images = [folder], None
+    assert saved.made_with([folder], [net]) == {
+        "saved: PGD (5) on a/b": "model a/b (toy) behind none, 1 draws, eps 0.06, seed 2"}
+    saved.prepare_folders([net], lambda _: images, s, Team())
     (key, again), = saved.saved_cells(net, images, cells, s, Progress())
     assert key == "a/b | saved: PGD (5) on a/b" and again["after"] == right
     assert not list(saved.saved_cells(net, images, cells | {key: again}, s, Progress()))
-    with pytest.raises(UserError, match="another list"):
-        list(saved.saved_cells(net, images.select(range(5)), cells, s, Progress()))
+    for other in (images.select(range(5)), replace(images, labels=images.labels.flip(0))):
+        with pytest.raises(UserError, match="another list"):
+            saved.prepare_folders([net], lambda _, other=other: other, s, Team())
 
 
 def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     attack = measure.Attack("FGSM", "linf", 0.1, None)
-    keep = saved.Kept(tmp_path, network("a"), attack, images, s)
+    s.save_images = tmp_path
+    keep = saved.Kept(network("a"), attack, images, s)
+    keep.begin([1, 1], Progress())
     x = to_float(images.pixels[:2])
     keep(torch.tensor([0, 1]), x, x)
     folder = tmp_path / "a" / "FGSM"
     larger = network("b")
     larger.target.size = 28
     with pytest.raises(UserError, match="saved at 8 pixels, but b takes 28"):
-        saved.check_saved([folder], [larger])
+        saved.made_with([folder], [larger])
     (folder / "000000.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot be read"):
         saved.read_png(folder / "000000.png", images.pixels[0])
@@ -183,6 +198,114 @@ def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     for bad in (folder, tmp_path):
         with pytest.raises(UserError, match="no about.json of saved images"):
             saved.read_about(bad)
+
+
+SAVING = ("eval_net.py", "--model_name", "mlp", "--num_images", 100, "--device", "cpu", "--workers",
+          0, "--attacks", "fgsm", "--save_images", "kept")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """a.pth and b.pth: two networks of one name."""
+    for seed, name in enumerate("ab"):
+        state = trainable("mlp", kind="digits", seed=seed)[1].state_dict()
+        save_pth(tmp_path / f"{name}.pth", state)
+
+
+def held(folder):
+    """{file: what it holds} of a folder of saved images."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_images_of_another_command_are_refused_or_replaced(run_here, refused, weights, tmp_path):
+    command, folder = (*SAVING, "--weights", "a.pth", "--save", "a"), tmp_path / "kept/mlp/FGSM"
+    assert run_here(*command).returncode == 0
+    first = held(folder)
+    other = (*command[:-1], "b")
+    refused(run_here(*other, "--save_images", "a.pth"), "a.pth/mlp/FGSM: cannot write there")
+    assert not (tmp_path / "b/results.json").exists()
+    for flags, word in ((("--weights", "b.pth"), "model mlp (a.pth"), (("--eps", 0.1), "eps 0.2"),
+                        (("--num_images", 99), "n 100, given 99"), (("--seed", 1), "seed 0")):
+        refused(run_here(*other, *flags), "kept/mlp/FGSM", word, "type --overwrite to replace")
+        assert held(folder) == first
+    assert run_here(*other).returncode == 0  # the same images
+    assert held(folder) == first
+    others = (*command[:-1], "c", "--weights", "b.pth")
+    assert run_here(*others, "--overwrite").returncode == 0
+    second = held(folder)
+    assert first.keys() - second.keys() and second.keys() - first.keys()
+    assert run_here(*others, "--save", "d", "--save_images", "new").returncode == 0
+    assert held(tmp_path / "new/mlp/FGSM") == second
+    (folder / "about.json").unlink()
+    refused(run_here(*others), "kept/mlp/FGSM", "attack None, given FGSM")
+
+
+@pytest.mark.parametrize("lost", ["elsewhere", "folder", "one image", "images.csv",
+                                  "nothing"])
+def test_images_that_are_not_all_there_are_made_again(run_here, weights, tmp_path, lost):
+    command = (*SAVING, "--weights", "a.pth", "--save", "a")
+    said = run_here(*command).stdout
+    folder, table = tmp_path / "kept/mlp/FGSM", (tmp_path / "a/results.csv").read_bytes()
+    whole = held(folder)
+    lost = min(whole) if lost == "one image" else lost
+    if lost == "elsewhere":
+        command, folder = (*command, "--save_images", "other"), tmp_path / "other/mlp/FGSM"
+    elif lost == "folder":
+        shutil.rmtree(tmp_path / "kept")
+    elif lost != "nothing":
+        (folder / lost).unlink()
+        (folder / "000100.png").write_bytes(b"of an image that was wrong before")
+    done = run_here(*command)
+    assert done.returncode == 0, done.stderr
+    line, = (line for line in said.splitlines() if line.startswith("mlp | FGSM: "))
+    assert (line in done.stdout.splitlines()) == (lost != "nothing")
+    assert held(folder) == whole and (tmp_path / "a/results.csv").read_bytes() == table
+
+
+def test_saved_images_that_do_not_fit_are_refused_before_any_attack(
+        run_here, refused, weights, tmp_path, monkeypatch):
+    command = (*SAVING, "--weights", "a.pth", "--save", "a")
+    assert run_here(*command).returncode == 0
+    measuring = (*SAVING[:-2], "--weights", "b.pth", "--from_images", "kept/mlp/FGSM")
+    assert run_here(*measuring, "--save", "b").returncode == 0
+    shutil.copytree(tmp_path / "kept", tmp_path / "copy")
+    assert run_here(*command, "--eps", 0.1, "--overwrite").returncode == 0
+    monkeypatch.setattr(measure, "run_cell", lambda *_, **__: pytest.fail("an attack was run"))
+    refused(run_here(*measuring, "--save", "c", "--num_images", 99), "another list of images")
+    refused(run_here(*measuring, "copy/mlp/FGSM", "--save", "c"), "a second folder of FGSM on mlp")
+    refused(run_here(*measuring, "--save", "b"), "saved: FGSM on mlp", "eps 0.2", "eps 0.1")
+    refused(run_here(*measuring, "--save", "c", "--save_images", "kept", "--overwrite"),
+            "--overwrite --save_images kept", "type two commands")
+    min((tmp_path / "kept/mlp/FGSM").glob("*.png")).unlink()
+    refused(run_here(*measuring, "--save", "c"), "not all of its images are there")
+    assert not (tmp_path / "c/results.json").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script may catch it."""
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_killed_cell_goes_on_only_where_its_images_are(run_here, weights, tmp_path, monkeypatch,
+                                                         deleted):
+    command, folder = (*SAVING, "--weights", "a.pth"), tmp_path / "kept/mlp/FGSM"
+    real, saves = (saved.Kept.finish, saved.Kept.__call__), []
+
+    def killed(*_):
+        raise Killed
+    monkeypatch.setattr("utils.cells.EVERY", 0)
+    monkeypatch.setattr(saved.Kept, "finish", killed)
+    with pytest.raises(Killed):
+        run_here(*command, "--save", "a")
+    first = held(folder)
+    assert len(first) > 2 and "images.csv" not in first
+    monkeypatch.setattr(saved.Kept, "finish", real[0])
+    monkeypatch.setattr(saved.Kept, "__call__", lambda *a: saves.append(a) or real[1](*a))
+    if deleted:
+        shutil.rmtree(tmp_path / "kept")
+    assert run_here(*command, "--save", "a").returncode == 0
+    assert len(saves) == deleted
+    assert {name: text for name, text in held(folder).items() if name != "images.csv"} == first
 
 
 # ------------------------------------------------------------------------ transfer

@@ -36,6 +36,8 @@ JOBS = {  # folder: script and flags; 5 batches, 4, 4, 5, one alone, and 4 in tw
               "--queries", 20),
     "net": ("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--batch_size", 6,
             "--attacks", "fgsm", "pgd20", "strongest_quick", "--queries", 10, "--uaps", "a.pth"),
+    "saved": ("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--batch_size", 6,
+              "--attacks", "fgsm", "--save_images", "kept"),
     "predict": ("eval_net.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 7,
                 "--predict"),
     "one batch": ("gcm.py", "--model_name", "mlp", "--num_images", 8, "--attacks", "pgd_linf"),
@@ -178,6 +180,13 @@ def test_several_processes_leave_the_results_of_one(one, many, name):
     assert left(folder / name) == left(one / name)
     assert {path.name for path in (folder / name).iterdir()} == {
         path.name for path in (one / name).iterdir()}
+
+
+@pytest.mark.slow
+def test_several_processes_save_the_images_of_one(one, many):
+    saved = [{path.name: path.read_bytes() for path in (folder / "kept/mlp/FGSM").iterdir()}
+             for folder in (one, many[0])]
+    assert saved[0] == saved[1] and {"about.json", "images.csv"} < saved[0].keys()
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Attacked images as PNG: rounded to 8 bit inside the ball, read again, measured on networks.
 
     DIR/NETWORK/ATTACK/000017.png    the image at place 17 of the list
-    DIR/NETWORK/ATTACK/about.json    which list, which attack
+    DIR/NETWORK/ATTACK/about.json    which list, which attack, which network
+    DIR/NETWORK/ATTACK/images.csv    of which image each file is, and its label; written last
 """
 
+import csv
 import io
 import re
 from functools import partial
@@ -16,11 +18,12 @@ from utils import measure
 from utils.attack.balls import norm_of
 from utils.attack.chance import numbered
 from utils.data import to_float
-from utils.errors import UserError
-from utils.run import load_json, save_json, write_atomic
+from utils.errors import DAMAGE, UserError
+from utils.run import load_json, save_csv, save_json, write_atomic
+from utils.uaps import digest
 
-FACTS = {"attack": str, "network": str, "norm": str, "eps": float, "images_sha256": str,
-         "size": int}
+FACTS = {"attack": str, "network": str, "model": str, "norm": str, "eps": float, "seed": int,
+         "labels": str, "images_sha256": str, "size": int}
 
 
 def rounded(x, x_adv, eps, norm):
@@ -65,15 +68,57 @@ def read_png(path, like):
 
 
 class Kept:
-    """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network."""
+    """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network.
 
-    def __init__(self, folder, net, attack, images, s):
-        self.folder, self.attack = folder / _word(net.name) / _word(attack.title), attack
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_json(self.folder / "about.json", {
-            "attack": attack.title, "network": net.name, "norm": attack.norm, "eps": attack.eps,
-            "images_sha256": images.sha256(), "size": net.target.size, "n": len(images),
-            "seed": s.seed})
+    about: all that they depend on; a folder holds images of one `about` alone.
+    """
+
+    def __init__(self, net, attack, images, s):
+        self.folder = s.save_images / _word(net.name) / _word(attack.title)
+        self.attack, self.images = attack, images
+        self.about = {
+            "attack": attack.title, "network": net.name, "model": net.described(s),
+            "norm": attack.norm, "eps": attack.eps, "size": net.target.size, "n": len(images),
+            "seed": s.seed, "labels": digest(images.labels), "images_sha256": images.sha256()}
+
+    def check(self):
+        """UserError if the folder cannot be made, or holds other images."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save_images: {self.folder}: cannot write there ({error.strerror}); "
+                            "choose another folder") from None
+        if not _files(self.folder) and not (self.folder / "about.json").is_file():
+            return
+        was = _about(self.folder)
+        for key in [key for key in self.about if was.get(key) != self.about[key]]:
+            raise UserError(f"--save_images: {self.folder} holds images made with {key} "
+                            f"{was.get(key)}, given {self.about[key]}; type --overwrite to replace "
+                            "them, or choose another folder")
+
+    def whole(self):
+        """Whether the folder holds all of them."""
+        return _about(self.folder) == self.about and _is_whole(self.folder)
+
+    def remove(self):
+        """Empties the folder; about.json is there until all images are gone."""
+        for name in ("images.csv", *_files(self.folder), "about.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def begin(self, before, progress):
+        """about.json in the folder, no images.csv until all images are there, and none of an image
+        that was wrong before.
+        """
+        def made():
+            self.check()
+            (self.folder / "images.csv").unlink(missing_ok=True)
+            for name in _files(self.folder) - {f"{i:06}.png" for i, b in enumerate(before) if b}:
+                (self.folder / name).unlink()
+            empty = not (self.folder / "about.json").is_file()
+            save_json(self.folder / "about.json", self.about)
+            return empty
+        if progress.team.from_first(made):
+            progress.clear()  # what was done of this cell left its images in a folder that is gone
 
     def __call__(self, index, x, x_adv):
         """Saves the images at these places of the list; -> what is read again."""
@@ -84,30 +129,97 @@ class Kept:
                                      for i, one in zip(index.tolist(), pixels, strict=True)])
                         .to(x.device))
 
+    def finish(self, before, team):
+        """images.csv: a row for each image that was right before, and so attacked."""
+        names, labels = self.images.names, self.images.labels.tolist()
+        if team.first:
+            save_csv(self.folder / "images.csv", [
+                {"file": f"{i:06}.png", "source": names[i], "label": labels[i],
+                 "class_name": measure.class_name(self.images.classes, labels[i])}
+                for i, right in enumerate(before) if right])
+
 
 def _word(text):
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
+def _files(folder):
+    """Names of the saved images in a folder, which may not be there."""
+    return {path.name for path in folder.glob("*.png") if path.stem.isdecimal()}
+
+
+def _about(folder):
+    """about.json, {} if there is none."""
+    path = folder / "about.json"
+    about = load_json(path) if path.is_file() else {}
+    return about if isinstance(about, dict) else {}
+
+
+def _is_whole(folder):
+    """Whether all files that images.csv names are there."""
+    try:
+        with open(folder / "images.csv", newline="", encoding="utf-8") as file:
+            return {row["file"] for row in csv.DictReader(file)} <= _files(folder)
+    except (OSError, *DAMAGE):
+        return False
+
+
+def prepare_folders(networks, ready, s, team):
+    """Before any attack. UserError if --from_images are of another list, or if a folder of
+    --save_images holds other images than those of this command; with --overwrite what these
+    folders hold is removed.
+
+    ready(geometry): the images, in every process.
+    """
+    if not (s.from_images or s.save_images):
+        return
+    lists = [ready(net.target.geometry) for net in networks]
+    keeps = [Kept(net, attack, images, s) for net, images in zip(networks, lists, strict=True)
+             for attack in net.attacks(s).values()] if s.save_images else []
+
+    def made():
+        for folder in s.from_images or []:
+            about = read_about(folder)
+            if any((about["images_sha256"], about["labels"]) != (one.sha256(), digest(one.labels))
+                   for one in lists):
+                raise UserError(f"--from_images {folder}: saved of another list of images; give "
+                                "the --data_dir and --num_images that they were saved with")
+        for keep in keeps:
+            if s.overwrite:
+                keep.remove()
+            keep.check()
+    team.from_first(made)
+
+
 def read_about(folder):
     """about.json; UserError if the folder is none that --save_images left."""
-    path = folder / "about.json"
-    about = load_json(path) if path.is_file() else None
-    if not isinstance(about, dict) or not all(
-            isinstance(about.get(key), kind) for key, kind in FACTS.items()):
-        raise UserError(f"--from_images {folder}: no about.json of saved images in it; wanted "
-                        "DIR/NETWORK/ATTACK of --save_images DIR")
+    about = _about(folder)
+    if not all(isinstance(about.get(key), kind) for key, kind in FACTS.items()):
+        raise UserError(f"--from_images {folder}: no about.json of saved images in it, or an "
+                        "older one; wanted DIR/NETWORK/ATTACK of --save_images DIR")
     return about
 
 
-def check_saved(folders, networks):
-    """UserError unless these are saved images, as large as the networks take them."""
+def made_with(folders, networks):
+    """{title: what the images were made with} of the folders of --from_images. UserError unless all
+    images are there, as large as the networks take them, and each title is that of one folder.
+    """
+    found = {}
     for folder in folders or []:
         about = read_about(folder)
         for net in networks:
             if about["size"] != net.target.size:
                 raise UserError(f"--from_images {folder}: saved at {about['size']} pixels, but "
                                 f"{net.name} takes {net.target.size}; type --geometry as then")
+        if not _is_whole(folder):
+            raise UserError(f"--from_images {folder}: not all of its images are there; type the "
+                            "command with --save_images again")
+        if title_of(about) in found:
+            raise UserError(f"--from_images {folder}: a second folder of {about['attack']} on "
+                            f"{about['network']}; type one at a time, with another --save")
+        found[title_of(about)] = ", ".join(f"{key} {about[key]}" for key in
+                                           ("model", "eps", "seed"))
+    return found
 
 
 def title_of(about):
@@ -118,9 +230,6 @@ def saved_cells(net, images, done, s, progress):
     """Yields (key, cell) of --from_images on one network; images that were not saved are clean."""
     for folder in s.from_images or []:
         about = read_about(folder)
-        if about["images_sha256"] != images.sha256():
-            raise UserError(f"--from_images {folder}: saved of another list of images; give the "
-                            "--data_dir and --num_images that they were saved with")
         key = f"{net.name} | {title_of(about)}"
         if key in done:
             continue

@@ -65,14 +65,24 @@ class Tested:
             progress=progress, cell=f"{self.name} clean").tolist()
         return {"n": len(images), "draws": self.draws(s), "before": before, "after": before}
 
+    def kept(self, cell, attack, images, s, team):
+        """Whether a cell has what --save_images asks for: a figure, and all images in DIR."""
+        return not s.save_images or ("after8" in cell and team.from_first(
+            Kept(self, attack, images, s).whole))
+
     def attack_cell(self, attack, images, before, s, progress):
         """The cell of one attack by the adaptive attacker, measured behind the defence."""
-        keep = Kept(s.save_images, self, attack, images, s) if s.save_images else None
-        return measure.run_cell(
+        keep = Kept(self, attack, images, s) if s.save_images else None
+        if keep:
+            keep.begin(before, progress)
+        cell = measure.run_cell(
             attack, adaptive(self.defended, s.draws), self.defended, images, torch.tensor(before),
             draws=self.draws(s), batch_size=s.batch_size, chance=numbered(s.seed, len(images)),
             device=s.device, workers=s.workers, progress=progress, keep=keep,
             desc=f"{self.name} {attack.title}" + f", saved in {s.save_images}" * bool(keep))
+        if keep:
+            keep.finish(before, progress.team)
+        return cell
 
 
 def missing_cells(net, ready, perturbations, done, s, progress):
@@ -84,7 +94,8 @@ def missing_cells(net, ready, perturbations, done, s, progress):
     if s.judged and "before" not in done.get(own + "clean", {}):
         yield own + "clean", net.clean_cell(ready(at), s, progress)
     for title, attack in net.attacks(s).items():
-        if own + title not in done or (s.save_images and "after8" not in done[own + title]):
+        if own + title not in done or not net.kept(done[own + title], attack, ready(at), s,
+                                                   progress.team):
             clean = done[own + "clean"]
             if len(clean["before"]) != len(ready(at)):
                 raise UserError(f"--save {s.save}: holds a table of {len(clean['before'])} images, "
