@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 from utils.report import markdown  # noqa: E402
 
 HEAD = ("name", "surrogate", "images", "method", "augment", "momentum", "loss", "batch_size",
-        "gradients", "seeds")
+        "gradients", "seeds", "seconds")
 
 
 def settings(name, facts):
-    """The cells of HEAD but the seeds; of the floor without facts, its name."""
+    """The cells of HEAD but the last two; of the floor without facts, its name."""
     if "method" not in facts:
-        return (name.rpartition("/")[-1], *("-" for _ in HEAD[1:-1]))
+        return (name.rpartition("/")[-1], *("-" for _ in HEAD[1:-2]))
     untrained = "random" in facts["weights"]
     return (re.sub(r"_\d+_\d+/.*", "", name),
             " + ".join(facts["model_name"]) + (", random weights" if untrained else ""),
@@ -31,12 +31,15 @@ def settings(name, facts):
 
 def table(results):
     """[head, rows ...] of strings."""
-    networks, groups = list(results["protocol"]["targets"]), {}
+    networks, groups, seconds = list(results["protocol"]["targets"]), {}, {}
     for name, uap in results["uaps"].items():
         shares = {row["target"]: 100 * row["fooling_ratio"]["value"] for row in results["rows"]
                   if row["uap"] == name}
-        groups.setdefault(settings(name, uap["facts"]), []).append(shares)
+        made = settings(name, uap["facts"])
+        groups.setdefault(made, []).append(shares)
+        seconds.setdefault(made, []).append(uap["facts"].get("seconds"))
     rows = [[*(f"{cell:,}" if isinstance(cell, int) else cell for cell in made), str(len(seeds)),
+             "-" if None in seconds[made] else f"{mean(seconds[made]):.0f}",
              *(spread([shares[network] for shares in seeds]) for network in networks)]
             for made, seeds in sorted(groups.items(), key=lambda one: (one[0][0], one[0][-1]))]
     return [[*HEAD, *networks], *rows]
