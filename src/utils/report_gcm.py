@@ -13,7 +13,15 @@ from utils.defenses import describe, is_random
 from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
-from utils.report import batch_sizes, csv_columns, eps_text, interval, markdown, with_note
+from utils.report import (
+    batch_sizes,
+    csv_columns,
+    eps_text,
+    interval,
+    markdown,
+    parts_table,
+    with_note,
+)
 from utils.run import save_csv, save_json, write_atomic
 
 WORST = "worst case"
@@ -96,6 +104,8 @@ def save_table(folder, head, cells, s):
                  *(" / ".join(titles.get(name, [name])) for name in s.attacks), WORST, "s"], lines))
     if missing:
         text += f"\npaper: '-' where it measured something else: {'; '.join(missing)}\n"
+    text += parts_table(["network", "row"], [((cell.model, label(cell, s.draws)), counts)
+                                             for cell, counts in cells.items() if counts])
     text += audit_line([counts for counts in cells.values() if counts])
     save_csv(folder / "results.csv", saved)
     write_atomic(folder / "results.md", text.encode())

@@ -6,12 +6,19 @@ from math import isclose
 from pathlib import Path
 
 from utils import curves, draw, transfer
-from utils.attack.several import flags_of
 from utils.defenses import is_random
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
-from utils.report import batch_sizes, eps_text, interval, markdown, protocol, with_note
+from utils.report import (
+    batch_sizes,
+    eps_text,
+    interval,
+    markdown,
+    parts_table,
+    protocol,
+    with_note,
+)
 from utils.run import save_csv, write_atomic
 from utils.saved import read_about, title_of
 
@@ -132,7 +139,8 @@ def measured(net, settings, cells, s):
 
 def tables(networks):
     """The Markdown of everything that was measured on these networks [Measured]."""
-    text = main_table(networks) + claims(networks) + parts_table(networks)
+    text = main_table(networks) + claims(networks) + parts_table(["network"], [
+        ((net.name,), cell) for net in networks for cell in net.attacks.values()])
     if networks[0].corruptions:
         names = sorted(networks[0].corruptions, key=lambda name: (
             name != "clean", networks[0].corruptions[name]["value"]))
@@ -146,21 +154,6 @@ def tables(networks):
             [[name, *(interval(net.uaps[name]) for net in networks)]
              for name in networks[0].uaps])
     return text
-
-
-def parts_table(networks):
-    """What AutoAttack's members did, and its flags; "" where it was not run."""
-    cells = [(net, cell) for net in networks for cell in net.attacks.values() if "parts" in cell]
-    lines, flags = [], []
-    for net, cell in cells:
-        parts = {name: one for name, one in cell["parts"].items() if isinstance(one, dict)}
-        lines += [[net.name, name, one["tried"], one["fooled"], one["zero_gradient"],
-                   one.get("flat", "-")] for name, one in parts.items()]
-        flags += [f"{net.name}: {line}\n" for line in flags_of(
-            parts, cell["parts"]["random"], sum(right > 0 for right in cell["before"]))]
-    head = ["network", "attack", "tried", "fooled", "zero gradient", "loss never rose"]
-    return ("\nAutoAttack, images\n\n" + markdown(head, lines) + "\n" * bool(flags)
-            + "\n".join(flags)) if lines else ""
 
 
 def main_table(networks):
