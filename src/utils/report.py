@@ -1,5 +1,5 @@
 """Figures as text, tables as Markdown, the line of facts above a table, what AutoAttack's members
-did, columns of results.csv.
+did and what attacks returned below it, columns of results.csv.
 """
 
 from utils.attack.several import flags_of
@@ -65,6 +65,17 @@ def parts_table(head, cells):
     head = [*head, "attack", "tried", "fooled", "zero gradient", "loss never rose"]
     return ("\nAutoAttack, images\n\n" + markdown(head, lines) + "\n" * bool(flags)
             + "\n".join(flags)) if lines else ""
+
+
+def audit_line(done):
+    """One line by which a reader can check what the attacks of these cells returned.
+
+    Older transfers did not count zero gradients.
+    """
+    largest = max((counts["largest"] / counts["eps"] for counts in done), default=0)
+    return (f"\n{len(done)} cells: largest norm {largest:.6f} of its eps, "
+            f"{sum(counts['outside'] for counts in done)} images outside the ball or [0, 1], "
+            f"{sum(counts.get('zero_gradient', 0) for counts in done)} without any gradient\n")
 
 
 def csv_columns(figures):

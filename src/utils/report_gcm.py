@@ -14,6 +14,7 @@ from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
 from utils.report import (
+    audit_line,
     batch_sizes,
     csv_columns,
     eps_text,
@@ -153,14 +154,6 @@ def incomparable(name, target, cells, s):
             found[attack] = "w={:g} epsilon={:g} instead of w={:g} epsilon={:g}".format(
                 s.w, s.epsilon, *GCM_LAYER)
     return found
-
-
-def audit_line(done):
-    """One line by which a reader can check what the attacks of these cells returned."""
-    largest = max((counts["largest"] / counts["eps"] for counts in done), default=0)
-    return (f"\n{len(done)} cells: largest norm {largest:.6f} of its eps, "
-            f"{sum(counts['outside'] for counts in done)} images outside the ball or [0, 1], "
-            f"{sum(counts['zero_gradient'] for counts in done)} without any gradient\n")
 
 
 def _columns(counts):
