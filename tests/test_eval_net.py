@@ -252,6 +252,32 @@ def test_below_the_table_stands_what_the_attacks_returned_and_beside_it_what_the
         "2.25", "4.5", "6.75"]
 
 
+def test_transfers_and_saved_images_have_a_row_for_both_metrics(run_here, leave, tmp_path):
+    leave("free", FREE)
+    leave("pgd", FREE, name="pgd_mlp", method="pgd",
+          state=trainable("mlp", kind="digits", seed=3)[1].state_dict())
+    found, there = {}, {}
+    for k, flags in enumerate((("fgsm", "--save_images", "kept", "--transfer"), (
+            "none", "--from_images", "kept/free8/FGSM", "--transfer", "--diverse"))):
+        done = run_here("eval_net.py", "--runs", "free", "pgd", *FEW, "--attacks", *flags,
+                        "--save", f"out{k}")
+        assert done.returncode == 0, done.stderr
+        found |= cells(tmp_path / f"out{k}")
+        there |= {(row["network"], row["under"], row["metric"]): (int(row["k"]), int(row["n"]))
+                  for row in rows(tmp_path / f"out{k}" / "results.csv")}
+    for net in ("free8", "pgd"):
+        eight = found[f"{net} | FGSM"]["after8"]
+        wanted = {"FGSM, 8 bit": found[f"{net} | FGSM"] | {"after": eight},
+                  "saved: FGSM on free8": found[f"{net} | saved: FGSM on free8"]}
+        wanted |= {f"MI-FGSM from {one}{more}": found[f"{one} -> {net}{more}"]
+                   for one in ("free8", "pgd") for more in ("", ", DI and TI")}
+        for under, cell in wanted.items():
+            both = sum(b and a for b, a in zip(cell["before"], cell["after"], strict=True))
+            assert there.pop((net, under, "robust_acc")) == (both, 20)
+            assert there.pop((net, under, "attack_robustness")) == (both, sum(cell["before"]))
+    assert {under for _, under, _ in there} == {"none", "FGSM"}
+
+
 # ------------------------------------------------------------------ behind a defence
 
 def test_a_network_behind_gcm_is_attacked_by_the_adaptive_attacker(run_here, leave, tmp_path):

@@ -24,6 +24,7 @@ from utils.run import save_csv, write_atomic
 from utils.saved import read_about, title_of
 
 WORST, SECONDS = "worst case", "s"
+ROBUST = ("robust_acc", "attack_robustness")
 BACKWARD = {"natural": lambda facts: 1, "free": lambda facts: 1, "fast": lambda facts: 2,
             "pgd": lambda facts: facts["steps"] + 1}  # backward passes of a weight step
 TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentations", "w_fgsm",
@@ -278,10 +279,9 @@ def csv_rows(networks):
                                if len(net.attacks) > 1 else {})
         found += [row(net, "clean_acc", "none", net.clean)]
         found += [row(net, metric, title, figures(cell)[metric]) | {"seconds": cell["seconds"]}
-                  for title, cell in cells.items()
-                  for metric in ("robust_acc", "attack_robustness")]
-        found += [row(net, "robust_acc", title, figures(cell)["robust_acc"])
-                  for title, cell in net.saved.items()]
+                  for title, cell in cells.items() for metric in ROBUST]
+        found += [row(net, metric, title, figures(cell)[metric])
+                  for title, cell in (net.saved | net.moved).items() for metric in ROBUST]
         found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()]
         found += [row(net, "fooling_ratio", name, s) for name, s in net.uaps.items()]
     return found
