@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -329,10 +330,27 @@ def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, 
 
 
 def test_images_never_leave_early_where_the_network_is_random():
-    for random in (False, True):
-        found = eval_net.linf_attacks(0.1, 5, 10, random)
+    for draws in (0, 3):
+        found = eval_net.linf_attacks(0.1, 5, 10, draws)
         assert {found[name].run.keywords["stop_early"] for name in ("pgd20", "pgd50x10", "cw50")
-                } == {not random}
+                } == {not draws}
+
+
+def test_autoattack_behind_a_random_defence_says_how_many_draws_it_averages(
+        run_here, leave, tmp_path, monkeypatch):
+    leave("run", STAGE, defense="resizepad", low=27)
+    monkeypatch.setattr("utils.attack.several.apgd", partial(attacks.apgd, steps=2))
+    for script, asked, network in (("eval_net.py", [24], ("--runs", "run")), (
+            "gcm.py", [20, 24], ("--model_name", "cnn_bn", "--weights", "run/stage1_cnn_bn.pth",
+                                 "--defense", "gcm+resizepad", "--low", 27))):
+        done = run_here(script, *network, *FEW, "--num_images", 3, "--eps", 0.001, "--attacks",
+                        "autoattack", "--draws", 12, "--save", script)
+        assert done.returncode == 0, done.stderr
+        made = [cell for cell in cells(tmp_path / script).values()
+                if "parts" in cell and cell["draws"] == 12]
+        for cell, draws in zip(made, asked, strict=True):
+            assert f"AutoAttack rand (EOT of {draws})" in done.stdout
+            assert cell["gradients"] == 2 * 3 * 3 * draws  # both of APGD's runs, images, steps + 1
 
 
 def test_changes_by_chance_are_shown_for_a_random_defence(run_here, leave, tmp_path):
