@@ -43,16 +43,19 @@ ATTACKS = (*QUICK, "autoattack")
 
 # ---------------------------------------------------------------- what is measured
 
-def linf_attacks(eps, queries, classes=10, random=False):
-    """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random."""
-    steps = partial(attacks.pgd, eps=eps, alpha=eps / 4, stop_early=not random)
+def linf_attacks(eps, queries, classes=10, draws=0):
+    """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random.
+
+    draws: that the attacker of a random network averages; 0: it is not random.
+    """
+    steps = partial(attacks.pgd, eps=eps, alpha=eps / 4, stop_early=not draws)
     made = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
             "PGD-50-10": partial(steps, steps=50, restarts=10),
             "CW-50": partial(steps, steps=50, loss="margin"),
             attacks.quick_title(classes, queries): partial(attacks.strongest_quick, eps=eps,
                                                            queries=queries),
-            attacks.autoattack_title(classes, random): partial(
-                attacks.autoattack, eps=eps, version="rand" if random else "standard")}
+            attacks.autoattack_title(classes, draws): partial(
+                attacks.autoattack, eps=eps, version="rand" if draws else "standard")}
     return {name: measure.Attack(title, "linf", eps, attack)
             for name, (title, attack) in zip(ATTACKS, made.items(), strict=True)}
 
@@ -89,7 +92,8 @@ def get_args():
     add("--from_images", type=Path, nargs="+", help="also the accuracy on images that "
         "--save_images left: folders DIR/NETWORK/ATTACK")
     add("--draws", type=at_least(1), default=10, help="of a random defence: forward passes that "
-        "the adaptive attacker averages, and in which each image is classified afterwards")
+        "the adaptive attacker averages (AutoAttack: at least 20), and in which each image is "
+        "classified afterwards")
     add("--corruptions", action="store_true", help="also accuracy under every operation of "
         "utils/augment.py")
     add("--uaps", nargs="+", help="also fooling ratios of these universal perturbations: files, "

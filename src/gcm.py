@@ -34,7 +34,7 @@ from tqdm import tqdm
 import attacks as per_image
 from attacks import apgd, cw_l2, fgsm, pgd, square
 from utils import defenses, measure, papers, report, report_gcm, run
-from utils.attack import balls
+from utils.attack import adaptive, balls
 from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import PRESETS, paper_geometry
@@ -87,16 +87,16 @@ def measure_cell(cell, network, s, progress):
     The published protocol has naive attackers only; for the others, fooled images leave PGD.
     """
     defended = network.behind(cell.defense, cell.w)
-    fast = network.behind(cell.defense, cell.w, fast=True)
+    seen = seen_by(cell.attacker, network.behind(cell.defense, cell.w, fast=True), network.fast,
+                   s.draws)
     eps = radii(network.images, network.size, s.eps, s.eps_l2, s.eps_l1)
     attack = robustart_attacks(eps, s.queries, network.classes,
-                               random=defenses.is_random(cell.defense),
+                               draws=defenses.is_random(cell.defense) * adaptive.draws_of(seen),
                                stop_early=s.stop_early or cell.attacker != "naive")[cell.attack]
     counts = measure.run_cell(
-        attack, seen_by(cell.attacker, fast, network.fast, s.draws), defended, network.images,
-        network.right(cell.defense, cell.w), draws=network.draws(cell.defense),
-        batch_size=s.batch_size, chance=network.chance, device=network.device, desc=cell.key(s),
-        workers=s.workers, progress=progress)
+        attack, seen, defended, network.images, network.right(cell.defense, cell.w),
+        draws=network.draws(cell.defense), batch_size=s.batch_size, chance=network.chance,
+        device=network.device, desc=cell.key(s), workers=s.workers, progress=progress)
     return {**asdict(cell), "title": attack.title, **counts}
 
 
@@ -104,17 +104,17 @@ def measure_cell(cell, network, s, progress):
 
 STEPS, RELATIVE = 20, 3 / 40  # RobustART's PGD: steps, and step size over eps
 FARTHER = (4, 8)              # times eps, in the audit: robustness should fall to zero
-MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest_quick",
-        "autoattack")  # columns besides the paper's
+MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest_quick", "autoattack")  # our columns
 
 
-def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, random=False):
+def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0):
     """{name: Attack}; eps {norm: radius}; classes: how many the network tells apart.
 
-    stop_early: fooled images leave PGD. At the larger radii they always do; behind a random
-    defence they never do. The loss of pgd_linf is kept where all images take all steps.
+    draws: that the attacker of a random defence averages; 0: it is not random. stop_early: fooled
+    images leave PGD. At the larger radii they always do; behind a random defence they never do.
+    The loss of pgd_linf is kept where all images take all steps.
     """
-    def steps(title, norm, scale=1, early=stop_early and not random, follow=False, **settings):
+    def steps(title, norm, scale=1, early=stop_early and not draws, follow=False, **settings):
         """RobustART's PGD with these settings; scale: times eps."""
         at = eps[norm] * scale if norm != "linf" else min(1.0, eps[norm] * scale)
         return measure.Attack(f"{title}={report.eps_text(at, norm)}", norm, at, partial(
@@ -139,9 +139,9 @@ def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, random=Fa
             f"{per_image.quick_title(classes, queries)} {shown}", "linf", linf,
             partial(per_image.strongest_quick, eps=linf, queries=queries)),
         "autoattack": measure.Attack(
-            f"{per_image.autoattack_title(classes, random)} {shown}", "linf", linf,
-            partial(per_image.autoattack, eps=linf, version="rand" if random else "standard")),
-        **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=not random) for k in FARTHER}}
+            f"{per_image.autoattack_title(classes, draws)} {shown}", "linf", linf,
+            partial(per_image.autoattack, eps=linf, version="rand" if draws else "standard")),
+        **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=not draws) for k in FARTHER}}
 
 
 def cw_within(model, x, y, *, eps, generator, report):
@@ -219,7 +219,7 @@ def get_args():
     add("--w", type=at_least(0, float), default=1e20, help="of gcm")
     add("--epsilon", type=at_least(0, float), default=1e-8, help="of gcm")
     add("--draws", type=at_least(1), default=10, help="with a random defence: forward passes that "
-        "the adaptive attacker averages over, and how many times each image is classified")
+        "the adaptive attacker averages (AutoAttack: at least 20), and that classify each image")
     add("--attacks", nargs="+", choices=(*papers.GCM_COLUMNS, *MORE),
         default=list(papers.GCM_COLUMNS), help="columns")
     add("--eps", type=radius, help="Linf radius; None: 8/255, on digits and mnist 0.2")

@@ -50,13 +50,14 @@ def test_the_members_have_the_settings_of_the_authors():
         "Square 5000": squares, "APGD-T": towards, "FAB-T": fab | {"restarts": 5}}
     assert settings("l2", "rand") == {"APGD-CE": {}, "APGD-DLR": {"loss": "dlr"}}
     assert attacks.autoattack_title(10) == attacks.autoattack_title(1000) == "AutoAttack"
-    assert attacks.autoattack_title(10, random=True) == "AutoAttack rand"
+    assert [attacks.autoattack_title(10, draws) for draws in (1, 8, 10, 30)] == [
+        f"AutoAttack rand (EOT of {n})" for n in (20, 24, 20, 30)]
 
 
 def test_with_few_classes_the_title_says_what_is_run():
     assert attacks.autoattack_title(3) == (
         "AutoAttack: APGD-CE + APGD-T (2 targets, margin loss) + FAB-T (2 targets) + Square 5000")
-    assert attacks.autoattack_title(2, random=True) == "AutoAttack rand"
+    assert attacks.autoattack_title(2, 10) == "AutoAttack rand (EOT of 20)"
     assert list(settings("linf", "rand", 2)) == ["APGD-CE", "APGD-margin"]
     assert settings("linf", "standard", 2)["FAB-T (1 target)"] == {"targets": 1}
 
@@ -113,7 +114,7 @@ def test_plus_and_rand_run_all_their_members_in_their_order(version, short):
     assert torch.equal(x_adv, wanted) and 0 < len(left) < 12
 
 
-def test_of_a_random_network_rand_averages_twenty_draws(short):
+def test_of_a_random_network_rand_averages_twenty_draws_or_more(short):
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
@@ -124,7 +125,8 @@ def test_of_a_random_network_rand_averages_twenty_draws(short):
             return self.toy(x) + 0.01 * (self.calls % 7)
 
     model, x = Noisy(), pictures(4)
-    for wrapped, draws in ((model, 20), (attacks.eot(model, 3), 3)):
+    for wrapped, draws in ((model, 20), *((attacks.eot(model, own), n) for own, n in (
+            (10, 20), (3, 21), (30, 30)))):
         report = {}
         attacks.autoattack(wrapped, x, predicted(model, x), eps=1e-4, version="rand",
                            report=report)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -209,9 +210,9 @@ def test_networks_whose_strongest_attacks_differ_have_a_column_each():
             if attack.title.endswith("Square 5")}, {}, {})
         for name, classes in (("two", 2), ("ten", 10))]).splitlines()
     assert head == ("| network | clean_acc | APGD-CE + APGD-T (1 target, margin loss) + Square 5 "
-                    "| APGD-CE + APGD-T + Square 5 |")
+                    "| APGD-CE + APGD-T + Square 5 | s |")
     assert [line.split(" | ")[2:] for line in lines] == [
-        ["25.0 (4.6-69.9)", "- |"], ["-", "25.0 (4.6-69.9) |"]]
+        ["25.0 (4.6-69.9)", "-", "1 |"], ["-", "25.0 (4.6-69.9)", "1 |"]]
 
 
 def test_corruptions_repair_images_and_are_adv_acc_attacks_are_robust_acc():
@@ -221,6 +222,61 @@ def test_corruptions_repair_images_and_are_adv_acc_attacks_are_robust_acc():
     assert [(row["metric"], row["under"], row["k"]) for row in report_nets.csv_rows([net])] == [
         ("clean_acc", "none", 2), ("robust_acc", "FGSM", 1), ("attack_robustness", "FGSM", 1),
         ("adv_acc", "clean", 2), ("adv_acc", "fog", 3)]
+
+
+def test_below_the_table_stands_what_the_attacks_returned_and_beside_it_what_they_took(
+        run_here, leave, tmp_path):
+    leave("free", FREE)
+    leave("pgd", FREE, name="pgd_mlp", method="pgd")
+    command = ("eval_net.py", "--runs", "free", "pgd", *FEW, "--attacks", "fgsm", "pgd20",
+               "--transfer", "--save", "out")
+    done = run_here(*command)
+    assert done.returncode == 0, done.stderr
+    line = "{} cells: largest norm {} of its eps, {} images outside the ball or [0, 1], {} without"
+    assert "\n" + line.format(2 * 2 + 2 * 2, "1.000000", 0, 0) in done.stdout
+    path, took = tmp_path / "out" / "results.json", (2.25, 4.5)
+    state = json.loads(path.read_text())
+    for name, seconds in zip(("FGSM", "PGD-20"), took, strict=True):
+        state["cells"][f"pgd | {name}"]["seconds"] = seconds
+    state["cells"]["pgd -> free8"] |= {"outside": 2, "largest": 0.15, "zero_gradient": 3}
+    path.write_text(json.dumps(state))
+    done = run_here(*command)
+    assert "\n" + line.format(8, "1.500000", 2, 3) in done.stdout
+    shown = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()
+             if row.startswith(("| training", "| pgd"))]
+    assert shown[0][-2:] == ["worst case", "s"] and shown[1][-1] == "7"
+    assert "s: seconds of computing in the attacks of the line" in done.stdout
+    seconds = {(row["metric"], row["under"]): row["seconds"]
+               for row in rows(tmp_path / "out" / "results.csv") if row["network"] == "pgd"}
+    assert seconds["clean_acc", "none"] == ""
+    assert [seconds["robust_acc", under] for under in ("FGSM", "PGD-20", "worst case")] == [
+        "2.25", "4.5", "6.75"]
+
+
+def test_transfers_and_saved_images_have_a_row_for_both_metrics(run_here, leave, tmp_path):
+    leave("free", FREE)
+    leave("pgd", FREE, name="pgd_mlp", method="pgd",
+          state=trainable("mlp", kind="digits", seed=3)[1].state_dict())
+    found, there = {}, {}
+    for k, flags in enumerate((("fgsm", "--save_images", "kept", "--transfer"), (
+            "none", "--from_images", "kept/free8/FGSM", "--transfer", "--diverse"))):
+        done = run_here("eval_net.py", "--runs", "free", "pgd", *FEW, "--attacks", *flags,
+                        "--save", f"out{k}")
+        assert done.returncode == 0, done.stderr
+        found |= cells(tmp_path / f"out{k}")
+        there |= {(row["network"], row["under"], row["metric"]): (int(row["k"]), int(row["n"]))
+                  for row in rows(tmp_path / f"out{k}" / "results.csv")}
+    for net in ("free8", "pgd"):
+        eight = found[f"{net} | FGSM"]["after8"]
+        wanted = {"FGSM, 8 bit": found[f"{net} | FGSM"] | {"after": eight},
+                  "saved: FGSM on free8": found[f"{net} | saved: FGSM on free8"]}
+        wanted |= {f"MI-FGSM from {one}{more}": found[f"{one} -> {net}{more}"]
+                   for one in ("free8", "pgd") for more in ("", ", DI and TI")}
+        for under, cell in wanted.items():
+            both = sum(b and a for b, a in zip(cell["before"], cell["after"], strict=True))
+            assert there.pop((net, under, "robust_acc")) == (both, 20)
+            assert there.pop((net, under, "attack_robustness")) == (both, sum(cell["before"]))
+    assert {under for _, under, _ in there} == {"none", "FGSM"}
 
 
 # ------------------------------------------------------------------ behind a defence
@@ -274,10 +330,27 @@ def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, 
 
 
 def test_images_never_leave_early_where_the_network_is_random():
-    for random in (False, True):
-        found = eval_net.linf_attacks(0.1, 5, 10, random)
+    for draws in (0, 3):
+        found = eval_net.linf_attacks(0.1, 5, 10, draws)
         assert {found[name].run.keywords["stop_early"] for name in ("pgd20", "pgd50x10", "cw50")
-                } == {not random}
+                } == {not draws}
+
+
+def test_autoattack_behind_a_random_defence_says_how_many_draws_it_averages(
+        run_here, leave, tmp_path, monkeypatch):
+    leave("run", STAGE, defense="resizepad", low=27)
+    monkeypatch.setattr("utils.attack.several.apgd", partial(attacks.apgd, steps=2))
+    for script, asked, network in (("eval_net.py", [24], ("--runs", "run")), (
+            "gcm.py", [20, 24], ("--model_name", "cnn_bn", "--weights", "run/stage1_cnn_bn.pth",
+                                 "--defense", "gcm+resizepad", "--low", 27))):
+        done = run_here(script, *network, *FEW, "--num_images", 3, "--eps", 0.001, "--attacks",
+                        "autoattack", "--draws", 12, "--save", script)
+        assert done.returncode == 0, done.stderr
+        made = [cell for cell in cells(tmp_path / script).values()
+                if "parts" in cell and cell["draws"] == 12]
+        for cell, draws in zip(made, asked, strict=True):
+            assert f"AutoAttack rand (EOT of {draws})" in done.stdout
+            assert cell["gradients"] == 2 * 3 * 3 * draws  # both of APGD's runs, images, steps + 1
 
 
 def test_changes_by_chance_are_shown_for_a_random_defence(run_here, leave, tmp_path):
@@ -303,8 +376,8 @@ def test_adversarially_trained_runs_stand_in_one_table(run_here, leave, tmp_path
                     "fast", *FEW, "--attacks", "fgsm", "pgd20", "--save", "out")
     assert done.returncode == 0, done.stderr
     lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert lines[0][:8] == ["| training", "weight steps", "backward passes", "minutes",
-                            "clean_acc", "FGSM", "PGD-20", "worst case |"]
+    assert lines[0] == ["| training", "weight steps", "backward passes", "minutes", "clean_acc",
+                        "FGSM", "PGD-20", "worst case", "s |"]
     assert [line[:4] for line in lines[2:]] == [
         ["| natural", "24", "24", "2.0"], ["| free8", "24", "24", "1.0"],
         ["| free8 (alpha 0.25 eps)", "24", "24", "1.0"], ["| pgd", "12", "96", "10.0"],
@@ -352,7 +425,7 @@ def columns(name="free8", eps=8 / 255, **changed):
     {"name": "free8 (box)"}])
 def test_the_papers_figures_stand_only_beside_networks_trained_as_its_own(other):
     lines = report_nets.main_table([columns(), columns(**other)]).splitlines()
-    assert lines[0].endswith("| worst case | paper: clean | paper: PGD-20-10 | paper: minutes |")
+    assert lines[0].endswith("| s | paper: clean | paper: PGD-20-10 | paper: minutes |")
     assert lines[2].endswith("| 85.96 | 46.33 | 785 |") and lines[3].endswith("| - | - | - |")
     assert "paper" not in report_nets.main_table([columns(**other)])
 
@@ -379,7 +452,7 @@ def test_on_cifar10_no_figure_of_the_paper_stands_beside_another_network(
                     "cpu", "--workers", 0)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert lines[0].endswith("| FGSM |") and "paper" not in done.stdout
+    assert lines[0].endswith("| FGSM | s |") and "paper" not in done.stdout
 
 
 def test_the_challenges_runs_stand_in_one_table_with_their_robustness(
@@ -617,6 +690,8 @@ def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
     leave("free", FREE)
     leave("stage1", STAGE, defense="gcm+resizepad", low=20)
     save_pth(tmp_path / "u.pth", 0.1 * torch.randn(1, 28, 28, generator=make_generator(0)))
+    monkeypatch.setattr(report_nets.draw, "corruptions", lambda runs: b"")  # slow, not compared
+    monkeypatch.setattr(measure, "time", Namespace(perf_counter=lambda: 0.0))  # of the tables
     whole = run_here("eval_net.py", *ALL, "--save", "whole")
     assert whole.returncode == 0, whole.stderr
     count = len(cells(tmp_path / "whole"))
@@ -629,7 +704,6 @@ def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
         if len(saved) == limit:
             raise Killed
     monkeypatch.setattr(eval_net.run, "save_json", watched)
-    monkeypatch.setattr(report_nets.draw, "corruptions", lambda runs: b"")  # slow, not compared
     for k in range(1, count + 1):
         limit, save = k, f"killed{k}"
         saved.clear()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conftest import SRC
 
 from utils import data, measure, report_gcm
+from utils.attack import several
 from utils.data import paper_geometry
 from utils.run import save_pth
 
@@ -124,6 +126,31 @@ def test_the_strongest_attack_is_a_column_that_names_its_members(run_here, tmp_p
     cells = saved(tmp_path / "runs" / "gcm")["cells"]
     weak, strong = (cells[f"mlp none naive {name}"] for name in ("apgd", "strongest 20"))
     assert all(s <= w for s, w in zip(strong["after"], weak["after"], strict=True))
+
+
+def test_the_table_says_what_autoattack_did_in_every_row_and_what_looks_wrong(
+        run_here, monkeypatch, tmp_path):
+    monkeypatch.setattr(several, "QUERIES", 40)
+    for name in ("apgd", "fab"):
+        monkeypatch.setattr(several, name, partial(getattr(several, name), steps=4))
+    done = run_here("gcm.py", *FEW, "--attacks", "autoattack")
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.split("\nAutoAttack, images\n\n")[1]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == ["network", "row", "attack", "tried", "fooled", "zero gradient",
+                        "loss never rose"]
+    members = ["APGD-CE", "APGD-T", "FAB-T", "Square 40"]
+    labels = ("vanilla", "gcm, naive attacker", "gcm, adaptive attacker (BPDA)")
+    assert [line[:3] for line in lines[2:]] == [["mlp", row, name] for row in labels
+                                                for name in members]
+    tables = saved(tmp_path / "runs" / "gcm")["cells"].values()
+    assert [line[3:5] for line in lines[2:]] == [
+        [str(cell["parts"][name][key]) for key in ("tried", "fooled")] for cell in tables
+        for name in members]
+    flags = [line for line in text.splitlines() if line.startswith("mlp, ")]
+    assert flags and all(line.startswith("mlp, gcm, naive attacker: Square fooled ")
+                         and line.endswith("they may be masked") for line in flags)
+    assert text.rpartition("saved ")[0] in (tmp_path / "runs" / "gcm" / "results.md").read_text()
 
 
 # ------------------------------------------------------------- the paper's rows, geometry

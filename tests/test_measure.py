@@ -200,11 +200,11 @@ def test_pgd_takes_the_twenty_steps_of_three_fortieths_of_eps_of_robustart():
 
 def test_images_never_leave_pgd_early_behind_a_random_defence():
     for stop_early in (False, True):
-        for random in (False, True):
+        for draws in (0, 1, 3):
             found = robustart_attacks({"linf": 0.1, "l2": 1.0, "l1": 1.0}, 1,
-                                      stop_early=stop_early, random=random)
-            assert found["pgd_l2"].run.keywords["stop_early"] == (stop_early and not random)
-            assert found["pgd_linf x8"].run.keywords["stop_early"] == (not random)
+                                      stop_early=stop_early, draws=draws)
+            assert found["pgd_l2"].run.keywords["stop_early"] == (stop_early and not draws)
+            assert found["pgd_linf x8"].run.keywords["stop_early"] == (not draws)
     assert robustart_attacks({"linf": 0.3, "l2": 1.0, "l1": 1.0}, 1)["pgd_linf x8"].eps == 1.0
 
 
@@ -268,9 +268,9 @@ def test_a_cell_has_no_losses_where_they_are_not_wanted_or_images_left_the_attac
 
 def test_only_pgd_in_linf_is_followed_and_only_where_no_image_leaves_it():
     for stop_early in (False, True):
-        for random in (False, True):
+        for draws in (0, 1, 3):
             found = robustart_attacks({"linf": 0.1, "l2": 1.0, "l1": 1.0}, 1,
-                                      stop_early=stop_early, random=random)
+                                      stop_early=stop_early, draws=draws)
             assert [name for name, attack in found.items() if attack.follow] == (
                 [] if stop_early else ["pgd_linf"])
 

@@ -101,7 +101,7 @@ def bare(value):
 
 
 def left(folder):
-    """{file: what it holds} of an evaluation; only gcm.py's tables hold seconds."""
+    """{file: what it holds} of an evaluation; tables of attacks hold seconds."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".json":

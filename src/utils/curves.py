@@ -86,14 +86,20 @@ def radii(cell, eps):
     return [min(1.0, BEYOND * last) * k / (RADII - 1) for k in range(RADII)]
 
 
+def cells_of(net, cells):
+    """{attacker: the cells of all radii but 0}"""
+    every = radii(cells[f"{net.name} | norms"], net.eps)[1:]
+    return {attacker: [cells[f"{net.name} | {key_of(attacker, eps)}"] for eps in every]
+            for attacker in ("adaptive", "naive")[:1 + (net.defense != "none")]}
+
+
 def rows_of(net, cells):
     """[{network, attacker, eps, value, k, n, low, high}], the attackers of `cells` and FAB."""
     norms, rows = cells[f"{net.name} | norms"], []
     clean = measure.figures(cells[f"{net.name} | clean"])["clean_acc"]
     every = radii(norms, net.eps)
-    for attacker in ("adaptive", "naive")[:1 + (net.defense != "none")]:
-        found = [clean] + [measure.figures(cells[f"{net.name} | {key_of(attacker, eps)}"])[
-            "robust_acc"] for eps in every[1:]]
+    for attacker, own in cells_of(net, cells).items():
+        found = [clean, *(measure.figures(cell)["robust_acc"] for cell in own)]
         rows += [_row(net, f"APGD-CE, {attacker}", *one) for one in zip(every, found, strict=True)]
     if is_random(net.defense):  # to FAB's images on the border another draw gives another class
         return rows

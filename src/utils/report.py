@@ -1,4 +1,8 @@
-"""Figures as text, tables as Markdown, the line of facts above a table, columns of results.csv."""
+"""Figures as text, tables as Markdown, the line of facts above a table, what AutoAttack's members
+did and what attacks returned below it, columns of results.csv.
+"""
+
+from utils.attack.several import flags_of
 
 
 def percent(s):
@@ -44,6 +48,34 @@ def batch_sizes(cells, s):
     """
     sizes = {s.batch_size if cell is None else cell.get("batch_size") for cell in cells.values()}
     return " and ".join(map(str, sorted(sizes - {None})))
+
+
+def parts_table(head, cells):
+    """What AutoAttack's members did, and its flags; "" where it was not run.
+
+    cells: [(names, cell)], the names as the columns of `head` say.
+    """
+    lines, flags = [], []
+    for names, cell in [one for one in cells if "parts" in one[1]]:
+        parts = {name: one for name, one in cell["parts"].items() if isinstance(one, dict)}
+        lines += [[*names, name, one["tried"], one["fooled"], one["zero_gradient"],
+                   one.get("flat", "-")] for name, one in parts.items()]
+        flags += [f"{', '.join(names)}: {line}\n" for line in flags_of(
+            parts, cell["parts"]["random"], sum(right > 0 for right in cell["before"]))]
+    head = [*head, "attack", "tried", "fooled", "zero gradient", "loss never rose"]
+    return ("\nAutoAttack, images\n\n" + markdown(head, lines) + "\n" * bool(flags)
+            + "\n".join(flags)) if lines else ""
+
+
+def audit_line(done):
+    """One line by which a reader can check what the attacks of these cells returned.
+
+    Older transfers did not count zero gradients.
+    """
+    largest = max((counts["largest"] / counts["eps"] for counts in done), default=0)
+    return (f"\n{len(done)} cells: largest norm {largest:.6f} of its eps, "
+            f"{sum(counts['outside'] for counts in done)} images outside the ball or [0, 1], "
+            f"{sum(counts.get('zero_gradient', 0) for counts in done)} without any gradient\n")
 
 
 def csv_columns(figures):

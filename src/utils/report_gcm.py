@@ -13,7 +13,16 @@ from utils.defenses import describe, is_random
 from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
-from utils.report import batch_sizes, csv_columns, eps_text, interval, markdown, with_note
+from utils.report import (
+    audit_line,
+    batch_sizes,
+    csv_columns,
+    eps_text,
+    interval,
+    markdown,
+    parts_table,
+    with_note,
+)
 from utils.run import save_csv, save_json, write_atomic
 
 WORST = "worst case"
@@ -96,6 +105,8 @@ def save_table(folder, head, cells, s):
                  *(" / ".join(titles.get(name, [name])) for name in s.attacks), WORST, "s"], lines))
     if missing:
         text += f"\npaper: '-' where it measured something else: {'; '.join(missing)}\n"
+    text += parts_table(["network", "row"], [((cell.model, label(cell, s.draws)), counts)
+                                             for cell, counts in cells.items() if counts])
     text += audit_line([counts for counts in cells.values() if counts])
     save_csv(folder / "results.csv", saved)
     write_atomic(folder / "results.md", text.encode())
@@ -143,14 +154,6 @@ def incomparable(name, target, cells, s):
             found[attack] = "w={:g} epsilon={:g} instead of w={:g} epsilon={:g}".format(
                 s.w, s.epsilon, *GCM_LAYER)
     return found
-
-
-def audit_line(done):
-    """One line by which a reader can check what the attacks of these cells returned."""
-    largest = max((counts["largest"] / counts["eps"] for counts in done), default=0)
-    return (f"\n{len(done)} cells: largest norm {largest:.6f} of its eps, "
-            f"{sum(counts['outside'] for counts in done)} images outside the ball or [0, 1], "
-            f"{sum(counts['zero_gradient'] for counts in done)} without any gradient\n")
 
 
 def _columns(counts):

@@ -6,16 +6,25 @@ from math import isclose
 from pathlib import Path
 
 from utils import curves, draw, transfer
-from utils.attack.several import flags_of
 from utils.defenses import is_random
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
-from utils.report import batch_sizes, eps_text, interval, markdown, protocol, with_note
+from utils.report import (
+    audit_line,
+    batch_sizes,
+    eps_text,
+    interval,
+    markdown,
+    parts_table,
+    protocol,
+    with_note,
+)
 from utils.run import save_csv, write_atomic
 from utils.saved import read_about, title_of
 
-WORST = "worst case"
+WORST, SECONDS = "worst case", "s"
+ROBUST = ("robust_acc", "attack_robustness")
 BACKWARD = {"natural": lambda facts: 1, "free": lambda facts: 1, "fast": lambda facts: 2,
             "pgd": lambda facts: facts["steps"] + 1}  # backward passes of a weight step
 TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentations", "w_fgsm",
@@ -27,13 +36,17 @@ def save_tables(folder, networks, settings, cells, s):
 
     networks: eval_net.Tested; settings: of this command; cells: of results.json; s: the flags.
     """
-    found = [measured(net, settings, cells, s) for net in networks]
+    found = [measured(net, networks, settings, cells, s) for net in networks]
+    attacked = [cell for net in found for cell in net.attacked]
     text = protocol(stated(networks, settings, found[0].clean["n"], cells, s)) + "\n"
     text += tables(found)
     if s.eps_curve:
         text += curves.save(folder, networks, cells)
+        attacked += [cell for net in networks for own in curves.cells_of(net, cells).values()
+                     for cell in own]
     if s.transfer:
         text += transfer.table(networks, cells, s)
+    text += audit_line(attacked) if attacked else ""
     save_csv(folder / "results.csv", csv_rows(found))
     write_atomic(folder / "results.md", text.encode())
     if s.corruptions:
@@ -55,7 +68,8 @@ def stated(networks, settings, n, cells, s):
                    "of eps/4, until the image is fooled"
                    + ", behind a random defence always to the end" * random,
         "attacker": f"adaptive ({', '.join(means)})" if behind else "",
-        "under attack": "robust_acc, right before and still right after"} if s.attacks else {}
+        "under attack": "robust_acc, right before and still right after",
+        "s": "seconds of computing in the attacks of the line"} if s.attacks else {}
     attacks = {"Linf eps": eps_text(settings["eps"], "linf"), **attacks} if s.judged else {}
     if s.save_images:
         attacks["8 bit"] = "the same images rounded to 8 bit inside the ball, saved, and read again"
@@ -84,7 +98,8 @@ def headline(cell):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A network with its figures: attacks, saved {title: cell}; corruptions, uaps {name: share}.
+    """A network with its figures: attacks, saved, moved (the images of --transfer) {title: cell};
+    corruptions, uaps {name: share}.
 
     facts: NAME.json of its run in `folder`; {} and None for other networks.
     """
@@ -96,10 +111,17 @@ class Measured:
     corruptions: dict
     uaps: dict
     saved: dict = field(default_factory=dict)
+    moved: dict = field(default_factory=dict)
 
     @property
     def worst(self):
         return figures(worst_of(list(self.attacks.values())))["robust_acc"]
+
+    @property
+    def attacked(self):
+        """Every cell of an attack, once: what was rounded to 8 bit is of one of `attacks`."""
+        return [*self.attacks.values(), *self.moved.values(),
+                *(cell for cell in self.saved.values() if "after8" not in cell)]
 
     @property
     def mean(self):
@@ -108,8 +130,8 @@ class Measured:
         return share(sum(s["k"] for s in found), sum(s["n"] for s in found))
 
 
-def measured(net, settings, cells, s):
-    """The figures of one network."""
+def measured(net, networks, settings, cells, s):
+    """The figures of one of the networks."""
     def own(name):
         return cells[f"{net.name} | {name}"]
 
@@ -127,12 +149,14 @@ def measured(net, settings, cells, s):
         attacks={title: own(title) for title in net.attacks(s)},
         corruptions=plain if s.corruptions else {},
         uaps={key.removeprefix("uap "): share(cell["fooled"], cell["n"])
-              for key, cell in fooled.items()}, saved=saved)
+              for key, cell in fooled.items()},
+        saved=saved, moved=transfer.onto(net, networks, cells, s))
 
 
 def tables(networks):
     """The Markdown of everything that was measured on these networks [Measured]."""
-    text = main_table(networks) + claims(networks) + parts_table(networks)
+    text = main_table(networks) + claims(networks) + parts_table(["network"], [
+        ((net.name,), cell) for net in networks for cell in net.attacks.values()])
     if networks[0].corruptions:
         names = sorted(networks[0].corruptions, key=lambda name: (
             name != "clean", networks[0].corruptions[name]["value"]))
@@ -148,28 +172,13 @@ def tables(networks):
     return text
 
 
-def parts_table(networks):
-    """What AutoAttack's members did, and its flags; "" where it was not run."""
-    cells = [(net, cell) for net in networks for cell in net.attacks.values() if "parts" in cell]
-    lines, flags = [], []
-    for net, cell in cells:
-        parts = {name: one for name, one in cell["parts"].items() if isinstance(one, dict)}
-        lines += [[net.name, name, one["tried"], one["fooled"], one["zero_gradient"],
-                   one.get("flat", "-")] for name, one in parts.items()]
-        flags += [f"{net.name}: {line}\n" for line in flags_of(
-            parts, cell["parts"]["random"], sum(right > 0 for right in cell["before"]))]
-    head = ["network", "attack", "tried", "fooled", "zero gradient", "loss never rose"]
-    return ("\nAutoAttack, images\n\n" + markdown(head, lines) + "\n" * bool(flags)
-            + "\n".join(flags)) if lines else ""
-
-
 def main_table(networks):
     """A line for every network; a column is shown if one of the networks has it."""
     lines = [columns_of(net) for net in networks]
     every = dict.fromkeys(title for found in lines for title in found)
     columns = [title for title in TRAINING if title in every]
     columns += sorted(every.keys() - TRAINING, key=lambda title: (
-        title.startswith("paper: "), list(every).index(title)))
+        title.startswith("paper: "), title == SECONDS, list(every).index(title)))
     free = all("replays" in net.facts for net in networks)
     first = "training" if free else "run" if all(net.facts for net in networks) else "network"
     return markdown([first, *columns], [
@@ -196,6 +205,8 @@ def columns_of(net):
     if len(net.attacks) > 1:
         found[WORST] = interval(net.worst)
     found |= {title: interval(figures(cell)["robust_acc"]) for title, cell in net.saved.items()}
+    if net.attacks:
+        found[SECONDS] = f"{sum(cell['seconds'] for cell in net.attacks.values()):.0f}"
     if net.corruptions:
         title = f"mean of {len(net.corruptions) - 1} augmentations"
         found[title] = f"{100 * net.mean['value']:.1f}"
@@ -267,10 +278,10 @@ def csv_rows(networks):
         cells = net.attacks | ({WORST: worst_of(list(net.attacks.values()))}
                                if len(net.attacks) > 1 else {})
         found += [row(net, "clean_acc", "none", net.clean)]
-        found += [row(net, metric, title, figures(cell)[metric]) for title, cell in cells.items()
-                  for metric in ("robust_acc", "attack_robustness")]
-        found += [row(net, "robust_acc", title, figures(cell)["robust_acc"])
-                  for title, cell in net.saved.items()]
+        found += [row(net, metric, title, figures(cell)[metric]) | {"seconds": cell["seconds"]}
+                  for title, cell in cells.items() for metric in ROBUST]
+        found += [row(net, metric, title, figures(cell)[metric])
+                  for title, cell in (net.saved | net.moved).items() for metric in ROBUST]
         found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()]
         found += [row(net, "fooling_ratio", name, s) for name, s in net.uaps.items()]
     return found

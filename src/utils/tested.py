@@ -21,7 +21,7 @@ from utils.saved import Kept, saved_cells
 class Tested:
     """A network in memory. facts: NAME.json of its run in `folder`; {} and None without a run.
 
-    made(eps, queries, classes, random): {name of --attacks: Attack}.
+    made(eps, queries, classes, draws): {name of --attacks: Attack}.
     """
     name: str
     target: models.Target
@@ -49,7 +49,7 @@ class Tested:
 
     def attacks(self, s):
         """{column: Attack} of --attacks."""
-        every = self.made(self.eps, s.queries, self.classes, is_random(self.defense))
+        every = self.made(self.eps, s.queries, self.classes, s.draws * is_random(self.defense))
         return {every[name].title: every[name] for name in s.attacks}
 
     def described(self, s):

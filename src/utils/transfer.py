@@ -43,11 +43,12 @@ def source_cells(source, left, mim, images, done, s, progress):
 
     def attacked(index, x):
         x, y = to_float(x.to(s.device)), images.labels[index].to(s.device)
-        own, audit = chance[index], {"largest": 0.0, "outside": 0}
+        own, report, audit = chance[index], {}, {"largest": 0.0, "outside": 0}
         x_adv = mim(adaptive(source.defended, s.draws), x, y, eps=eps, alpha=eps / STEPS,
-                    steps=STEPS, generator=own.fold(measure.ATTACK), **more)
+                    steps=STEPS, generator=own.fold(measure.ATTACK), report=report, **more)
         allowed = measure.in_ball(x, x_adv, attack, audit)
         x_adv[~allowed.to(x.device)] = x[~allowed.to(x.device)]
+        audit["zero_gradient"] = int(report["zero_gradient"].sum())
         return audit | {"after": {key: measure.times_right(
             net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER)).tolist()
             for key, net in left.items()}}
@@ -56,13 +57,19 @@ def source_cells(source, left, mim, images, done, s, progress):
         workers=s.workers, desc=f"{source.name} MI-FGSM")
     return [(key, {"norm": "linf", "eps": eps, "n": len(images), "draws": net.draws(s),
                    "before": done[f"{net.name} | clean"]["before"], "after": found["after"][key],
-                   "largest": found["largest"], "outside": found["outside"]})
+                   **{name: found[name] for name in ("zero_gradient", "largest", "outside")}})
             for key, net in left.items()]
 
 
 def blur_for(size):
     """Side of TI's kernel: 15 at 224 pixels, odd, at least 3."""
     return max(3, 15 * size // 224 | 1)
+
+
+def onto(net, networks, cells, s):
+    """{title: cell} of every network's images on this one; {} without --transfer."""
+    return {f"MI-FGSM from {source.name}" + ", DI and TI" * s.diverse:
+            cells[key_of(source, net, s)] for source in networks if s.transfer}
 
 
 def table(networks, cells, s):

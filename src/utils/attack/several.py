@@ -7,6 +7,7 @@
 """
 
 from functools import partial
+from math import ceil
 
 import torch
 
@@ -22,7 +23,7 @@ from utils.errors import UserError
 
 TARGETS, ENOUGH = 9, 4  # of APGD-T, as published; classes that the targeted DLR loss needs
 VERSIONS = ("standard", "plus", "rand")
-QUERIES, DRAWS = 5000, 20          # of AutoAttack's Square, and of `rand`
+QUERIES, DRAWS = 5000, 20          # of AutoAttack's Square, and of `rand`, at least
 LOOKED_AT = 50                     # images that are passed through the network twice
 SAME = 1e-4                        # logits that differ by less, relative to their norm, are equal
 SQUARE_GAIN, BLIND = 0.002, 0.05   # shares of the images above which a flag is raised
@@ -146,7 +147,7 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     norm: 'linf', 'l2', 'l1'; in L1, APGD with larger radii first, APGD-CE five times, APGD-T
     towards five classes. version: 'plus' runs APGD-CE and APGD-DLR five times, then Square, APGD-T,
     and FAB-T five times; 'rand', for random defences, APGD-CE and APGD-DLR on the mean gradient of
-    20 draws (or those of the model's own eot). Fewer classes: as in strongest_quick.
+    20 draws, or more: a model's own eot is repeated. Fewer classes: as in strongest_quick.
     The report has worst_case's, with `flat`, the totals, `random`, the number of images whose
     logits differed in two passes, and `flags`, a line for each sign that the result may be wrong.
     """
@@ -157,7 +158,7 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     if len(x):
         parts = _parts(_classes(model, x, y), norm, eps, version)
         if version == "rand":
-            model = model if draws_of(model) > 1 else eot(model, DRAWS)
+            model = eot(model, _times(draws_of(model)))
         else:
             changed = _changed(model, x, y)
         result, found, blind = _in_turn(model, x, y, parts, targeted, generator)
@@ -167,10 +168,20 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     return result
 
 
-def autoattack_title(classes, random=False):
-    """'AutoAttack', with its parts where few classes change them; AutoAttack rand if random."""
-    parts = " + ".join(_parts(classes, "linf", 0, "rand" if random else "standard"))
-    return "AutoAttack" + " rand" * random + (f": {parts}" if "(" in parts else "")
+def autoattack_title(classes, draws=0):
+    """'AutoAttack', with its parts where few classes change them; or 'AutoAttack rand (EOT of 20)'.
+
+    draws: of a random model's own eot, 1 without one; 0: the model is not random.
+    """
+    if draws:
+        return f"AutoAttack rand (EOT of {draws * _times(draws)})"
+    parts = " + ".join(_parts(classes, "linf", 0, "standard"))
+    return "AutoAttack" + (f": {parts}" if "(" in parts else "")
+
+
+def _times(draws):
+    """How often `rand` repeats a model that averages so many draws itself."""
+    return ceil(DRAWS / draws)
 
 
 def _parts(classes, norm, eps, version):
