@@ -4,15 +4,20 @@ The networks and attacks here say that memory ran out when they get more images 
 for.
 """
 
+import csv
 import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import fgsm_mnist
+import free_at
+import train_gcm
 from attacks import pgd
 from utils import halving, measure, models
 from utils.attack.chance import numbered
@@ -208,3 +213,77 @@ def test_a_command_whose_attack_runs_out_of_memory_goes_on(run_here, tmp_path, m
         cells = json.loads((tmp_path / str(room) / "results.json").read_text())["cells"]
         found[room] = {key: sum(cell["after"]) for key, cell in cells.items()}
     assert found[8] == pytest.approx(found[10 ** 6], abs=1)
+
+
+# ------------------------------------------------------------------------- trainings
+
+def log_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()
+                 if value and key not in ("seconds", "images_per_s")}
+                for row in csv.DictReader(file)]
+
+
+def both(run_here, tmp_path, script, *flags, limit):
+    """Runs in the folders `whole` and, after limit(), `parts`; what the second says of memory."""
+    done = run_here(script, *flags, "--device", "cpu", "--save", "whole")
+    assert done.returncode == 0 and "out of memory" not in done.stderr, done.stderr
+    limit()
+    done = run_here(script, *flags, "--device", "cpu", "--save", "parts")
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(*(log_of(tmp_path / name) for name in ("whole", "parts")), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    for one in (tmp_path / "whole").glob("*.pth"):
+        assert one.name == "checkpoint.pth" or (
+            one.read_bytes() == (tmp_path / "parts" / one.name).read_bytes())
+    return [line for line in done.stderr.splitlines() if "out of memory" in line]
+
+
+def test_validation_and_guard_of_free_at_are_halved_once(run_here, tmp_path, monkeypatch):
+    def attack(model, x, y, **options):
+        if len(x) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pgd(model, x, y, **options)
+    said = both(run_here, tmp_path, "free_at.py", "--data_dir", "digits", "--num_images", 300,
+                "--epochs", 2, "--model_name", "mlp", "--batch_size", 10, "--method", "free",
+                "--replays", 1, limit=lambda: monkeypatch.setattr(free_at, "pgd", attack))
+    assert said == ["warning: measuring after a pass: out of memory with 30 images at a time, 15 "
+                    "from here on"]
+
+
+def test_validation_of_train_gcm_is_halved(run_here, tmp_path, monkeypatch):
+    real = train_gcm.ChallengeTraining.behind_defense
+
+    def limited(self, model):
+        model.register_forward_pre_hook(full)
+        return real(self, model)
+
+    def full(model, given):
+        if not model.training and len(given[0]) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    said = both(run_here, tmp_path, "train_gcm.py", "--num_images", 200, "--hold_out", 0.3,
+                "--epochs", 2, "--model_name", "mlp", "--head", "own", "--batch_size", 10,
+                "--defense", "gcm+resizepad", limit=lambda: monkeypatch.setattr(
+                    train_gcm.ChallengeTraining, "behind_defense", limited))
+    assert [line.split(": ")[1] for line in said] == ["measuring after a pass"] * 2
+
+
+@pytest.mark.parametrize("flags", [(), ("--defense", "gcm+resizepad"), ("--loss", "cosine")])
+def test_labels_and_fooling_ratios_of_train_sga_are_halved(run_here, tmp_path, monkeypatch, flags):
+    real = models.Target.load
+    said = both(run_here, tmp_path, "train_sga.py", "--model_name", "mlp", "--num_images", 60,
+                "--epochs", 2, "--amp", "off", "--layout", "contiguous", *flags,
+                limit=lambda: monkeypatch.setattr(
+                    models.Target, "load", lambda self, *a, **k: Small(20, real(self, *a, **k))))
+    assert len(said) in (2, 4)  # of the network, and of its copy that makes the gradients
+    assert all(line.startswith("warning: surrogate: out of memory") for line in said)
+
+
+def test_what_the_exercise_measures_is_halved(capsys):
+    images = load(open_images("digits", split="test").prepared(28, 60), workers=0)
+    net = models.freeze(models.trainable("lenet_bn", kind="digits", seed=3))
+    s = SimpleNamespace(alpha_fgs=0.1, alpha_fgv=0.3)
+    whole = fgsm_mnist.accuracies(net, images, s, torch.device("cpu"))
+    assert not capsys.readouterr().err
+    assert fgsm_mnist.accuracies(Small(20, net), images, s, torch.device("cpu")) == whole
+    assert capsys.readouterr().err.count("out of memory") == 2
