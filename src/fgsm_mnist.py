@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import attacks
 from utils import measure, models
 from utils.attack.chance import numbered
+from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
 from utils.data import to_float
 from utils.exercise import OPTIMIZERS, settle
@@ -148,17 +149,20 @@ def accuracies(model, images, s, device):
 
     The adversarial images are made with the true labels; both attacks share one gradient.
     """
-    right, robust = 0, {"fgs": 0, "fgv": 0}
-    for index in torch.arange(len(images)).split(EVAL_BATCH):
-        x, y = batch(images, index, device)
+    def counted(index, x):
+        x, y = to_float(x.to(device)), images.labels[index].to(device)
         logits, g = image_gradient(model, x, y)
         with torch.no_grad():
             good = logits.argmax(1) == y
-            right += int(good.sum())
+            found = {"clean": int(good.sum())}
             for name, step, alpha in (("fgs", attacks.fgs_step, s.alpha_fgs),
                                       ("fgv", attacks.fgv_step, s.alpha_fgv)):
                 x_adv = step(x[good], g[good], alpha)
-                robust[name] += int((model(x_adv).argmax(1) == y[good]).sum()) if len(x_adv) else 0
+                found[name] = int((model(x_adv).argmax(1) == y[good]).sum()) if len(x_adv) else 0
+        return found
+    robust = Progress().count(images, torch.arange(len(images)), counted, batch_size=EVAL_BATCH,
+                              desc="FGS, FGV")
+    right = robust.pop("clean")
     return {"clean": measure.share(right, len(images)),
             **{name: measure.share(count, right) for name, count in robust.items()}}
 

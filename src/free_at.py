@@ -199,7 +199,7 @@ class FreeTraining(Trainer):
         """Mean loss, accuracy, and accuracy under PGD-10, which natural training leaves out."""
         attack = None if self.s.method == "natural" else partial(
             pgd, eps=self.s.eps, alpha=self.s.eps / 4, steps=10, stop_early=True)
-        return free_run.measured(self.model, images, attack, self.team, self.device)
+        return free_run.measured(self.model, images, attack, self.team, self.device, self.halves)
 
     def state(self):
         return super().state() | {"done": self.done, "best": self.best, "chosen": self.chosen,

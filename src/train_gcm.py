@@ -40,7 +40,7 @@ from utils.loop import Trainer, loop
 from utils.precision import Mixed
 from utils.team import in_parallel, join_team, joint_batch_norm, without_sync
 
-BLOCK = 50  # held-out images that are validated at a time
+BLOCK = 50  # held-out images that are validated at a time, fewer where memory runs out
 AUGMENTED, DEFENDED = range(2)  # independent streams of an image's random numbers
 
 
@@ -180,22 +180,24 @@ class ChallengeTraining(Trainer):
         Every process decodes blocks of its own. What is random belongs to the image.
         """
         team, model = self.team, self.final()
-        mode, defended, right = model.training, self.behind_defense(model).eval(), [0, 0, 0]
+        mode, defended = model.training, self.behind_defense(model).eval()
         blocks = torch.arange(len(self.held)).split(BLOCK)[team.rank::team.size]
         mine = torch.cat(blocks) if blocks else ()
         held = self.held.select(mine.tolist()) if blocks else ()
         found = data.batches(held, BLOCK, workers=self.s.workers, skipped=[],
                              device=self.device) if blocks else ()
-        for index, x in found:
+        def counted(index, x):
             own, x = attacks.Chance(self.s.seed, mine[index]), data.to_float(x)
             y = held.labels[index].to(self.device)
             augmented = augment(x, PRESETS["released"], generator=own.fold(AUGMENTED))
             with telling(own.fold(DEFENDED).to(self.device)):
-                for k, z in enumerate((x, augmented)):
-                    right[k] += int((defended(z).argmax(1) == y).sum())
-            right[2] += len(y)
+                right = [int((defended(z).argmax(1) == y).sum()) for z in (x, augmented)]
+            return torch.tensor([*right, len(y)])
+        right = torch.zeros(3, dtype=torch.long)
+        for index, x in found:
+            right += self.halves(counted, torch.add, index, x)
         model.train(mode)
-        plain, augmented, n = team.total(right)
+        plain, augmented, n = team.total(right.tolist())
         return plain / n, augmented / n
 
     def state(self):

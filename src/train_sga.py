@@ -22,7 +22,7 @@ from statistics import fmean
 
 import torch
 
-from utils import cli, data, defenses, precision, run, sga_run, sga_team
+from utils import cli, data, defenses, halving, precision, run, sga_run, sga_team
 from utils.attack import universal
 from utils.attack.balls import cut
 from utils.attack.chance import chance_of
@@ -127,8 +127,8 @@ class SgaTraining(Trainer):
         self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
-        self.behind = partial(defenses.defend, name=s.defense, size=s.image_size,
-                              generator=generator)
+        self.behind = cache(lambda model: defenses.defend(  # which keeps how many images fit
+            halving.Halving(model, "surrogate"), s.defense, size=s.image_size, generator=generator))
         self.measured = [self.behind(model) for model in models]
         self.pixels, self.loss = images.pixels_on(device), make_loss(s.loss, s.beta, s.target)
         self.layers = universal.layers_of(models, s, self.pixels[:1].to(device))

@@ -1,16 +1,31 @@
-"""Where memory runs out a forward pass is taken in parts: the same figures, and one line."""
+"""Where memory runs out a batch is taken in parts: the same figures, and one line.
 
+The networks and attacks here say that memory ran out when they get more images than they have room
+for.
+"""
+
+import csv
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from utils import halving, models
+import fgsm_mnist
+import free_at
+import train_gcm
+from attacks import pgd
+from utils import halving, measure, models
+from utils.attack.chance import numbered
+from utils.cells import Progress
+from utils.data import load, open_images
 from utils.defenses import defend
 from utils.errors import UserError
-from utils.halving import Halving
+from utils.halving import Halves, Halving
 from utils.run import make_generator, save_pth
 
 
@@ -47,8 +62,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(capsys, 
         assert small.seen == [5, 2]
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines() == [
-        f"warning: vgg16: out of memory with {n} images at a time (--batch_size), {n // 2} from "
-        "here on" for n in (20, 10)]
+        f"warning: vgg16: out of memory with {n} images at a time, {n // 2} from here on"
+        for n in (20, 10)]
 
 
 def test_what_fits_is_not_divided(capsys):
@@ -91,7 +106,60 @@ def test_a_random_defence_in_front_draws_the_same_for_every_image():
     assert torch.equal(seen(10), seen(3))
 
 
-# ------------------------------------------------------------------------- the scripts
+def test_what_parts_give_is_added_and_no_part_is_done_twice(capsys):
+    done, halves = [], Halves("PGD")
+
+    def work(x, y):
+        if len(x) > 6 or (len(x) > 4 and y[0] >= 6):  # as memory that others fill meanwhile
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(x.tolist())
+        return int((x * y).sum())
+    x = torch.arange(12)
+    assert halves(work, int.__add__, x, x) == int((x * x).sum())
+    assert sum(done, []) == list(range(12)) and list(map(len, done)) == [6, 3, 3]
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+# ------------------------------------------------------------------------- attacks
+
+class Greedy(Small):
+    """A network whose memory holds the gradients of `room` images, and any number without them."""
+
+    def forward(self, x):
+        if x.requires_grad and len(x) > self.room:
+            raise self.error
+        return self.net(x)
+
+
+def test_an_attack_that_runs_out_of_memory_goes_on_with_halves_of_the_batch(capsys):
+    images = load(open_images("digits", split="test").prepared(28, 50), workers=0)
+    net = models.freeze(models.trainable("mlp", kind="digits", seed=1)).double()
+    images = replace(images, labels=net(images.pixels / 255).argmax(1))
+
+    def measured(room):
+        model = Halving(Greedy(room, net), "mlp")
+        same = {"draws": 1, "batch_size": 25, "device": torch.device("cpu"),
+                "chance": numbered(3, 50)}
+        cell = measure.run_cell(
+            measure.Attack("PGD", "linf", 0.1, partial(pgd, eps=0.01, alpha=0.003, steps=5), True),
+            model, model, images, torch.ones(50, dtype=torch.long), **same, desc="mlp PGD",
+            progress=Progress())
+        del cell["seconds"]
+        return cell, capsys.readouterr().err.splitlines()
+    whole, said = measured(25)
+    assert not said and 0 < sum(whole["after"]) < 50
+    halved, said = measured(7)
+    assert said == ["warning: mlp PGD: out of memory with 25 images at a time, 12 from here on",
+                    "warning: mlp PGD: out of memory with 12 images at a time, 6 from here on"]
+    losses = whole.pop("losses")
+    assert halved.pop("losses") == pytest.approx(losses, rel=1e-6)
+    assert halved.pop("ascent") == pytest.approx(whole.pop("ascent"), rel=1e-6)
+    assert halved == whole
+    with pytest.raises(torch.OutOfMemoryError):
+        measured(0)
+
+
+# ------------------------------------------------------------------------- evaluations
 
 SCRIPTS = {
     "eval_net.py": ("--model_name", "mlp", "--weights", "mlp.pth", "--attacks", "none", "--uaps",
@@ -128,3 +196,94 @@ def test_a_command_that_runs_out_of_memory_says_so_and_prints_the_same_figures(
         assert len(said) == (0 if room > 8 else 3)
         found[room] = plain(json.loads((tmp_path / "out" / "results.json").read_text()))
     assert found[8] == found[10 ** 6]
+
+
+@pytest.mark.parametrize(("script", "attack"), [("eval_net.py", "pgd20"), ("gcm.py", "pgd_linf")])
+def test_a_command_whose_attack_runs_out_of_memory_goes_on(run_here, tmp_path, monkeypatch, script,
+                                                           attack):
+    found, real = {}, halving.Halving.__init__
+    for room in (10 ** 6, 8):
+        monkeypatch.setattr(halving.Halving, "__init__", lambda self, model, name, room=room: real(
+            self, Greedy(room, model), name))
+        done = run_here(script, "--model_name", "mlp", "--attacks", attack, "--num_images", 60,
+                        "--batch_size", 30, "--device", "cpu", "--save", room)
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stderr.splitlines() if "out of memory" in line]
+        assert bool(said) == (room == 8) and all("pgd" in line.lower() for line in said)
+        cells = json.loads((tmp_path / str(room) / "results.json").read_text())["cells"]
+        found[room] = {key: sum(cell["after"]) for key, cell in cells.items()}
+    assert found[8] == pytest.approx(found[10 ** 6], abs=1)
+
+
+# ------------------------------------------------------------------------- trainings
+
+def log_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()
+                 if value and key not in ("seconds", "images_per_s")}
+                for row in csv.DictReader(file)]
+
+
+def both(run_here, tmp_path, script, *flags, limit):
+    """Runs in the folders `whole` and, after limit(), `parts`; what the second says of memory."""
+    done = run_here(script, *flags, "--device", "cpu", "--save", "whole")
+    assert done.returncode == 0 and "out of memory" not in done.stderr, done.stderr
+    limit()
+    done = run_here(script, *flags, "--device", "cpu", "--save", "parts")
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(*(log_of(tmp_path / name) for name in ("whole", "parts")), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    for one in (tmp_path / "whole").glob("*.pth"):
+        assert one.name == "checkpoint.pth" or (
+            one.read_bytes() == (tmp_path / "parts" / one.name).read_bytes())
+    return [line for line in done.stderr.splitlines() if "out of memory" in line]
+
+
+def test_validation_and_guard_of_free_at_are_halved_once(run_here, tmp_path, monkeypatch):
+    def attack(model, x, y, **options):
+        if len(x) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pgd(model, x, y, **options)
+    said = both(run_here, tmp_path, "free_at.py", "--data_dir", "digits", "--num_images", 300,
+                "--epochs", 2, "--model_name", "mlp", "--batch_size", 10, "--method", "free",
+                "--replays", 1, limit=lambda: monkeypatch.setattr(free_at, "pgd", attack))
+    assert said == ["warning: measuring after a pass: out of memory with 30 images at a time, 15 "
+                    "from here on"]
+
+
+def test_validation_of_train_gcm_is_halved(run_here, tmp_path, monkeypatch):
+    real = train_gcm.ChallengeTraining.behind_defense
+
+    def limited(self, model):
+        model.register_forward_pre_hook(full)
+        return real(self, model)
+
+    def full(model, given):
+        if not model.training and len(given[0]) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    said = both(run_here, tmp_path, "train_gcm.py", "--num_images", 200, "--hold_out", 0.3,
+                "--epochs", 2, "--model_name", "mlp", "--head", "own", "--batch_size", 10,
+                "--defense", "gcm+resizepad", limit=lambda: monkeypatch.setattr(
+                    train_gcm.ChallengeTraining, "behind_defense", limited))
+    assert [line.split(": ")[1] for line in said] == ["measuring after a pass"] * 2
+
+
+@pytest.mark.parametrize("flags", [(), ("--defense", "gcm+resizepad"), ("--loss", "cosine")])
+def test_labels_and_fooling_ratios_of_train_sga_are_halved(run_here, tmp_path, monkeypatch, flags):
+    real = models.Target.load
+    said = both(run_here, tmp_path, "train_sga.py", "--model_name", "mlp", "--num_images", 60,
+                "--epochs", 2, "--amp", "off", "--layout", "contiguous", *flags,
+                limit=lambda: monkeypatch.setattr(
+                    models.Target, "load", lambda self, *a, **k: Small(20, real(self, *a, **k))))
+    assert len(said) in (2, 4)  # of the network, and of its copy that makes the gradients
+    assert all(line.startswith("warning: surrogate: out of memory") for line in said)
+
+
+def test_what_the_exercise_measures_is_halved(capsys):
+    images = load(open_images("digits", split="test").prepared(28, 60), workers=0)
+    net = models.freeze(models.trainable("lenet_bn", kind="digits", seed=3))
+    s = SimpleNamespace(alpha_fgs=0.1, alpha_fgv=0.3)
+    whole = fgsm_mnist.accuracies(net, images, s, torch.device("cpu"))
+    assert not capsys.readouterr().err
+    assert fgsm_mnist.accuracies(Small(20, net), images, s, torch.device("cpu")) == whole
+    assert capsys.readouterr().err.count("out of memory") == 2

@@ -14,6 +14,7 @@ from attacks import pgd
 from utils import free_run, models
 from utils.attack.chance import Chance
 from utils.data import CIFAR10, open_images
+from utils.halving import Halves
 from utils.images import spread
 from utils.team import Team
 
@@ -112,9 +113,9 @@ def test_processes_share_the_blocks_and_find_the_same(monkeypatch):
 
     def attack(model, x, y, generator):
         return pgd(model, x, y, eps=0.1, alpha=0.025, steps=3, generator=generator)
-    whole = free_run.measured(model, images, attack, Team(), CPU)
+    whole = free_run.measured(model, images, attack, Team(), CPU, Halves("blocks"))
     for size in (2, 3, 7):
-        parts = [free_run.measured(model, images, attack, Team(rank, size), CPU)
+        parts = [free_run.measured(model, images, attack, Team(rank, size), CPU, Halves("blocks"))
                  for rank in range(size)]
         assert torch.tensor(parts).sum(0).tolist() == pytest.approx(whole, rel=1e-6)
 

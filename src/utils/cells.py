@@ -9,7 +9,8 @@ every batch holds the same images and draws the same numbers whatever the number
 their results are added in the order of the batches: the sums are the same, to the last bit. The
 processes work in rounds. After a round every process has the results of all of them, and the first
 one saves the sum so far, from which the same command goes on, also with another number of processes
-or another batch size: networks round differently then, and nothing else changes.
+or another batch size: networks round differently then, and nothing else changes. That also holds
+where memory runs out, in an attack too: from there on the pass works on halves of its batches.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.halving import Halves
 from utils.reading import alive, load, none_decoded, stack, warned
 from utils.run import write_atomic
 from utils.team import Team
@@ -146,6 +148,7 @@ class Progress:
         now = self.kept.get(key, NOTHING)
         if now["done"] > len(index) or max([-1, *now["skipped"]]) >= len(images):
             now = NOTHING
+        work = partial(Halves(desc), work, added)  # images at a time: of this pass
         left = index[now["done"]:]
         parts = left.split(batch_size) if len(left) else ()
         each = max(1, ROUND // batch_size) if self.team.size > 1 else 1

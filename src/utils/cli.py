@@ -138,7 +138,7 @@ SHARED = {
     "low": {"type": at_least(1), "help": "smallest side that resizepad draws, in pixels; None: 218 "
                                          "of 224"},
     "batch_size": {"type": at_least(1), "default": 50, "help": "images at a time; where memory "
-                   "runs out half as many, but for gradients"},
+                   "runs out half as many"},
     "queries": {"type": at_least(1), "default": 1000, "help": "queries of the Square attack"},
     "seed": {"type": at_least(0, high=2 ** 62), "default": 0, "help": "fixes everything random"},
     "device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto",

@@ -9,7 +9,7 @@ from utils.data import cached, load, to_float, unseen
 from utils.errors import UserError
 
 MOST, SHARE = 500, 10  # --validate: at most so many images, and a tenth of the training images
-BLOCK = 50             # images that are measured at once
+BLOCK = 50             # images that are measured at once, fewer where memory runs out
 
 
 def validation(s, images, team):
@@ -40,21 +40,24 @@ def validation(s, images, team):
     return held
 
 
-def measured(model, images, attack, team, device):
+def measured(model, images, attack, team, device, halves):
     """Mean loss of images in memory, accuracy, and accuracy under attack(model, x, y), or None.
 
-    Every process takes blocks of the images. The model is in eval mode afterwards.
+    Every process takes blocks of the images, and `halves` of them (utils/halving.py) where memory
+    runs out. The model is in eval mode afterwards.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    model.eval()
-    for index in torch.arange(len(images)).split(BLOCK)[team.rank::team.size]:
+    def counted(index):
         x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
         x_adv = attack(model, x, y, generator=Chance(0, index)) if attack else None
         with torch.no_grad():
             logits = model(x)
             after = model(x_adv) if attack else logits
-        sums += torch.stack([F.cross_entropy(logits, y, reduction="sum"),
-                             (logits.argmax(1) == y).sum(), (after.argmax(1) == y).sum()]).cpu()
+        return torch.stack([F.cross_entropy(logits, y, reduction="sum"),
+                            (logits.argmax(1) == y).sum(), (after.argmax(1) == y).sum()]).cpu()
+    sums = torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    for index in torch.arange(len(images)).split(BLOCK)[team.rank::team.size]:
+        sums += halves(counted, torch.add, index)
     return [value / len(images) for value in team.total(sums.tolist())]
 
 

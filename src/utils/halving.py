@@ -1,6 +1,12 @@
-"""A network that takes a batch in parts once memory has run out, instead of ending the command."""
+"""Batches that are taken in parts once memory has run out, instead of ending the command.
+
+    halves = Halves("vgg16")
+    halves(work, add, x, y)         # work(x, y), or add(work of one half, work of the other)
+    model = Halving(net, "vgg16")   # the same for the forward passes of a network
+"""
 
 import sys
+from functools import reduce
 
 import torch
 from torch import nn
@@ -9,36 +15,54 @@ from tqdm import tqdm
 from utils.precision import out_of_memory
 
 
+class Halves:
+    """How many images at a time fit into memory, which is found out by running out of it."""
+
+    def __init__(self, name):
+        self.name, self.most = name, None  # None: all at once
+
+    def __call__(self, work, add, *batch):
+        """work(*batch) of tensors (n, ...); what it gives for parts of the batch goes through add.
+
+        Where memory runs out, half as many images at a time from there on, as a line on stderr
+        says. One image that does not fit is the error itself.
+        """
+        n = len(batch[0])
+        if self.most is None or n <= self.most:
+            try:
+                return work(*batch)
+            except (RuntimeError, MemoryError) as error:
+                if n < 2 or not out_of_memory(error):
+                    raise
+            self._halve(n)  # here the failed work no longer holds its memory
+        parts = zip(*(tensor.split(self.most) for tensor in batch), strict=True)
+        return reduce(add, (self(work, add, *part) for part in parts))
+
+    def _halve(self, n):
+        self.most = n // 2
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        tqdm.write(f"warning: {self.name}: out of memory with {n} images at a time, {self.most} "
+                   "from here on", file=sys.stderr)
+
+
 class Halving(nn.Module):
-    """The same forward pass; where memory runs out, half as many images at a time from there on.
+    """The same forward pass, in parts where memory runs out.
 
     It stands behind a defence, which draws its random numbers for the whole batch, so that the
     batch decides nothing. A forward pass whose gradient with respect to the images is wanted is
-    not divided, as that would free nothing: where an attack runs out of memory the command ends.
+    not divided, as that would free nothing: there the whole attack is (utils/cells.py).
     """
 
     def __init__(self, model, name):
         super().__init__()
-        self.model, self.name, self.most = model, name, None  # None: all at once
+        self.model, self.halves = model, Halves(name)
 
     def forward(self, x):
         """(n, C, H, W) -> (n, K)"""
         if torch.is_grad_enabled() and x.requires_grad:
             return self.model(x)
-        while True:
-            parts = x.split(self.most) if self.most else [x]
-            try:
-                found = [self.model(part) for part in parts]
-                return found[0] if len(found) == 1 else torch.cat(found)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or len(parts[0]) < 2:
-                    raise
-            self.halve(len(parts[0]), x.device)  # here the failed pass no longer holds its memory
+        return self.halves(self.model, _joined, x)
 
-    def halve(self, n, device):
-        """From here on half of n images at a time, which one line on stderr says."""
-        self.most = n // 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        tqdm.write(f"warning: {self.name}: out of memory with {n} images at a time (--batch_size), "
-                   f"{self.most} from here on", file=sys.stderr)
+
+def _joined(one, other):
+    return torch.cat([one, other])

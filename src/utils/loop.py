@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.halving import Halves
 from utils.precision import measuring, out_of_memory, synchronize, training
 from utils.run import save_csv, save_pth
 from utils.team import Team
@@ -52,6 +53,7 @@ class Trainer:
         self.skip, self.inside = 0, None  # of a resumed pass: minibatches done, its checkpoint
         self.between = lambda: None       # what the loop does between two minibatches
         self.began = time.perf_counter()  # the pass; as if it had not been interrupted
+        self.halves = Halves("measuring after a pass")  # of images that `after` measures
 
     def one_pass(self, bar):
         """One epoch -> {column: number}, the loss first."""
