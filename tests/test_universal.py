@@ -296,6 +296,14 @@ def test_a_preset_sets_what_is_not_typed(monkeypatch, flags):
     assert (s.augment, s.momentum, s.loss, s.batch_size) == CASES[flags]
 
 
+@pytest.mark.parametrize("method", ["spgd", "adam"])
+def test_methods_without_inner_steps_take_any_batch_size(monkeypatch, method):
+    s = settled(monkeypatch, "--method", method, "--batch_size", 8)
+    assert (s.minibatch, s.iter) == (10, 4)  # as older runs have them, which go on with --resume
+    s = settled(monkeypatch, "--batch_size", 8, "--minibatch", 5, "--iter", 2)
+    assert (s.minibatch, s.iter) == (5, 2)
+
+
 def test_the_watched_images_cost_at_most_a_twentieth_of_an_epochs_gradients():
     for images, gradients in ((400, 1600), (250, 1000), (10_000, 40_000), (400, 400), (5, 20)):
         index = sga_run.watched(images, gradients)
