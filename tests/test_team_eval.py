@@ -49,7 +49,7 @@ JOBS = {  # folder: script and flags; 5 batches, 4, 4, 3, 5, one alone, and 4
     "uap": ("eval_uap.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 8,
             "--defense", "resizepad", "--uaps", "a.pth", "b.pth"),
 }
-KILLED = {"gcm": 9, "net": 7, "uap": 2}  # after how many batches that are kept
+KILLED = {"gcm": 14, "net": 7, "uap": 2}  # after how many batches that are kept
 VARIES = ("seconds", "commit", "processes", "path")  # between two runs of the same
 
 # What the processes of one launch do: every job of a list, one after another.
