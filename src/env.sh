@@ -1,9 +1,17 @@
-# Sourced by every script: sets PYTHON to one that has what the scripts import.
+# Sourced by every script: sets PYTHON to one that has what the scripts import, and torchrun to the
+# words after it that start PROCESSES processes, none for one process.
 # The caller's Python if it has torch, torchvision and the rest; else .venv beside src/, made once
 # from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that is 2.4 or
 # newer.
 
 root=$(CDPATH='' cd -- "$(dirname "$0")/.." && pwd)
+case ${PROCESSES:-1} in
+1) torchrun= ;;
+0* | *[!0-9]*)
+    echo "error: PROCESSES=$PROCESSES: wanted a number, 1 or more; type PROCESSES=4" >&2
+    exit 2 ;;
+*) torchrun="-m torch.distributed.run --standalone --nproc_per_node $PROCESSES" ;;
+esac
 modules="torch torchvision numpy tqdm PIL matplotlib sklearn ${MODULES:-}"
 
 has() {  # has PYTHON MODULE...: whether all of them are installed and new enough

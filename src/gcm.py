@@ -94,7 +94,7 @@ def measure_cell(cell, network, s, progress):
                                draws=defenses.is_random(cell.defense) * adaptive.draws_of(seen),
                                stop_early=s.stop_early or cell.attacker != "naive")[cell.attack]
     counts = measure.run_cell(
-        attack, seen, defended, network.images, network.right(cell.defense, cell.w),
+        attack, seen, defended, network.images, network.right(cell.defense, cell.w, progress),
         draws=network.draws(cell.defense), batch_size=s.batch_size, chance=network.chance,
         device=network.device, desc=cell.key(s), workers=s.workers, progress=progress)
     return {**asdict(cell), "title": attack.title, **counts}
@@ -192,11 +192,11 @@ def shown(settings, found, networks, s):
     return cells, report.protocol(report_gcm.facts(settings, s, STEPS, cells))
 
 
-def save_report(folder, settings, found, networks, s):
+def save_report(folder, settings, found, networks, s, progress):
     """Writes the tables that this command makes of its cells; -> the Markdown"""
     cells, head = shown(settings, found, networks, s)
-    twins = {name: network.differences(s.defense, s.w) for name, network in networks.items()
-             } if s.audit and s.defense != "none" else {}  # by all processes
+    twins = {name: network.differences(s.defense, s.w, progress) for name, network
+             in networks.items()} if s.audit and s.defense != "none" else {}  # by all processes
     if not s.team.first:
         return ""
     if s.w_sweep:
@@ -231,8 +231,7 @@ def get_args():
     add("--metric", choices=("attack_robustness", "robust_acc"),
         default="attack_robustness", help="what the table shows; the files hold both")
     add("--audit", action="store_true", help="instead of the table: signs of gradient masking")
-    add("--w_sweep", action="store_true", help="instead of the table: robustness under pgd_linf "
-        "against w")
+    add("--w_sweep", action="store_true", help="instead of the table: pgd_linf against w")
     add("--stop_early", action="store_true", help="fooled images leave PGD: faster, and a stronger "
         "attack than the published one, which judges the last step")
     add("--amp", choices=("off", "bf16"), default="off", help="precision of the attackers' "
@@ -248,8 +247,7 @@ def settle(args, team):
     if args.audit and args.w_sweep:
         raise UserError("--audit --w_sweep: one at a time; they share a folder")
     if args.audit and args.stop_early:
-        raise UserError("--audit --stop_early: the audit follows the loss over all steps; leave "
-                        "out --stop_early")
+        raise UserError("--audit --stop_early: the audit needs all steps; leave out --stop_early")
     if args.w_sweep and "gcm" not in args.defense:
         raise UserError(f"--w_sweep --defense {args.defense}: there is no w; type --defense gcm")
     attacks = [name for name in (*papers.GCM_COLUMNS, *MORE) if name in args.attacks]
@@ -273,14 +271,15 @@ def main(args):
     networks = open_networks(s, images, device)
     about, listed = run.provenance(device), next(iter(networks.values())).images
     wanted = {
-        "script": "gcm.py", "data": str(s.data_dir), "n": len(listed),
+        "script": "gcm.py", "data": str(s.data_dir), "n": len(listed), "seed": s.seed,
         "images_sha256": listed.sha256(images.geometry), "stop_early": s.stop_early, "amp": s.amp,
-        "seed": s.seed, "device": about["device"], "torch": about["torch"],
-        **({"note": s.note} if s.note else {}),
+        "device": about["device"], "torch": about["torch"], **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
     settings, found = team.from_first(lambda: folder.load_cells(wanted))
     progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})
     cells, head = shown(settings, found, networks, s)
+    for network in networks.values():
+        network.recall(cells, progress)
     print(head, flush=True)
     for key, cell in [(cell.key(s), cell) for cell, counts in cells.items() if counts is None]:
         found[key] = measure_cell(cell, networks[cell.model], s, progress) | {
@@ -289,9 +288,10 @@ def main(args):
             run.save_json(folder / "results.json", {"settings": settings, "cells": found})
         progress.clear()
         if not (s.audit or s.w_sweep):
-            save_report(folder, settings, found, networks, s)
+            save_report(folder, settings, found, networks, s, progress)
         tqdm.write(report_gcm.line(found[key]))
-    text = save_report(folder, settings, found, networks, s)
+    text = save_report(folder, settings, found, networks, s, progress)
+    progress.clear()
     print(f"{text.removeprefix(head)}saved {folder.path}/results.json (and .csv, .md)", flush=True)
     team.leave()
 

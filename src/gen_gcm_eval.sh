@@ -8,8 +8,9 @@ set -eu
 DATA=${DATA:-digits}     # as in train.sh; for a named data set, its test split
 MODELS=${MODELS:-}       # networks; empty: the data set's five (ImageNet: the paper's six)
 DEFENSE=${DEFENSE:-gcm}  # none, gcm, resizepad, gcm+resizepad
+PROCESSES=${PROCESSES:-} # that share the images; empty: one
 
 . "$(dirname "$0")/env.sh"
-# shellcheck disable=SC2086  # a list, separated by spaces
-exec "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --defense "$DEFENSE" \
+# shellcheck disable=SC2086  # lists, separated by spaces
+exec "$PYTHON" $torchrun "$root/src/gcm.py" --data_dir "$DATA" --defense "$DEFENSE" \
     ${MODELS:+--model_name $MODELS} "$@"

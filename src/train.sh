@@ -10,5 +10,6 @@ MODEL=${MODEL:-}         # surrogate; empty: the data set's own (digits: cnn, Im
 PROCESSES=${PROCESSES:-} # that share seeds, or surrogates of MODEL=a,b; empty: one
 
 . "$(dirname "$0")/env.sh"
-exec "$PYTHON" ${PROCESSES:+-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES"} \
-    "$root/src/train_sga.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} "$@"
+# shellcheck disable=SC2086  # a list, separated by spaces
+exec "$PYTHON" $torchrun "$root/src/train_sga.py" --data_dir "$DATA" \
+    ${MODEL:+--model_name "$MODEL"} "$@"

@@ -5,6 +5,7 @@
 #   DATA=mnist REPLAYS="2 4 8" sh src/train_free.sh                 free with three values of m
 #   DATA=cifar10 sh src/train_free.sh --schedule onecycle           PreActResNet-18; needs a GPU
 #   DATA=cifar10 METHODS="natural free pgd" sh src/train_free.sh --recipe free    WRN-32-10; the same
+# shellcheck disable=SC2086  # lists, separated by spaces
 set -eu
 DATA=${DATA:-digits}                         # digits, mnist, cifar10, cifar100, or a folder
 MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: mlp)
@@ -12,6 +13,7 @@ METHODS=${METHODS:-natural free pgd fast}    # what to train
 REPLAYS=${REPLAYS:-8}                        # m of free; several, separated by spaces
 RUNS=${RUNS:-runs/free}                      # folder for the runs' folders and for the table
 EVAL_IMAGES=${EVAL_IMAGES:-}                 # test images to attack; empty: all
+PROCESSES=${PROCESSES:-}                     # that share a training, then the images; empty: one
 
 . "$(dirname "$0")/env.sh"
 again=
@@ -20,7 +22,7 @@ folders=
 train() {  # train NAME FLAG...
     name=$1; shift
     folders="$folders $RUNS/$name"
-    "$PYTHON" "$root/src/free_at.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} \
+    "$PYTHON" $torchrun "$root/src/free_at.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} \
         --save "$RUNS/$name" "$@"
 }
 for method in $METHODS; do
@@ -30,6 +32,5 @@ for method in $METHODS; do
         train "$method" --method "$method" "$@"
     fi
 done
-# shellcheck disable=SC2086  # a list, separated by spaces
-exec "$PYTHON" "$root/src/eval_net.py" --runs $folders --save "$RUNS" $again \
+exec "$PYTHON" $torchrun "$root/src/eval_net.py" --runs $folders --save "$RUNS" $again \
     ${EVAL_IMAGES:+--num_images "$EVAL_IMAGES"}

@@ -4,6 +4,7 @@
 #   sh src/train_gcm.sh                                          digits, offline, 5 minutes
 #   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, needs a GPU
 #   DATA=/data/photos PROCESSES=4 sh src/train_gcm.sh            four GPUs
+# shellcheck disable=SC2086  # lists, separated by spaces
 set -eu
 DATA=${DATA:-digits}         # digits, mnist, cifar10, or a folder or list (docs/data.md)
 MODEL=${MODEL:-}             # network, timm/NAME too; empty: convnext_tiny, for small images that of the data set
@@ -11,32 +12,23 @@ RUNS=${RUNS:-runs/challenge}  # a folder for the runs' folders
 EPOCHS2=${EPOCHS2:-}         # epochs of stage 2; empty: those of stage 1
 ATTACKED=${ATTACKED:-}       # test images of the robustness tables; empty: all
 TESTED=${TESTED:-}           # test images of the corruption table; empty: all
-PROCESSES=${PROCESSES:-1}    # processes that train, started by torchrun
+PROCESSES=${PROCESSES:-}     # that share a training, then the images; empty: one
 
-case $PROCESSES in *[!0-9]*)
-    echo "error: PROCESSES=$PROCESSES: wanted a number, such as 4" >&2
-    exit 2
-esac
 . "$(dirname "$0")/env.sh"
 again=
 case " $* " in *" --overwrite "*) again=--overwrite ;; esac
-launch="$PYTHON"
-if [ "$PROCESSES" -gt 1 ]; then
-    launch="$PYTHON -m torch.distributed.run --nproc_per_node $PROCESSES"
-fi
 weights= epochs= defense=gcm
 for stage in 1 2; do
-    # shellcheck disable=SC2086  # a command with its flags
-    $launch "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
+    "$PYTHON" $torchrun "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
         ${MODEL:+--model_name "$MODEL"} --save "$RUNS/stage$stage" "$@" \
         ${epochs:+--epochs "$epochs"} ${weights:+--pretrained "$weights"}
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
         model=${weights##*/stage"$stage"_}
-        "$PYTHON" "$root/src/gcm.py" --data_dir "$DATA" --model_name "${MODEL:-${model%.pth}}" \
-            --weights "$weights" --defense $defense --save "$RUNS/stage$stage/gcm" \
-            ${ATTACKED:+--num_images "$ATTACKED"}
+        "$PYTHON" $torchrun "$root/src/gcm.py" --data_dir "$DATA" --weights "$weights" \
+            --model_name "${MODEL:-${model%.pth}}" --defense $defense \
+            --save "$RUNS/stage$stage/gcm" ${ATTACKED:+--num_images "$ATTACKED"}
     done
     epochs=$EPOCHS2 defense=gcm+resizepad  # of stage 2, which starts from these weights
 done
-exec "$PYTHON" "$root/src/eval_net.py" --runs "$RUNS/stage1" "$RUNS/stage2" --corruptions \
-    --attacks none --save "$RUNS" $again ${TESTED:+--num_images "$TESTED"}
+exec "$PYTHON" $torchrun "$root/src/eval_net.py" --runs "$RUNS/stage1" "$RUNS/stage2" \
+    --corruptions --attacks none --save "$RUNS" $again ${TESTED:+--num_images "$TESTED"}

@@ -262,8 +262,8 @@ def get_args():
         "--method adam: its rate; None: 0.51 eps, FG-UAP's")
     add("--epochs", type=at_least(1), default=20, help="passes over the images")
     add("--batch_size", type=at_least(1), help="images of an outer step; None: preset, 250")
-    add("--minibatch", type=at_least(1), default=10, help="images of an inner step")
-    add("--iter", type=at_least(1), default=4, help="K: uses of each image per epoch, on average")
+    add("--minibatch", type=at_least(1), help="images of an inner step of sga; None: 10")
+    add("--iter", type=at_least(1), help="K of sga: mean uses of an image per epoch; None: 4")
     add("--momentum", type=at_least(0, float), help="mu; None: 0 (the paper's), 0.9 with --augment")
     add("--target", type=at_least(0), help="class index to steer all images to; None: untargeted")
     add("--augment", action=BooleanOptionalAction, help="ours, for few images: flip, scale, shift "

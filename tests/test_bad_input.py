@@ -615,8 +615,11 @@ def test_names_of_classes_are_drawn_as_they_are(tmp_path):
         assert draw.examples(x, x, x[0], ["$\\frac{"], ["\U0001f600$ $x"], "$\\a{ title $")
 
 
-def test_the_number_of_processes_must_be_a_number(tmp_path):
-    result = subprocess.run(["sh", str(SRC / "train_gcm.sh")], cwd=tmp_path, capture_output=True,
-                            text=True, check=False, env={**os.environ, "PROCESSES": "abc"})
+@pytest.mark.parametrize("script", ["train.sh", "train_gcm.sh", "gen_gcm_eval.sh"])
+@pytest.mark.parametrize("processes", ["abc", "2x", "0", "-1"])
+def test_the_number_of_processes_must_be_a_number(script, processes, tmp_path):
+    result = subprocess.run(["sh", str(SRC / script)], cwd=tmp_path, capture_output=True,
+                            text=True, check=False, env={**os.environ, "PROCESSES": processes})
     assert result.returncode == 2 and not list(tmp_path.iterdir())
-    assert result.stderr == "error: PROCESSES=abc: wanted a number, such as 4\n"
+    assert result.stderr == (f"error: PROCESSES={processes}: wanted a number, 1 or more; type "
+                             "PROCESSES=4\n")

@@ -456,6 +456,15 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged():
     assert "| sga_cnn epochs=80 | 2 | 20.0 ± 0.0 |" in table
 
 
+def test_runs_of_different_layers_are_not_seeds_of_one_method():
+    found = [made_with(f"{layer}{seed}", seed=seed, layers=[layer]) for layer in "ab"
+             for seed in (0, 1)]
+    found += [made_with("c", seed=2, layers=["c"]), made_with("older", seed=3)]
+    groups = report_uaps.same_but_seed(found)
+    assert {label: [u.name for u in group] for label, group in groups.items()} == {
+        "sga_cnn layers=['a']": ["a0", "a1"], "sga_cnn layers=['b']": ["b0", "b1"]}
+
+
 def test_a_network_that_cannot_take_the_size_gives_one_clear_line(run_here, refused, tmp_path,
                                                                picture):
     picture(tmp_path / "val" / "n01440764" / "0.jpg")

@@ -16,7 +16,9 @@ from conftest import SRC
 
 from utils import data, measure, report_gcm
 from utils.attack import several
+from utils.cells import Progress
 from utils.data import paper_geometry
+from utils.halving import Halving
 from utils.run import save_pth
 
 FEW = ("--model_name", "mlp", "--num_images", 30, "--device", "cpu")
@@ -346,6 +348,57 @@ def test_a_table_that_is_killed_and_resumed_is_the_uninterrupted_one(
         assert len(again) == 6 - at and not set(again) & set(done)
         whole = {key: cell for key, cell in plain(made[0]).items() if cell["attack"] in COLUMNS}
         assert plain(tmp_path / f"killed{at}") == whole
+
+
+@pytest.fixture
+def classified(monkeypatch):
+    """How many images each forward pass without a gradient had, but for the one of a zero image."""
+    seen, real = [], Halving.forward
+
+    def forward(self, x):
+        if not torch.is_grad_enabled() and len(x) > 1:
+            seen.append(len(x))
+        return real(self, x)
+    monkeypatch.setattr(Halving, "forward", forward)
+    return seen
+
+
+RANDOM = ("--defense", "gcm+resizepad", "--draws", 3, "--low", 14, "--save", "t")
+
+
+def test_finished_cells_are_not_classified_again(run_here, tmp_path, classified):
+    assert run_here("gcm.py", *SHORT, *RANDOM).returncode == 0
+    whole = plain(tmp_path / "t")
+    classified.clear()
+    done = run_here("gcm.py", *SHORT, *RANDOM)
+    assert "| mlp | vanilla |" in done.stdout and not classified
+    state = saved(tmp_path / "t")
+    key, cell = state["cells"].popitem()
+    (tmp_path / "t/results.json").write_text(json.dumps(state))
+    assert run_here("gcm.py", *SHORT, *RANDOM).returncode == 0
+    attacked = sum(count > 0 for count in cell["before"])
+    assert classified == 3 * [attacked]  # after the attack, in each draw
+    assert plain(tmp_path / "t") == whole
+
+
+def test_a_killed_pass_over_clean_images_goes_on(run_here, classified, monkeypatch):
+    flags, real = (*SHORT, "--batch_size", 7, "--save", "t"), Progress._keep
+
+    def killing(self, key, now):
+        real(self, key, now)
+        if now["done"] == 14:
+            raise Killed
+
+    def attacking(*args, **more):
+        raise Killed
+    monkeypatch.setattr("utils.cells.EVERY", 0)
+    monkeypatch.setattr(measure, "run_cell", attacking)
+    for keep in (killing, real):
+        monkeypatch.setattr(Progress, "_keep", keep)
+        with pytest.raises(Killed):
+            run_here("gcm.py", *flags)
+        gc.collect()
+    assert classified == [7, 7, 7, 7, 2]
 
 
 def test_a_random_defence_repeats_with_its_seed_also_when_resumed(run_here, tmp_path):

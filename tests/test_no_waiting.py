@@ -9,8 +9,10 @@ while no image is fooled, numbers that are copied to the device included:
     apgd linf, l2, l1        4, 9 to 13, 7    0; fooled images are looked for after ever more steps
     square linf, l2          5, 8             0; likewise
     fab linf, l2, l1         -                0; likewise
-    sga, spgd                0                0
+    sga, spgd, adam          0                0
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ import utils.attack.fab
 import utils.attack.square
 from attack_toys import greys, pictures, predicted, toy
 from utils.attack import balls, core, waits
+from utils.attack.universal import COMPARING, Features, adam_step
 from utils.errors import UserError
 from utils.measure import Attack, UapCounts, in_ball
 
@@ -114,20 +117,26 @@ def test_no_step_of_an_attack_waits(name, world, far, monkeypatch):
 
 
 @pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("method", ["sga", "spgd"])
-@pytest.mark.parametrize("loss", [("ce", 9.0, None), ("ce", 9.0, 2), ("logit", 9.0, None)], ids=str)
-def test_no_inner_step_of_sga_and_no_chunk_of_spgd_waits(method, loss, augment):
+@pytest.mark.parametrize("method", ["sga", "spgd", "adam"])
+@pytest.mark.parametrize("loss", [("ce", 9.0, None), ("ce", 9.0, 2), ("logit", 9.0, None),
+                                  ("cosine", 9.0, None), ("feature", 9.0, None)], ids=str)
+def test_no_inner_step_of_sga_no_chunk_of_spgd_and_no_step_of_adam_waits(method, loss, augment):
     model, x, delta = toy(), pictures(10), torch.zeros((1, 3, 8, 8))
-    y, made = predicted(model, x)[None], train_sga.make_loss(*loss)
-    aggregate = getattr(train_sga, f"{method}_gradient")
+    seen, made = Features(model, "3") if loss[0] == "feature" else model, train_sga.make_loss(*loss)
+    y = predicted(model, x)[None]
+    if loss[0] in COMPARING:
+        y = [None] if augment else [seen(x)]
+    aggregate = train_sga.sga_gradient if method == "sga" else train_sga.spgd_gradient
+    v = torch.zeros((2, 3, 8, 8)) if method == "adam" else delta
+    update = partial(adam_step, step=1) if method == "adam" else partial(train_sga.update, mu=0.9)
 
     def run(steps):
         draws = torch.arange(2 * steps).remainder(10).view(steps, 2)
         maps = train_sga.draw_maps(draws.shape, torch.Generator()) if augment else None
         with Waits() as found:
-            g = aggregate(lambda *at: train_sga.input_gradient([model], *at, made), x, y, delta,
+            g = aggregate(lambda *at: train_sga.input_gradient([seen], *at, made), x, y, delta,
                           draws, eps=0.04, alpha=0.01, augment=maps)[1]
-            train_sga.update(delta, g, delta, eps=0.04, alpha=0.01, mu=0.9)
+            update(delta, g, v, eps=0.04, alpha=0.01)
         assert not found.seen
     run(1), run(6)
 

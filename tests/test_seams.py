@@ -127,6 +127,22 @@ def shell(name, *args, cwd, **environment):
                           check=False, env={**os.environ, "PYTHON": sys.executable, **environment})
 
 
+@pytest.mark.parametrize("name", ["train.sh", "train_free.sh", "train_gcm.sh", "gen_sga_eval.sh",
+                                  "gen_gcm_eval.sh"])
+def test_all_python_commands_of_a_shell_script_run_in_so_many_processes(name, tmp_path):
+    python, record = tmp_path / "python", tmp_path / "record"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@" >>"$RECORD"\n')
+    python.chmod(0o755)
+    for processes, start in (("3", "-m torch.distributed.run --standalone --nproc_per_node 3 "),
+                             ("1", ""), ("", "")):
+        record.write_text("")
+        done = shell(name, cwd=tmp_path, PYTHON=str(python), RECORD=str(record),
+                     PROCESSES=processes)
+        assert done.returncode == 0, done.stderr
+        lines = record.read_text().splitlines()
+        assert lines and all(line.startswith(f"{start}{SRC}") for line in lines)
+
+
 @pytest.mark.slow
 def test_the_quick_start_makes_a_perturbation_and_its_table(tmp_path):
     made = shell("train.sh", "--epochs", "1", "--num_images", "50", "--seed", "3", cwd=tmp_path)

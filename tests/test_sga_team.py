@@ -17,16 +17,16 @@ from utils.errors import UserError
 from utils.run import load_pth, settled
 from utils.team import Team
 
-TINY = ("--num_images", 130, "--batch_size", 60, "--minibatch", 20, "--iter", 2, "--epochs", 2,
-        "--weights", "random", "--amp", "off", "--layout", "contiguous", "--device", "cpu",
-        "--workers", 0)
+PLAIN = ("--num_images", 130, "--batch_size", 60, "--epochs", 2, "--weights", "random", "--amp",
+         "off", "--layout", "contiguous", "--device", "cpu", "--workers", 0)
+TINY = (*PLAIN, "--minibatch", 20, "--iter", 2)  # of sga
 JOBS = {  # of two processes; 130 images are batches of 60, 60, 10: two chunks, two, one
     "two": ("--model_name", "mlp,cnn", *TINY),
     "three": ("--model_name", "mlp,cnn,lenet", *TINY, "--momentum", 0.9, "--augment"),
     "compared": ("--model_name", "mlp,cnn", *TINY, "--loss", "cosine"),
-    "spgd": ("--model_name", "mlp", *TINY, "--method", "spgd"),
-    "adam": ("--model_name", "mlp", *TINY, "--method", "adam"),
-    "spgd of two": ("--model_name", "cnn,mlp", *TINY, "--method", "spgd"),
+    "spgd": ("--model_name", "mlp", *PLAIN, "--method", "spgd"),
+    "adam": ("--model_name", "mlp", *PLAIN, "--method", "adam"),
+    "spgd of two": ("--model_name", "cnn,mlp", *PLAIN, "--method", "spgd"),
     "seeds": ("--model_name", "mlp", *TINY, "--seed", "0,1,2")}
 TOGETHER = """
 import json, sys

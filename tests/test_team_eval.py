@@ -14,9 +14,11 @@ import weakref
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SRC
+from PIL import Image
 
 from utils import cells, measure, models
 from utils.attack.chance import numbered
@@ -24,27 +26,30 @@ from utils.cache import cached
 from utils.cells import Progress, added, at_hand, shared
 from utils.data import open_images
 from utils.errors import UserError
+from utils.nets import build_small
 from utils.reading import stack
-from utils.run import save_pth
+from utils.run import save_json, save_pth
 from utils.team import Team
 
 CPU = torch.device("cpu")
-JOBS = {  # folder: script and flags; 5 batches, 4, 4, 5, one alone, and 4 in two geometries
+JOBS = {  # folder: script and flags; 5 batches, 4, 4, 3, 5, one alone, and 4
     "gcm": ("gcm.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 7, "--attacks",
             "fgsm", "pgd_linf", "--defense", "gcm+resizepad", "--draws", 2, "--low", 14),
     "audit": ("gcm.py", "--model_name", "mlp", "--num_images", 16, "--batch_size", 5, "--audit",
               "--queries", 20),
     "net": ("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--batch_size", 6,
             "--attacks", "fgsm", "pgd20", "strongest_quick", "--queries", 10, "--uaps", "a.pth"),
-    "saved": ("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--batch_size", 6,
-              "--attacks", "fgsm", "--save_images", "kept"),
+    "extras": ("eval_net.py", "--data_dir", "photos", "--model_name", "mlp", "lenet", "--weights",
+               "mlp.pth", "lenet.pth", "--batch_size", 3, "--attacks", "fgsm", "--eps_curve",
+               "--transfer", "--diverse", "--save_images", "kept", "--corruptions", "--cache",
+               "cache"),
     "predict": ("eval_net.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 7,
                 "--predict"),
     "one batch": ("gcm.py", "--model_name", "mlp", "--num_images", 8, "--attacks", "pgd_linf"),
     "uap": ("eval_uap.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 8,
             "--defense", "resizepad", "--uaps", "a.pth", "b.pth"),
 }
-KILLED = {"gcm": 9, "net": 7, "uap": 2}  # after how many batches that are kept
+KILLED = {"gcm": 14, "net": 7, "uap": 2}  # after how many batches that are kept
 VARIES = ("seconds", "commit", "processes", "path")  # between two runs of the same
 
 # What the processes of one launch do: every job of a list, one after another.
@@ -78,6 +83,21 @@ def leave_uaps(folder):
         coarse = torch.rand(1, 7, 7, generator=torch.Generator().manual_seed(seed)) - 0.5
         blocks = coarse.sign().repeat_interleave(4, 1).repeat_interleave(4, 2)
         save_pth(folder / f"{name}.pth", 0.19 * blocks)
+
+
+def leave_photographs(folder):
+    """Of two classes, and networks that are right about half of them."""
+    for i in range(8):
+        coarse = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        path = folder / "photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((32, 32), Image.BICUBIC).save(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name in ("mlp", "lenet"):
+            save_pth(folder / f"{name}.pth", build_small(name, 3, 32, 2).state_dict())
+            save_json(folder / f"{name}.json", {  # as after a training at that size
+                "image_size": 32, "head": "own", "classes": ["a", "b"]})
 
 
 def launch(folder, processes, jobs):
@@ -127,6 +147,7 @@ def one(tmp_path_factory):
 
     folder, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
     leave_uaps(folder)
+    leave_photographs(folder)
     patch.chdir(folder)
     for name, job in JOBS.items():
         _run(patch, entry, job, name)
@@ -165,6 +186,7 @@ def many(request, one, tmp_path_factory):
     """The same by two and three processes, which also continue the killed runs of one."""
     folder = tmp_path_factory.mktemp(f"by{request.param}")
     leave_uaps(folder)
+    leave_photographs(folder)
     for name in KILLED:
         shutil.copytree(one / f"killed {name}", folder / f"killed {name}")
     done = launch(folder, request.param, JOBS | {f"killed {k}": JOBS[k] for k in KILLED})
@@ -184,9 +206,10 @@ def test_several_processes_leave_the_results_of_one(one, many, name):
 
 @pytest.mark.slow
 def test_several_processes_save_the_images_of_one(one, many):
-    saved = [{path.name: path.read_bytes() for path in (folder / "kept/mlp/FGSM").iterdir()}
+    saved = [{path.relative_to(folder): path.read_bytes() for path in folder.glob("kept/*/*/*")}
              for folder in (one, many[0])]
-    assert saved[0] == saved[1] and {"about.json", "images.csv"} < saved[0].keys()
+    assert saved[0] == saved[1] and len(saved[0]) >= 8
+    assert len(list(many[0].glob("cache/*.pixels"))) == 1
 
 
 @pytest.mark.slow

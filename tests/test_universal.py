@@ -246,16 +246,17 @@ FOUND = {  # the last feature map before pooling, or the last block's tokens
     "resnet18": "layer4", "densenet121": "features", "mobilenet_v2": "features",
     "mobilenet_v3_small": "features", "shufflenet_v2_x0_5": "conv5", "mnasnet0_5": "layers",
     "efficientnet_b0": "features", "googlenet": "inception5b", "convnext_tiny": "features",
-    "swin_t": "permute", "vit_b_32": "encoder.layers"}
+    "swin_t": "permute", "vit_b_32": "encoder.layers", "inception_v3": "Mixed_7c",
+    "maxvit_t": "blocks.3", "swin_v2_t": "permute", "regnet_x_400mf": "trunk_output"}
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_the_last_feature_map_of_torchvision_networks_is_found(name):
-    """On the meta device, where nothing is computed."""
-    with torch.device("meta"):
-        more = {"init_weights": False} if name == "googlenet" else {}
-        net, x = models.get_model(name, weights=None, **more).eval(), torch.rand(2, 3, 224, 224)
-        assert feature_layer(net, x) == FOUND[name]
+    """On the meta device, where nothing is computed; RegNet computes its widths."""
+    more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        net = models.get_model(name, weights=None, **more).eval().to("meta")
+    assert feature_layer(net, torch.rand(2, 3, 224, 224, device="meta")) == FOUND[name]
 
 
 def test_a_layer_that_does_not_fit_is_one_line():
@@ -294,6 +295,14 @@ CASES = {  # flags: augment, momentum, loss, batch_size
 def test_a_preset_sets_what_is_not_typed(monkeypatch, flags):
     s = settled(monkeypatch, *flags)
     assert (s.augment, s.momentum, s.loss, s.batch_size) == CASES[flags]
+
+
+@pytest.mark.parametrize("method", ["spgd", "adam"])
+def test_methods_without_inner_steps_take_any_batch_size(monkeypatch, method):
+    s = settled(monkeypatch, "--method", method, "--batch_size", 8)
+    assert (s.minibatch, s.iter) == (10, 4)  # as older runs have them, which go on with --resume
+    s = settled(monkeypatch, "--batch_size", 8, "--minibatch", 5, "--iter", 2)
+    assert (s.minibatch, s.iter) == (5, 2)
 
 
 def test_the_watched_images_cost_at_most_a_twentieth_of_an_epochs_gradients():

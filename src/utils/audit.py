@@ -36,8 +36,11 @@ def ascents(losses):
     return change.sum(0) / change.abs().sum(0).clamp_min(1e-30)
 
 
-def twin_differences(model, twin, images, chance, batch_size, device, *, workers=0, progress=None):
+def twin_differences(model, twin, images, chance, batch_size, device, *, workers=0, progress=None,
+                     cell=None):
     """Forward passes and input gradients of a defended network and its undefended twin, compared.
+
+    progress: of utils/cells.py, which keeps what is done of the `cell`.
 
     -> {changed: share of predictions that differ, logits: largest difference of a logit,
     agree: share of equal gradient signs where both are nonzero, mean over images, factor: ratio of
@@ -57,8 +60,8 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
                 "largest": (ours - theirs).abs().max().item(), "agree": same.tolist(),
                 "factor": factor.tolist()}
     found = (progress or Progress()).count(
-        images, torch.arange(len(images)), compared, batch_size=batch_size, workers=workers,
-        desc="twin")
+        images, torch.arange(len(images)), compared, batch_size=batch_size, cell=cell,
+        workers=workers, desc="twin")
     return {"changed": found["changed"] / len(images), "logits": found["largest"],
             "agree": sum(found["agree"]) / len(images),
             "factor": torch.tensor(found["factor"]).median().item()}

@@ -9,7 +9,7 @@ from torch import nn
 from utils import finished
 from utils.attack.chance import numbered
 from utils.audit import twin_differences
-from utils.cells import Progress, at_hand
+from utils.cells import at_hand
 from utils.data import PRESETS, Images, cached, opened
 from utils.defenses import defend, is_random
 from utils.errors import UserError
@@ -57,21 +57,40 @@ class Network:
         """How many times each image is classified."""
         return self.s.draws if is_random(defense) else 1
 
-    def right(self, defense, w):
+    def right(self, defense, w, progress):
         """In how many of the draws the defended network is right about a clean image, (N,) int64.
         """
         if (defense, w) not in self.before:
             self.before[defense, w] = times_right_on(
                 self.behind(defense, w), self.images, draws=self.draws(defense),
                 batch_size=self.s.batch_size, chance=self.chance, device=self.device,
-                workers=self.s.workers, progress=Progress(self.s.team))
+                workers=self.s.workers, progress=progress, cell=self.cell_of("clean", defense, w))
         return self.before[defense, w]
 
-    def differences(self, defense, w):
+    def recall(self, cells, progress):
+        """Takes what finished cells know of the clean images.
+
+        cells {Cell: what results.json has of it, or None}. UserError: nothing is known yet, and no
+        image is right.
+        """
+        for cell, counts in cells.items():
+            if counts and cell.model == self.name and len(counts.get("before", ())) == len(
+                    self.images):
+                self.before[cell.defense, cell.w] = torch.tensor(counts["before"])
+        if not self.before and not self.right("none", self.s.w, progress).any():
+            raise UserError(f"{self.name} gets none of these images right: nothing to attack; "
+                            "type --weights of a trained network")
+
+    def differences(self, defense, w, progress):
         """What the defence changes in forward passes and gradients: of twin_differences."""
         return twin_differences(
             self.behind(defense, w), self.model, self.images, self.chance, self.s.batch_size,
-            self.device, workers=self.s.workers, progress=Progress(self.s.team))
+            self.device, workers=self.s.workers, progress=progress,
+            cell=self.cell_of("twin", defense, w))
+
+    def cell_of(self, what, defense, w):
+        """Of a pass over the clean images: what it depends on besides the settings of all cells."""
+        return [self.name, what, defense, w, self.s.epsilon, self.s.low, self.draws(defense)]
 
 
 def open_targets(args, *, imagenet):
@@ -108,7 +127,4 @@ def open_networks(s, images, device):
                                                  workers=s.workers, team=s.team)
         found[target.name] = Network(target.name, model, in_memory[target.geometry], target.size,
                                      s, device)
-        if not found[target.name].right("none", s.w).any():
-            raise UserError(f"{target.name} gets none of these images right: nothing to attack; "
-                            "type --weights of a trained network")
     return found

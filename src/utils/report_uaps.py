@@ -6,8 +6,8 @@ from utils.report import csv_columns, eps_text, interval, markdown, protocol, wi
 from utils.uaps import rounded
 
 SETTINGS = ("epochs", "amp", "method", "model_name", "weights", "defense", "bpda", "eps", "alpha",
-            "loss", "beta", "batch_size", "minibatch", "iter", "momentum", "target", "augment",
-            "images_sha256")
+            "loss", "layers", "beta", "batch_size", "minibatch", "iter", "momentum", "target",
+            "augment", "images_sha256")
 OLDER = {"defense": "none", "bpda": False}  # what the facts of older runs leave out
 
 

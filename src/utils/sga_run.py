@@ -29,6 +29,7 @@ METHODS = {  # of --preset: what it sets where the flag is not typed
     "paper": {"augment": False, "loss": "ce", "batch_size": 250},
     "few_images": {"augment": True, "loss": "ce", "batch_size": 250},
     "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
+INNER = {"minibatch": 10, "iter": 4}  # of sga alone, where they are not typed
 MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
 ADAM_RATE = 0.51  # of eps: FG-UAP's published script has a rate of 0.02 and eps 0.0392
@@ -39,7 +40,10 @@ WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epo
 
 def settle(args):
     """Settings with the presets filled in, images (names only), surrogates as Targets."""
-    method = METHODS[args.preset]
+    method = METHODS[args.preset] | INNER
+    for flag in [k for k in INNER if args.method != "sga" and getattr(args, k) is not None]:
+        raise UserError(f"--method {args.method} --{flag} {getattr(args, flag)}: only sga has "
+                        f"inner steps; leave --{flag} out")
     s = settled(args, **{k: v for k, v in method.items() if getattr(args, k) is None})
     images = opened(s, "train")
     preset, chosen = PRESETS[images.kind], s.model_name or [PRESETS[images.kind].surrogate]
@@ -69,7 +73,7 @@ def _check(s, kind, classes):
                         "leave --momentum out")
     if s.bpda and "gcm" not in s.defense:
         raise UserError(f"--bpda --defense {s.defense}: no gcm layer there; type --defense gcm")
-    if s.minibatch > s.batch_size:
+    if s.method == "sga" and s.minibatch > s.batch_size:
         raise UserError(f"--minibatch {s.minibatch} --batch_size {s.batch_size}: a minibatch "
                         "is drawn from the batch; type a smaller --minibatch")
 

@@ -121,30 +121,32 @@ def layers_of(models, s, x):
         raise UserError(f"--layer {','.join(given)}: {len(given)} for {len(models)} networks; type "
                         "one for all, or one for each")
     x = (x / 255).repeat(2, 1, 1, 1)
-    return [feature_layer(model[1], model[0](x), name)
-            for model, name in zip(models, given * (len(models) // len(given)), strict=True)]
+    given = given * (len(models) // len(given))
+    return [feature_layer(model[1], model[0](x), name, of=of)
+            for model, name, of in zip(models, given, s.model_name, strict=True)]
 
 
-def feature_layer(net, x, name=None):
+def feature_layer(net, x, name=None, *, of="this network"):
     """The layer whose output --loss feature compares: `name`, or the last feature map of the net.
 
-    x (N, C, H, W), N > 1: images as the net takes them. UserError: no such layer, none that is
-    found, or no tensor with a row for each image.
+    x (N, C, H, W), N > 1: images as the net takes them; of: what an error calls the net.
+    UserError: no such layer, none that is found, or no tensor with a row for each image.
     """
     calls, begins = _dry_run(net, x)
     if name is None:
         found = _last_feature_map(calls[:begins], len(x))
         if found is None:
-            raise UserError("--loss feature: this network has no feature map before its classifier;"
-                            " type --layer NAME, or --loss cosine")
+            raise UserError(f"--loss feature: {of} has no feature map before its classifier; type "
+                            "--layer NAME, or --loss cosine")
         return found
     outs = [out for called, _, out in calls if called == name]
     if not outs:
         some = ", ".join([called for called, *_ in calls if called.count(".") < 2][:12])
-        raise UserError(f"--layer {name}: no such layer in the forward pass; wanted one of {some}")
+        raise UserError(f"--layer {name}: no such layer in the forward pass of {of}; wanted one of "
+                        f"{some}")
     if len(outs) > 1 or not torch.is_tensor(outs[0]) or len(outs[0]) != len(x):
-        raise UserError(f"--layer {name}: is called more than once, or gives no tensor with a row "
-                        "for each image; type the block that it is in")
+        raise UserError(f"--layer {name}: is called more than once in {of}, or gives no tensor "
+                        "with a row for each image; type the block that it is in")
     return name
 
 
