@@ -21,6 +21,8 @@ from utils import sga_run
 from utils.cli import Parser, at_least, run_script
 from utils.data import default_workers, load, wnids
 from utils.run import make_generator
+from utils.sga_team import jobs_of
+from utils.team import Team
 
 
 def get_args():
@@ -52,11 +54,11 @@ def main(args):
             parent.mkdir(parents=True, exist_ok=True)
             os.link(photo, parent / f"{i:05d}.jpg")
         before = resident(peak=False)
-        s, images, _ = sga_run.settle(flags_of(
+        job, = jobs_of(sga_run.plans(flags_of(
             train_sga, "--data_dir", Path(folder) / "train", "--weights", "random", "--augment",
-            "--iter", 1))
-        images = load(images, workers=default_workers())
-    training = train_sga.SgaTraining(s, [], images, make_generator(0), torch.device("cpu"))
+            "--iter", 1)), Team())
+        images = load(job.images, workers=default_workers())
+    training = train_sga.SgaTraining(job.s, [], images, make_generator(0), torch.device("cpu"))
     training.labels = torch.zeros((1, len(images)), dtype=torch.long)
     training.delta = training.v = torch.zeros(1, 3, 224, 224)
     training.layout, training.gradient = args.layout, no_gradient

@@ -4,12 +4,13 @@
 #   DATA=/data/imagenet/train MODEL=vgg16 sh src/train.sh         the paper's setting
 #   DATA=imagenette sh src/train.sh --augment                     downloaded; ours, for few images
 #   PROCESSES=4 DATA=/data/imagenet/train sh src/train.sh --seed 0,1,2,3    a GPU for each seed
+#   MODEL="vgg16 resnet50" sh src/train.sh --target 3,5           a perturbation for each of the four
 set -eu
 DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder (docs/data.md)
-MODEL=${MODEL:-}         # surrogate; empty: the data set's own (digits: cnn, ImageNet: vgg16)
-PROCESSES=${PROCESSES:-} # that share seeds, or surrogates of MODEL=a,b; empty: one
+MODEL=${MODEL:-}         # surrogates, one run each; a,b: one run on both; empty: the data set's own
+PROCESSES=${PROCESSES:-} # that share the runs, or the surrogates of one; empty: one
 
 . "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2086  # a list, separated by spaces
 exec "$PYTHON" $torchrun "$root/src/train_sga.py" --data_dir "$DATA" \
-    ${MODEL:+--model_name "$MODEL"} "$@"
+    ${MODEL:+--model_name $MODEL} "$@"

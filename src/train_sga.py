@@ -245,7 +245,8 @@ def get_args():
     add = parser.add_argument
     parser.shared("data_dir", "data_root", "labels", "classes", "num_images", num_images={
         "help": "training images, evenly over the classes; None: preset, 10000 on ImageNet"})
-    parser.shared("model_name", "weights", "defense", model_name={"nargs": None})  # a or a,b
+    parser.shared("model_name", "weights", "defense", model_name={"help": "surrogate; a,b: one "
+        "perturbation on both, a b: one on each; None: the data set's preset"})
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd", "adam"), default="sga", help="spgd: no inner "
@@ -265,7 +266,8 @@ def get_args():
     add("--minibatch", type=at_least(1), help="images of an inner step of sga; None: 10")
     add("--iter", type=at_least(1), help="K of sga: mean uses of an image per epoch; None: 4")
     add("--momentum", type=at_least(0, float), help="mu; None: 0 (the paper's), 0.9 with --augment")
-    add("--target", type=at_least(0), help="class index to steer all images to; None: untargeted")
+    add("--target", type=cli.numbers, default=[None], help="class index to steer all images to; "
+        "several, as 3,5: one perturbation each; None: untargeted")
     add("--augment", action=BooleanOptionalAction, help="ours, for few images: flip, scale, shift "
         "them; None: preset, no")
     add("--save", "--uaps_save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
@@ -273,22 +275,20 @@ def get_args():
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="memory order of the images; auto: the faster by timing")
-    parser.shared(*cli.TRAINING, "cache", seed={"type": cli.seeds, "default": [0], "help": "fixes "
-        "everything random; several, as 0,1,2: one run each, which processes share"})
+    parser.shared(*cli.TRAINING, "cache", seed={"type": cli.numbers, "default": [0], "help":
+        "fixes everything random; several, as 0,1,2: one run each, which processes share"})
     return parser.parse_args()
 
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images, surrogates = team.in_turn(lambda: sga_run.settle(args))
-    jobs = sga_team.jobs_of(s, team)
-    ready = cache(lambda: data.load(data.cached(images, s.cache, workers=s.workers),
-                                    workers=s.workers, aloud=team.first))
-    for job, sharing in jobs:
-        one = sga_run.Run.opened(job, images, sharing, device, several=len(s.seed) > 1)
-        models = [target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
-                  for target in surrogates]
-        training = SgaTraining(job, models, ready(), run.make_generator(job.seed), device, sharing)
+    jobs = sga_team.jobs_of(team.in_turn(lambda: sga_run.plans(args)), team)
+    ready = cache(lambda images: data.load(data.cached(images, args.cache, workers=args.workers),
+                                           workers=args.workers, aloud=team.first))
+    for job in jobs:
+        s, one = job.s, sga_run.Run.opened(job, device)
+        training = SgaTraining(s, job.models(device), ready(job.images),
+                               run.make_generator(s.seed), device, job.team)
         one.begin(training)
         loop(training, s.epochs, one.folder, one.flags, deterministic=s.deterministic,
              desc=one.desc, minutes=s.checkpoint_minutes)

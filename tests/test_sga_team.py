@@ -12,7 +12,7 @@ import torch
 from conftest import SRC
 
 from utils import sga_team
-from utils.cli import seeds
+from utils.cli import numbers
 from utils.errors import UserError
 from utils.run import load_pth, settled
 from utils.team import Team
@@ -128,6 +128,29 @@ def test_one_process_makes_several_seeds_in_turn(run_here, tmp_path):
     assert (tmp_path / "out/seed8").exists()
 
 
+def test_one_command_makes_surrogates_and_targets_each_as_alone(run_here, tmp_path):
+    flags = (*TINY, "--loss", "logit")
+    done = run_here("train_sga.py", "--model_name", "mlp", "cnn,mlp", *flags, "--target", "3,5",
+                    "--save", "out")
+    assert done.returncode == 0, done.stderr
+    assert {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.glob(
+        "out/*/*/log.csv")} == {f"{name}/target{k}" for name in ("mlp", "cnn+mlp") for k in (3, 5)}
+    assert "cnn+mlp target 5 epoch   1/" in done.stdout
+    alone = run_here("train_sga.py", "--model_name", "cnn,mlp", *flags, "--target", 5, "--save",
+                     "alone")
+    assert alone.returncode == 0, alone.stderr
+    assert left(tmp_path / "alone") == left(tmp_path / "out/cnn+mlp/target5")
+
+
+def test_processes_share_the_perturbations_of_a_command():
+    plans = [(settled(type("Args", (), {})(), seed=[0, 1], target=[3, 5], model_name=[name]),
+              None, []) for name in "ab"]
+    names = [name for rank in range(3) for name in (
+        " ".join(job.apart) for job in sga_team.jobs_of(plans, Team(rank, 3)))]
+    assert sorted(names) == [f"{name} target {target} seed {seed}" for name in "ab"
+                             for target in (3, 5) for seed in (0, 1)]
+
+
 # ------------------------------------------------------------------ what is shared
 
 class Part(Team):
@@ -177,15 +200,16 @@ def test_a_process_without_images_takes_part_all_the_same():
     (["a", "b"], "spgd", "none", 3, "3 processes for 2 surrogate"),
     (["a", "b"], "sga", "gcm+resizepad", 2, "--defense gcm\\+resizepad in 2 processes")])
 def test_what_processes_cannot_share_is_refused(names, method, defense, size, words):
-    s = settled(type("Args", (), {})(), seed=[3], model_name=names, method=method, defense=defense)
+    s = settled(type("Args", (), {})(), seed=[3], target=[None], model_name=names, method=method,
+                defense=defense)
     with pytest.raises(UserError, match=words):
-        sga_team.jobs_of(s, Team(0, size))
-    (job, team), = sga_team.jobs_of(s, Team())
-    assert job.seed == 3 and team.size == 1
+        sga_team.jobs_of([(s, None, [])], Team(0, size))
+    job, = sga_team.jobs_of([(s, None, [])], Team())
+    assert job.s.seed == 3 and job.s.target is None and job.team.size == 1 and job.apart == []
 
 
 @pytest.mark.parametrize("text", ["1,1", "-1", "a", "", "0,99999999999999999999"])
-def test_seeds_are_different_whole_numbers(text):
-    assert seeds("3") == [3] and seeds("3, 1") == [3, 1]
+def test_seeds_and_targets_are_different_whole_numbers(text):
+    assert numbers("3") == [3] and numbers("3, 1") == [3, 1]
     with pytest.raises(argparse.ArgumentTypeError, match="type|out of range"):
-        seeds(text)
+        numbers(text)

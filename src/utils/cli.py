@@ -101,15 +101,15 @@ def names(text):
     return found
 
 
-def seeds(text):
-    """argparse type: '0,1,2' -> [0, 1, 2]."""
+def numbers(text):
+    """argparse type: '0,1,2' -> [0, 1, 2], all different."""
     try:
         found = [at_least(0, high=2 ** 62)(one) for one in names(text)]
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"'{text}': wanted whole numbers with commas; type 0,1,2") from error
     if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"'{text}' holds a seed twice; type others: 0,1,2")
+        raise argparse.ArgumentTypeError(f"'{text}' holds a number twice; type others: 0,1,2")
     return found
 
 

@@ -38,8 +38,26 @@ WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epo
 
 # ------------------------------------------------------------------------ settings
 
+def plans(args):
+    """[(settings, images, surrogates)] of the command, one for each word of --model_name."""
+    words = args.model_name or [None]
+    weights = one_each(words, args.weights) if len(words) > 1 else [sum(args.weights, [])]
+    found = [settle(settled(args, model_name=word, weights=own))
+             for word, own in zip(words, weights, strict=True)]
+    called = ["+".join(map(label_of, s.model_name)) for s, *_ in found]
+    for name in called:
+        if called.count(name) > 1:
+            raise UserError(f"--model_name: {name} twice, which would share a folder; type them in "
+                            "two commands, with other --save")
+    lists = {s.image_size: images for s, images, _ in found}  # each is decoded once
+    return [(s, lists[s.image_size], surrogates) for s, _, surrogates in found]
+
+
 def settle(args):
-    """Settings with the presets filled in, images (names only), surrogates as Targets."""
+    """Settings with the presets filled in, images (names only), surrogates as Targets.
+
+    args: the flags, with the networks and weights of one perturbation.
+    """
     method = METHODS[args.preset] | INNER
     for flag in [k for k in INNER if args.method != "sga" and getattr(args, k) is not None]:
         raise UserError(f"--method {args.method} --{flag} {getattr(args, flag)}: only sga has "
@@ -47,7 +65,7 @@ def settle(args):
     s = settled(args, **{k: v for k, v in method.items() if getattr(args, k) is None})
     images = opened(s, "train")
     preset, chosen = PRESETS[images.kind], s.model_name or [PRESETS[images.kind].surrogate]
-    surrogates = surrogates_of(chosen, sum(s.weights, []), images, s.image_size)
+    surrogates = surrogates_of(chosen, s.weights, images, s.image_size)
     _check(s, images.kind, len(surrogates[0].classes) or num_classes(images.kind))
     eps, adam = s.eps or preset.eps, s.method == "adam"
     s = settled(s, eps=eps, alpha=s.alpha or (ADAM_RATE * eps if adam else preset.alpha),
@@ -60,11 +78,12 @@ def settle(args):
 
 def _check(s, kind, classes):
     """UserError for flags that cannot work together."""
-    if s.target is not None and s.target >= classes:
-        raise UserError(f"--target {s.target}: {kind} has classes 0 to {classes - 1}")
-    if s.target is not None and s.loss in COMPARING:
-        raise UserError(f"--target {s.target} --loss {s.loss}: this loss has no classes to steer "
-                        "to; type --loss ce or --loss logit")
+    for target in [target for target in s.target if target is not None]:
+        if target >= classes:
+            raise UserError(f"--target {target}: {kind} has classes 0 to {classes - 1}")
+        if s.loss in COMPARING:
+            raise UserError(f"--target {target} --loss {s.loss}: this loss has no classes to steer "
+                            "to; type --loss ce or --loss logit")
     if s.layer and s.loss != "feature":
         raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: no layer is compared; type "
                         "--loss feature")
@@ -113,10 +132,13 @@ class Run:
     images: str    # what is said of them
 
     @classmethod
-    def opened(cls, s, images, team, device, several):
-        """images: names only; several: a command makes runs of several seeds."""
+    def opened(cls, job, device):
+        """The run of a Job of sga_team.py; --save holds a folder for each of several."""
+        s, images, team = job.s, job.images, job.team
         name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
-        path = (s.save or Path("runs") / f"{data}_{name}") / (f"seed{s.seed}" if several else "")
+        apart = [word.replace(" ", "") for word in job.apart]
+        path = s.save.joinpath(*apart) if s.save else Path("runs", f"{data}_{name}", *(
+            word for word in apart if word.startswith("seed")))
         folder = team.in_turn(lambda: RunFolder(path, lock=team.first))
         digest = images.sha256()[:16]
         flags = result_flags(s, "preset", device=device.type, weights=s.weights_are,
@@ -124,7 +146,7 @@ class Run:
                              **({"processes": team.size} if team.size > 1 else {}))
         saved = team.from_first(lambda: folder.load_checkpoint(
             flags, resume=s.resume, overwrite=s.overwrite, grows=True))
-        return cls(name, folder, flags, saved, f"seed {s.seed} epoch" if several else "epoch",
+        return cls(name, folder, flags, saved, " ".join([*job.apart, "epoch"]),
                    f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
                    f"{digest}; surrogate {', '.join(s.model_name)}")
 

@@ -1,27 +1,55 @@
-"""Of train_sga.py: the processes that torchrun started share jobs, or the work of one job.
+"""Of train_sga.py: the perturbations that a command makes, and how the processes that torchrun
+started share them, or the work of one.
 
-    --seed 0,1,2            each process makes every size-th perturbation, alone
+    several perturbations   each process makes every size-th of them, alone
     several surrogates      process p differentiates surrogates p, p + size, ...
     --method spgd, adam     process p differentiates chunks p, p + size, ... of a batch
 
-A job that is shared ends in the bytes of one process: every process holds all images, delta and the
+One that is shared ends in the bytes of one process: every process holds all images, delta and the
 random numbers; gradients are gathered and added by each, in the order of one process.
 """
 
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
 import torch
 
+from utils.data import Images
 from utils.errors import UserError
 from utils.measure import predictions
 from utils.run import settled
+from utils.sources import label_of
 from utils.team import Team
 
 BLOCK = 50  # images that are classified at a time
 
 
-def jobs_of(s, team):
-    """[(settings with one seed, Team)] of this process. UserError: nothing to share."""
-    if len(s.seed) > 1:
-        return [(settled(s, seed=seed), Team()) for seed in s.seed[team.rank::team.size]]
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A perturbation to be made. apart: what sets it apart from the others of the command."""
+    s: SimpleNamespace  # with one seed and one target, or None
+    images: Images      # names only
+    surrogates: list    # Targets
+    apart: list
+    team: Team
+
+    def models(self, device):
+        """The surrogates, without their defence."""
+        return [target.load(self.images, data_dir=self.s.data_dir, data_root=self.s.data_root,
+                            device=device) for target in self.surrogates]
+
+
+def jobs_of(plans, team):
+    """[Job] of this process: for each plan (settings, images, surrogates) its targets, and for each
+    target its seeds. UserError: nothing to share.
+    """
+    jobs = [Job(settled(s, target=target, seed=seed), images, surrogates, [
+        *["+".join(map(label_of, s.model_name))][:len(plans) > 1],
+        *[f"target {target}"][:len(s.target) > 1], *[f"seed {seed}"][:len(s.seed) > 1]], Team())
+        for s, images, surrogates in plans for target in s.target for seed in s.seed]
+    if len(jobs) > 1:
+        return jobs[team.rank::team.size]
+    s = jobs[0].s
     if team.size > 1 and "resizepad" in s.defense:
         raise UserError(f"--defense {s.defense} in {team.size} processes: its draws follow one "
                         "another; start one process, or several seeds: --seed 0,1")
@@ -29,7 +57,7 @@ def jobs_of(s, team):
         raise UserError(f"{team.size} processes for {len(s.model_name)} surrogate(s) and one seed: "
                         "the inner steps of SGA follow one another; start a process for each "
                         "surrogate, or type several seeds: --seed 0,1")
-    return [(settled(s, seed=s.seed[0]), team)]
+    return [replace(jobs[0], team=team)]
 
 
 def gathered(team, works, delta):
