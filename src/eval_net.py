@@ -31,7 +31,7 @@ from tqdm import tqdm
 import attacks
 from utils import curves, data, finished, measure, predictions, report_nets, run, transfer, uaps
 from utils.cells import Progress, at_hand
-from utils.cli import Parser, at_least, radius, run_script
+from utils.cli import Parser, at_least, fraction, run_script
 from utils.errors import UserError
 from utils.saved import made_with, prepare_folders
 from utils.team import join_to_count
@@ -39,25 +39,27 @@ from utils.tested import fitting, missing_cells, named_networks, open_all, where
 
 QUICK = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest_quick")
 ATTACKS = (*QUICK, "autoattack")
+IN_LINF = ("fgsm", "strongest_quick")  # alone
 
 
 # ---------------------------------------------------------------- what is measured
 
-def linf_attacks(eps, queries, classes=10, draws=0):
+def attacks_in(norm, eps, queries, classes=10, draws=0):
     """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random.
 
     draws: that the attacker of a random network averages; 0: it is not random.
     """
-    steps = partial(attacks.pgd, eps=eps, alpha=eps / 4, stop_early=not draws)
+    steps = partial(attacks.pgd, norm=norm, eps=eps, alpha=eps / 4, stop_early=not draws)
     made = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
             "PGD-50-10": partial(steps, steps=50, restarts=10),
             "CW-50": partial(steps, steps=50, loss="margin"),
             attacks.quick_title(classes, queries): partial(attacks.strongest_quick, eps=eps,
                                                            queries=queries),
             attacks.autoattack_title(classes, draws): partial(
-                attacks.autoattack, eps=eps, version="rand" if draws else "standard")}
-    return {name: measure.Attack(title, "linf", eps, attack)
-            for name, (title, attack) in zip(ATTACKS, made.items(), strict=True)}
+                attacks.autoattack, norm=norm, eps=eps, version="rand" if draws else "standard")}
+    return {name: measure.Attack(title, norm, eps, attack)
+            for name, (title, attack) in zip(ATTACKS, made.items(), strict=True)
+            if norm == "linf" or name not in IN_LINF}
 
 
 # ---------------------------------------------------------------------- a run
@@ -77,10 +79,11 @@ def get_args():
     parser.shared("model_name", "geometry", "weights", weights={"default": None, "help":
         "of --model_name: V1, V2, random, a state dict (.pth, .safetensors) or a folder with "
         "NAME.pth; one for all or for each; None: V1"})
-    add("--attacks", nargs="+", choices=(*ATTACKS, "none"), default=list(QUICK),
-        help="columns of the table")
-    add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: that of the runs' "
-        "training, for other networks 8/255, on digits and mnist 0.2")
+    add("--attacks", nargs="+", choices=(*ATTACKS, "none"), help="columns of the table; None: all "
+        "but autoattack, in L2 and L1 those of PGD")
+    add("--norm", choices=("linf", "l2", "l1"), default="linf", help="of the attacks and of --eps")
+    add("--eps", type=fraction, help="radius in [0, 1] pixels; None, in Linf alone: that of the "
+        "runs' training, for other networks 8/255, on digits and mnist 0.2")
     parser.shared("queries")
     add("--eps_curve", action="store_true", help="also robust accuracy at ten radii, from 0 to "
         "where it reaches zero: curve.png, curve.csv")
@@ -109,6 +112,8 @@ def get_args():
 
 def settle(args, device):
     """The flags, filled in. UserError: flags that contradict each other."""
+    asked = args.attacks or [one for one in QUICK if args.norm == "linf" or one not in IN_LINF]
+    _check_norm(args, asked)
     if args.runs and (args.model_name or args.weights):
         raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
                         "name alone")
@@ -118,9 +123,9 @@ def settle(args, device):
                          or args.save_images or args.from_images):
         raise UserError("--predict with --corruptions, --uaps, --eps_curve, --transfer or saved "
                         "images: type it alone")
-    if "none" in args.attacks and len(set(args.attacks)) > 1:
-        raise UserError(f"--attacks {' '.join(args.attacks)}: type none alone, or leave it out")
-    if args.save_images and args.attacks == ["none"]:
+    if "none" in asked and len(set(asked)) > 1:
+        raise UserError(f"--attacks {' '.join(asked)}: type none alone, or leave it out")
+    if args.save_images and asked == ["none"]:
         raise UserError("--save_images with --attacks none: there is nothing to save; type an "
                         "attack")
     if args.overwrite and args.save_images and any(
@@ -130,22 +135,38 @@ def settle(args, device):
                         "--from_images before they are measured; type two commands")
     if args.diverse and not args.transfer:
         raise UserError("--diverse without --transfer: type both")
-    attacked = [name for name in ATTACKS if name in args.attacks]
+    attacked = [name for name in ATTACKS if name in asked]
     return run.settled(args, device=device, attacks=attacked,
                        judged=bool(attacked or args.eps_curve or args.transfer or args.from_images),
                        data_dir=args.data_dir or (None if args.runs else "digits"))
 
 
+def _check_norm(args, asked):
+    """UserError for a radius or an attack that --norm does not have."""
+    if args.norm == "linf":
+        if args.eps and args.eps > 1:
+            raise UserError(f"--eps {args.eps:g}: outside (0, 1], where pixels live; type --eps "
+                            "8/255, or --norm l2")
+        return
+    if args.eps is None:
+        raise UserError(f"--norm {args.norm} without --eps: type the radius as well, as --norm l2 "
+                        "--eps 0.5 for CIFAR-10")
+    for flag, given in (("--attacks " + " ".join(asked), set(asked) & set(IN_LINF)),
+                        ("--eps_curve", args.eps_curve), ("--transfer", args.transfer)):
+        if given:
+            raise UserError(f"{flag} --norm {args.norm}: is in Linf alone; leave one of them out")
+
+
 def main(args):
     team, device = join_to_count(run.resolve_device(args.device))
     s = settle(args, device)
-    named = team.in_turn(lambda: named_networks(s))
+    made, named = partial(attacks_in, s.norm), team.in_turn(lambda: named_networks(s))
     folder = team.in_turn(lambda: run.RunFolder(s.save, lock=team.first))
     asked = [(name, facts, *where(facts, s)) for name, _, _, facts, _ in named]
     if s.predict:
         shown = team.in_turn(lambda: [predictions.images_of(*network[1:], s.num_images)
                                       for network in asked])
-        networks = [open_all([one], x, s, linf_attacks)[0]
+        networks = [open_all([one], x, s, made)[0]
                     for one, x in zip(named, shown, strict=True)]
         predictions.save_predictions(folder, networks, shown, s, team)
         team.leave()
@@ -153,7 +174,7 @@ def main(args):
     images, note = team.in_turn(lambda: finished.images_for(asked))
     finished.check_images(asked, images, s.num_images)
     perturbations = uaps.read_uaps(uaps.find_uaps(s.uaps or [], images.kind), scale="auto", eps=1.0)
-    networks = open_all(named, images, s, linf_attacks)  # trains small ones asked for by name
+    networks = open_all(named, images, s, made)  # trains small ones asked for by name
     perturbations = fitting(perturbations, networks, images)
     other = next((net for net in networks if net.eps != networks[0].eps), None)
     if s.judged and other:
@@ -167,6 +188,7 @@ def main(args):
         "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
         "device": about["device"], "torch": about["torch"],
         **({"eps": networks[0].eps} if s.judged else {}),
+        **({"norm": s.norm} if s.norm != "linf" else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations},
         **made_with(s.from_images, networks)}

@@ -276,6 +276,11 @@ for script, command in (("sga", SGA), ("uap", UAP), ("gcm", GCM), ("free", FREE)
 case("labels without end", (*NETS[:1], "--model_name", "squeezenet1_1", "--weights", "random",
                             "--data_dir", "list/images", "--labels", "/dev/zero"),
      ("--labels /dev/zero", "no such file"))
+for flags, words in ((("--eps", 2), ("--eps 2", "8/255")), (("--norm", "l2"), ("without --eps",)),
+                     (("--norm", "l2", "--eps", 1), ("--attacks fgsm --norm l2", "Linf alone")),
+                     (("--norm", "l1", "--eps", 1, "--attacks", "none", "--eps_curve"),
+                      ("--eps_curve --norm l1", "Linf alone"))):
+    case(f"a norm with {' '.join(map(str, flags))}", (*NETS, *flags), words)
 case("eps of a hundred million digits", (*NETS, "--eps", "1e-99999999999"), ("--eps",))
 case("--lr beyond float32", (*FREE, "--lr", 1e39), ("--lr", "at most 1e+30"))
 case("--beta inf", (*SGA, "--beta", "inf"), ("--beta", "at most 1e+30"))

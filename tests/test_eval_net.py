@@ -195,7 +195,7 @@ def test_the_strongest_attack_works_with_two_and_three_classes():
 
         def model(z, head=head, classes=classes):
             return head(z)[:, :classes]
-        attack, report = eval_net.linf_attacks(0.1, 5, classes)["strongest_quick"], {}
+        attack, report = eval_net.attacks_in("linf", 0.1, 5, classes)["strongest_quick"], {}
         x_adv = attack.run(model, x, y, generator=make_generator(0), report=report)
         assert x_adv.shape == x.shape and attack.title == " + ".join(
             name for name in report if isinstance(report[name], dict))
@@ -206,7 +206,7 @@ def test_networks_whose_strongest_attacks_differ_have_a_column_each():
     clean = share(3, 4)
     head, _, *lines = report_nets.main_table([
         report_nets.Measured(name, {}, None, clean, {
-            attack.title: cell for attack in eval_net.linf_attacks(0.1, 5, classes).values()
+            attack.title: cell for attack in eval_net.attacks_in("linf", 0.1, 5, classes).values()
             if attack.title.endswith("Square 5")}, {}, {})
         for name, classes in (("two", 2), ("ten", 10))]).splitlines()
     assert head == ("| network | clean_acc | APGD-CE + APGD-T (1 target, margin loss) + Square 5 "
@@ -331,9 +331,30 @@ def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, 
 
 def test_images_never_leave_early_where_the_network_is_random():
     for draws in (0, 3):
-        found = eval_net.linf_attacks(0.1, 5, 10, draws)
+        found = eval_net.attacks_in("linf", 0.1, 5, 10, draws)
         assert {found[name].run.keywords["stop_early"] for name in ("pgd20", "pgd50x10", "cw50")
                 } == {not draws}
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1.5), ("l1", 12.0)])
+def test_networks_are_attacked_in_other_norms(run_here, tmp_path, norm, eps):
+    done = run_here("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--norm", norm,
+                    "--eps", eps, "--attacks", "pgd20", "cw50", "--save", "out")
+    assert done.returncode == 0, done.stderr
+    assert f"{norm.title()} eps: {eps:g};" in (tmp_path / "out/results.md").read_text()
+    cells = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    images = open_images("digits", split="test").prepared(28, 20)
+    model = load_model("mlp", kind="digits", data_dir="digits")
+    x, y, chance = to_float(images.pixels), images.labels, chances(20, 0)
+    for title, more in (("PGD-20", {"steps": 20}), ("CW-50", {"steps": 50, "loss": "margin"})):
+        cell = cells[f"mlp | {title}"]
+        who = torch.tensor(cell["before"]).nonzero()[:, 0]
+        x_adv = attacks.pgd(model, x[who], y[who], eps=eps, norm=norm, stop_early=True,
+                            generator=chance[who].fold(measure.ATTACK), **more)
+        right = torch.zeros(20, dtype=torch.long)
+        right[who] = (model(x_adv).argmax(1) == y[who]).long()
+        assert cell["after"] == right.tolist() and cell["norm"] == norm and 0 < sum(
+            cell["after"]) < 20
 
 
 def test_autoattack_behind_a_random_defence_says_how_many_draws_it_averages(

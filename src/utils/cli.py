@@ -64,14 +64,26 @@ class Parser(argparse.ArgumentParser):
 
 # ----------------------------------------------------------------- types of flags
 
-def radius(text):
-    """argparse type: '10/255' or '0.3', as the paper prints it; pixels live in [0, 1]."""
+def _quotient(text):
     top, slash, bottom = text.partition("/")
     try:
-        value = float(top) / (float(bottom) if slash else 1)
+        return float(top) / (float(bottom) if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
             f"'{text}' is not a number: type a fraction such as 10/255, or 0.04") from None
+
+
+def fraction(text):
+    """argparse type: '10/255' or '0.3', above 0."""
+    value = _quotient(text)
+    if not 0 < value < 1e30:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"{text}: wanted a number above 0; type 10/255")
+    return value
+
+
+def radius(text):
+    """argparse type: '10/255' or '0.3', as the paper prints it; pixels live in [0, 1]."""
+    value = _quotient(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(
             f"{text} is outside (0, 1]: pixels are on the [0, 1] scale, for 10 of 255 levels "

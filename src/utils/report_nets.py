@@ -70,7 +70,8 @@ def stated(networks, settings, n, cells, s):
         "attacker": f"adaptive ({', '.join(means)})" if behind else "",
         "under attack": "robust_acc, right before and still right after",
         "s": "seconds of computing in the attacks of the line"} if s.attacks else {}
-    attacks = {"Linf eps": eps_text(settings["eps"], "linf"), **attacks} if s.judged else {}
+    attacks = {f"{s.norm.title()} eps": eps_text(settings["eps"], s.norm),
+               **attacks} if s.judged else {}
     if s.save_images:
         attacks["8 bit"] = "the same images rounded to 8 bit inside the ball, saved, and read again"
     return {
@@ -253,6 +254,8 @@ def claims(networks):
     def paper(name, figure):
         return f" (paper: {figure})" * (by[name].facts["kind"] == "cifar10")
 
+    if any(cell.get("norm", "linf") != "linf" for net in networks for cell in net.attacks.values()):
+        return ""
     if "natural" in by:
         said.append(f"Natural training: robust_acc {100 * by['natural'].worst['value']:.1f} % in "
                     "the worst case" + paper("natural", "0") + ".")
