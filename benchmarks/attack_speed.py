@@ -1,8 +1,9 @@
 """Speed of attacks compared with other libraries, in one process, alternating.
 
-    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early)
-    the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1 and for C&W adv-lib 0.2.8; those not
-                 installed are left out (attack_others.py)
+    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early), as they
+                 always do in APGD and Square
+    the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1, for C&W adv-lib 0.2.8, for APGD and
+                 Square pyautoattack 0.2.0; those not installed are left out (attack_others.py)
 
     PYTHONPATH=src python benchmarks/attack_speed.py \\
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
@@ -36,9 +37,10 @@ from attack_others import (
     foolbox,
     installed,
     positive,
+    pyautoattack,
     torchattacks,
 )
-from attacks import cw_l2, fgsm, pgd
+from attacks import apgd, cw_l2, fgsm, mim, pgd, square
 from bench import show, times_as_fast
 from utils.cli import Parser, at_least, run_script
 from utils.data import batches, default_workers, open_images, to_float
@@ -48,7 +50,7 @@ from utils.models import describe_weights, input_size, load_model
 from utils.precision import LAYOUTS, Fast, fastest, synchronize, to_layout
 from utils.run import provenance, resolve_device
 
-ATTACKS = ("fgsm", "pgd_linf", "pgd_l2", "cw_l2")
+ATTACKS = ("fgsm", "pgd_linf", "pgd_l2", "mim", "cw_l2", "apgd", "square")
 C, LR = 1.0, 0.01  # C&W: first constant, step size of Adam
 
 
@@ -61,7 +63,8 @@ def get_args():
     add("--weights", default="random", help="random, V1, or a folder of NAME.pth")
     add("--attacks", nargs="+", choices=ATTACKS, default=ATTACKS, help="which attacks")
     add("--eps_scale", type=positive, default=1.0, help="times every eps and alpha, such as 1/16")
-    add("--steps", type=at_least(1), default=20, help="steps of PGD")
+    add("--steps", type=at_least(1), default=20, help="steps of PGD, MIM and APGD")
+    add("--queries", type=at_least(1), default=100, help="of Square")
     add("--binary_steps", type=at_least(1), default=3, help="values of c that C&W tries")
     add("--cw_steps", type=at_least(1), default=20, help="steps of C&W for each of them")
     add("--batch_size", type=at_least(1), default=50, help="images attacked, in one batch")
@@ -81,7 +84,11 @@ def ours(args, early=False, judge=None):
     def cw(model, x, y):
         return cw_l2(model, x, y, steps=args.cw_steps, binary_steps=args.binary_steps, c=C, lr=LR,
                      abort_early=early, judge=judge)[0]
-    found = {} if early else {"fgsm": partial(fgsm, eps=args.eps["linf"])}
+    eps = {"eps": args.eps["linf"]}
+    found = {} if early else {
+        "fgsm": partial(fgsm, **eps), "apgd": partial(apgd, **eps, steps=args.steps, loss="ce"),
+        "square": partial(square, **eps, queries=args.queries)}
+    found["mim"] = partial(mim, **eps, alpha=args.alpha["linf"], steps=args.steps, stop_early=early)
     return found | {f"pgd_{norm}": partial(
         pgd, norm=norm, eps=args.eps[norm], alpha=args.alpha[norm], steps=args.steps,
         projection="rescale", stop_early=early) for norm in ("linf", "l2")} | {"cw_l2": cw}
@@ -102,7 +109,13 @@ def others(args, classes):
         "adv-lib": {"cw_l2": partial(
             adv_lib, name="carlini_wagner_l2", learning_rate=LR, initial_const=C,
             binary_search_steps=args.binary_steps, max_iterations=args.cw_steps,
-            abort_early=False)}}
+            abort_early=False)}, "pyautoattack": {
+        "apgd": partial(pyautoattack, name="APGDAttack", n_iter=steps, norm="Linf", loss="ce",
+                        eps=eps["linf"]),
+        "square": partial(pyautoattack, name="SquareAttack", n_queries=args.queries, norm="Linf",
+                          resc_schedule=True, eps=eps["linf"])}}
+    found["torchattacks"]["mim"] = partial(torchattacks, name="MIFGSM", eps=eps["linf"],
+                                           alpha=alpha["linf"], steps=steps, decay=1.0)
     for norm, ta, fb, p in (("linf", "PGD", "Linf", "inf"), ("l2", "PGDL2", "L2", 2)):
         found["torchattacks"][f"pgd_{norm}"] = partial(
             torchattacks, name=ta, eps=eps[norm], alpha=alpha[norm], steps=steps)
@@ -236,7 +249,7 @@ def measure(name, args, device):
                     for network, _ in forms.values()}:
         # at Normalize, since ART calls the layers one by one
         network[0].register_forward_hook(lambda module, inputs, out: passed.append(len(out)))
-    whole = {"fgsm": 1, "cw_l2": args.binary_steps * args.cw_steps}
+    whole = {"fgsm": 1, "cw_l2": args.binary_steps * args.cw_steps, "square": args.queries}
     for attack in args.attacks:
         works = {key: attacks[attack] for key, attacks in made.items() if attack in attacks}
         found = timed(works, passed, args.turns, not rows, device, f"{name} {attack}")
@@ -285,13 +298,15 @@ def main(args):
     kind = open_images(args.data_dir, split="test").kind if args.data_dir else "imagenet"
     about = {"data": args.data_dir or "random pixels, labelled by the network", "weights": {
         name: describe_weights(name, args.weights, kind) for name in args.model_name},
-        **{key: getattr(args, key) for key in ("eps", "alpha", "steps", "binary_steps", "cw_steps",
-                                               "batch_size", "turns", "seed", "installed")},
+        **{key: getattr(args, key) for key in (
+            "eps", "alpha", "steps", "queries", "binary_steps", "cw_steps", "batch_size", "turns",
+            "seed", "installed")},
         **provenance(device)}
     note = (f"{about['data']}; weights {', '.join(map(': '.join, about['weights'].items()))}; eps "
             f"{args.eps['linf'] * 255:g}/255 and L2 {args.eps['l2']:g}, PGD {args.steps} steps of "
             f"{args.alpha['linf'] * 255:g}/255 and {args.alpha['l2']:g} from a random start, C&W "
-            f"{args.binary_steps} x {args.cw_steps}; median of {args.turns} turns; "
+            f"{args.binary_steps} x {args.cw_steps}, Square {args.queries} queries; median of "
+            f"{args.turns} turns; "
             f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
     show(*table(rows), note, args.results, about=about, rows=rows)
 

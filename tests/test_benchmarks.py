@@ -22,7 +22,8 @@ SCRIPTS = {path.name for path in FOLDER.glob("*.py") if "def get_args()" in path
 DIGITS = ["--data_dir", "digits", "--model_name", "cnn"]
 SMALLEST = {  # script -> flags
     "attack_speed.py": [*DIGITS, "--batch_size", 2, "--steps", 1, "--binary_steps", 1, "--cw_steps",
-                        1, "--turns", 1, "--layout", "channels_last", "--results", "out.json"],
+                        1, "--turns", 1, "--queries", 2, "--layout", "channels_last", "--results",
+                        "out.json"],
     "attack_table.py": [*DIGITS, "--weights", "random", "--num_images", 20, "--eps_scale", "1/32",
                         "--attacks", "fgsm", "pgd_l1_dense", "apgd_ce", "--results", "out"],
     "augment_speed.py": ["--model_name", "squeezenet1_0", "--batch_size", 2, "--image_size", 32,
