@@ -1,7 +1,7 @@
 """Speed of attacks compared with other libraries, in one process, alternating.
 
-    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early), as they
-                 always do in APGD and Square
+    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early); APGD and
+                 Square always do so
     the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1, for C&W adv-lib 0.2.8, for APGD and
                  Square pyautoattack 0.2.0; those not installed are left out (attack_others.py)
 
@@ -85,9 +85,9 @@ def ours(args, early=False, judge=None):
         return cw_l2(model, x, y, steps=args.cw_steps, binary_steps=args.binary_steps, c=C, lr=LR,
                      abort_early=early, judge=judge)[0]
     eps = {"eps": args.eps["linf"]}
-    found = {} if early else {
-        "fgsm": partial(fgsm, **eps), "apgd": partial(apgd, **eps, steps=args.steps, loss="ce"),
-        "square": partial(square, **eps, queries=args.queries)}
+    found = {"apgd": partial(apgd, **eps, steps=args.steps, loss="ce"),
+             "square": partial(square, **eps, queries=args.queries)} if early else {
+        "fgsm": partial(fgsm, **eps)}
     found["mim"] = partial(mim, **eps, alpha=args.alpha["linf"], steps=args.steps, stop_early=early)
     return found | {f"pgd_{norm}": partial(
         pgd, norm=norm, eps=args.eps[norm], alpha=args.alpha[norm], steps=args.steps,
@@ -303,11 +303,10 @@ def main(args):
             "seed", "installed")},
         **provenance(device)}
     note = (f"{about['data']}; weights {', '.join(map(': '.join, about['weights'].items()))}; eps "
-            f"{args.eps['linf'] * 255:g}/255 and L2 {args.eps['l2']:g}, PGD {args.steps} steps of "
-            f"{args.alpha['linf'] * 255:g}/255 and {args.alpha['l2']:g} from a random start, C&W "
-            f"{args.binary_steps} x {args.cw_steps}, Square {args.queries} queries; median of "
-            f"{args.turns} turns; "
-            f"{about['device']}, torch {about['torch']}, commit {about['commit']}")
+            f"{args.eps['linf'] * 255:g}/255 and L2 {args.eps['l2']:g}, PGD and MIM {args.steps} steps "
+            f"of {args.alpha['linf'] * 255:g}/255 and {args.alpha['l2']:g}, PGD from a random start, "
+            f"C&W {args.binary_steps} x {args.cw_steps}, APGD {args.steps} steps, Square "
+            f"{args.queries} queries; median of {args.turns} turns; {about['device']}, torch {about['torch']}, commit {about['commit']}")
     show(*table(rows), note, args.results, about=about, rows=rows)
 
 

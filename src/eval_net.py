@@ -1,6 +1,6 @@
 """Networks in one table: accuracy, accuracy under attack, corruptions, universal perturbations.
 
-    --attacks         column                          attack within Linf eps
+    --attacks         column                          attack within eps, of --norm
     fgsm              FGSM                            one signed step, arXiv:1412.6572
     pgd20             PGD-20                          steps of eps / 4, random start, 1706.06083
     pgd50x10          PGD-50-10                       the same, from ten random starts
@@ -14,6 +14,7 @@
     python eval_net.py --data_dir /data/imagenet/val --model_name resnet50 vit_b_16 --num_images 500
     python eval_net.py --model_name mlp cnn --attacks none --eps_curve --transfer --diverse
     python eval_net.py --attacks pgd20 --save_images saved         # PNG, and again --from_images
+    python eval_net.py --norm l2 --eps 0.5 --attacks autoattack  # not fgsm, strongest_quick
     python eval_net.py --runs runs/challenge/stage1 --data_dir /data/test --predict  # no labels
 
 --runs takes what free_at.py, train_gcm.py and fgsm_mnist.py left: data, radius and defence are
@@ -33,13 +34,13 @@ from utils import curves, data, finished, measure, predictions, report_nets, run
 from utils.cells import Progress, at_hand
 from utils.cli import Parser, at_least, fraction, run_script
 from utils.errors import UserError
-from utils.saved import made_with, prepare_folders
+from utils.saved import check_folders, made_with
 from utils.team import join_to_count
 from utils.tested import fitting, missing_cells, named_networks, open_all, where
 
 QUICK = ("fgsm", "pgd20", "pgd50x10", "cw50", "strongest_quick")
 ATTACKS = (*QUICK, "autoattack")
-IN_LINF = ("fgsm", "strongest_quick")  # alone
+LINF_ONLY = ("fgsm", "strongest_quick")
 
 
 # ---------------------------------------------------------------- what is measured
@@ -55,11 +56,12 @@ def attacks_in(norm, eps, queries, classes=10, draws=0):
             "CW-50": partial(steps, steps=50, loss="margin"),
             attacks.quick_title(classes, queries): partial(attacks.strongest_quick, eps=eps,
                                                            queries=queries),
-            attacks.autoattack_title(classes, draws): partial(
+            attacks.autoattack_title(classes, draws, norm): partial(
                 attacks.autoattack, norm=norm, eps=eps, version="rand" if draws else "standard")}
-    return {name: measure.Attack(title, norm, eps, attack)
+    ball = "" if norm == "linf" else f" {norm.title()}"
+    return {name: measure.Attack(title + ball, norm, eps, attack)
             for name, (title, attack) in zip(ATTACKS, made.items(), strict=True)
-            if norm == "linf" or name not in IN_LINF}
+            if norm == "linf" or name not in LINF_ONLY}
 
 
 # ---------------------------------------------------------------------- a run
@@ -86,7 +88,7 @@ def get_args():
         "runs' training, for other networks 8/255, on digits and mnist 0.2")
     parser.shared("queries")
     add("--eps_curve", action="store_true", help="also robust accuracy at ten radii, from 0 to "
-        "where it reaches zero: curve.png, curve.csv")
+        "where FAB fools every image, or to 4 eps: curve.png, curve.csv")
     add("--transfer", action="store_true", help="also every network's MI-FGSM images on every "
         "other network")
     add("--diverse", action="store_true", help="with --transfer: DI and TI as well")
@@ -112,7 +114,7 @@ def get_args():
 
 def settle(args, device):
     """The flags, filled in. UserError: flags that contradict each other."""
-    asked = args.attacks or [one for one in QUICK if args.norm == "linf" or one not in IN_LINF]
+    asked = args.attacks or [one for one in QUICK if args.norm == "linf" or one not in LINF_ONLY]
     _check_norm(args, asked)
     if args.runs and (args.model_name or args.weights):
         raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
@@ -151,7 +153,7 @@ def _check_norm(args, asked):
     if args.eps is None:
         raise UserError(f"--norm {args.norm} without --eps: type the radius as well, as --norm l2 "
                         "--eps 0.5 for CIFAR-10")
-    for flag, given in (("--attacks " + " ".join(asked), set(asked) & set(IN_LINF)),
+    for flag, given in (("--attacks " + " ".join(asked), set(asked) & set(LINF_ONLY)),
                         ("--eps_curve", args.eps_curve), ("--transfer", args.transfer)):
         if given:
             raise UserError(f"{flag} --norm {args.norm}: is in Linf alone; leave one of them out")
@@ -186,9 +188,9 @@ def main(args):
     wanted = {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
         "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
+        "labels": uaps.digest(images.labels),
         "device": about["device"], "torch": about["torch"],
         **({"eps": networks[0].eps} if s.judged else {}),
-        **({"norm": s.norm} if s.norm != "linf" else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations},
         **made_with(s.from_images, networks)}
@@ -197,9 +199,8 @@ def main(args):
     ready = cache(lambda at: at_hand(
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
         team=team))
-    prepare_folders(networks, ready, s, team)
-    progress = Progress(team, folder / "partial.json", wanted | {
-        "commit": about["commit"], "labels": uaps.digest(images.labels)})
+    check_folders(networks, ready, s, team)
+    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})
     if s.overwrite:
         progress.clear()
     missing = [missing_cells(net, ready, perturbations, done, s, progress) for net in networks]

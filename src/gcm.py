@@ -213,8 +213,7 @@ def get_args():
     parser.shared("data_dir", "data_root", "labels", "classes", "num_images")
     add = parser.add_argument
     parser.shared("model_name", "weights", "geometry")
-    add("--image_size", type=at_least(8), help="side in pixels, for all networks; None: 224, or as "
-        "--geometry says; small images and networks trained here: their own")
+    add("--image_size", type=at_least(8), help="side; None: 224, --geometry's, of small images own")
     parser.shared("defense", "low", defense={"default": "gcm"})
     add("--w", type=at_least(0, float), default=1e20, help="of gcm")
     add("--epsilon", type=at_least(0, float), default=1e-8, help="of gcm")
@@ -223,17 +222,16 @@ def get_args():
     add("--attacks", nargs="+", choices=(*papers.GCM_COLUMNS, *MORE),
         default=list(papers.GCM_COLUMNS), help="columns")
     add("--eps", type=radius, help="Linf radius; None: 8/255, on digits and mnist 0.2")
-    add("--eps_l2", type=at_least(0, float), help="L2 radius; None: 255 eps at 224 pixels, "
-        "as much per pixel at other sizes")
-    add("--eps_l1", type=at_least(0, float), help="L1 radius; None: 51000 eps at 224 pixels, as "
-        "much per pixel at other sizes")
+    add("--eps_l2", type=at_least(0, float), help="L2 radius; None: 255 eps at 224 pixels, as much "
+        "per pixel at other sizes")
+    add("--eps_l1", type=at_least(0, float), help="L1 radius; None: 51000 eps, likewise")
     parser.shared("queries")
     add("--metric", choices=("attack_robustness", "robust_acc"),
-        default="attack_robustness", help="what the table shows; the files hold both")
+        default="attack_robustness", help="of the table; the files hold both")
     add("--audit", action="store_true", help="instead of the table: signs of gradient masking")
     add("--w_sweep", action="store_true", help="instead of the table: pgd_linf against w")
-    add("--stop_early", action="store_true", help="fooled images leave PGD: faster, and a stronger "
-        "attack than the published one, which judges the last step")
+    add("--stop_early", action="store_true", help="fooled images leave PGD: faster and stronger "
+        "than as published, where the last step counts")
     add("--amp", choices=("off", "bf16"), default="off", help="precision of the attackers' "
         "gradients; their images are measured in float32")
     parser.shared("batch_size", "seed", "device", "workers", "cache")
@@ -269,11 +267,12 @@ def main(args):
     s, images = team.in_turn(lambda: settle(args, team))
     folder = team.in_turn(lambda: run.RunFolder(args.save, lock=team.first))
     networks = open_networks(s, images, device)
-    about, listed = run.provenance(device), next(iter(networks.values())).images
+    about, first = run.provenance(device), next(iter(networks.values()))
     wanted = {
-        "script": "gcm.py", "data": str(s.data_dir), "n": len(listed), "seed": s.seed,
-        "images_sha256": listed.sha256(images.geometry), "stop_early": s.stop_early, "amp": s.amp,
-        "device": about["device"], "torch": about["torch"], **({"note": s.note} if s.note else {}),
+        "script": "gcm.py", "data": str(s.data_dir), "n": len(first.images), "seed": s.seed,
+        "images_sha256": first.images.sha256(images.geometry), "labels": first.labels_digest,
+        "stop_early": s.stop_early, "amp": s.amp, "device": about["device"], "torch":
+        about["torch"], **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
     settings, found = team.from_first(lambda: folder.load_cells(wanted))
     progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})

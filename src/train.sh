@@ -7,7 +7,8 @@
 #   MODEL="vgg16 resnet50" sh src/train.sh --target 3,5           a perturbation for each of the four
 set -eu
 DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder (docs/data.md)
-MODEL=${MODEL:-}         # surrogates, one run each; a,b: one run on both; empty: the data set's own
+MODEL=${MODEL:-}         # surrogates, a run each; a,b: a run on both; empty: the data set's own; names
+                         # with spaces in their paths: --model_name of train_sga.py
 PROCESSES=${PROCESSES:-} # that share the runs, or the surrogates of one; empty: one
 
 . "$(dirname "$0")/env.sh"

@@ -245,8 +245,8 @@ def get_args():
     add = parser.add_argument
     parser.shared("data_dir", "data_root", "labels", "classes", "num_images", num_images={
         "help": "training images, evenly over the classes; None: preset, 10000 on ImageNet"})
-    parser.shared("model_name", "weights", "defense", model_name={"help": "surrogate; a,b: one "
-        "perturbation on both, a b: one on each; None: the data set's preset"})
+    parser.shared("model_name", "weights", "defense", model_name={"help": "surrogates, as for "
+        "eval_uap.py; a,b: one run on both; a b: one on each; None: preset"})
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd", "adam"), default="sga", help="spgd: no inner "
@@ -266,11 +266,11 @@ def get_args():
     add("--minibatch", type=at_least(1), help="images of an inner step of sga; None: 10")
     add("--iter", type=at_least(1), help="K of sga: mean uses of an image per epoch; None: 4")
     add("--momentum", type=at_least(0, float), help="mu; None: 0 (the paper's), 0.9 with --augment")
-    add("--target", type=cli.numbers, default=[None], help="class index to steer all images to; "
-        "several, as 3,5: one perturbation each; None: untargeted")
+    add("--target", type=cli.numbers, help="class to steer all images to; 3,5: one run each")
     add("--augment", action=BooleanOptionalAction, help="ours, for few images: flip, scale, shift "
         "them; None: preset, no")
-    add("--save", "--uaps_save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
+    add("--save", "--uaps_save", type=Path, help="run folder, of several perturbations that of "
+        "their folders; None: runs/DATA_METHOD_MODEL")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="precision of the "
         "gradients; auto: the faster by timing; figures are float32 always")
     add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
@@ -285,8 +285,8 @@ def main(args):
     jobs = sga_team.jobs_of(team.in_turn(lambda: sga_run.plans(args)), team)
     ready = cache(lambda images: data.load(data.cached(images, args.cache, workers=args.workers),
                                            workers=args.workers, aloud=team.first))
-    for job in jobs:
-        s, one = job.s, sga_run.Run.opened(job, device)
+    for job, one in sga_run.open_runs(jobs, device):
+        s = job.s
         training = SgaTraining(s, job.models(device), ready(job.images),
                                run.make_generator(s.seed), device, job.team)
         one.begin(training)

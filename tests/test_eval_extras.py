@@ -168,13 +168,13 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
     s.from_images, s.save_images = [folder], None
     assert saved.made_with([folder], [net]) == {
         "saved: PGD (5) on a/b": "model a/b (toy) behind none, 1 draws, eps 0.06, seed 2"}
-    saved.prepare_folders([net], lambda _: images, s, Team())
+    saved.check_folders([net], lambda _: images, s, Team())
     (key, again), = saved.saved_cells(net, images, cells, s, Progress())
     assert key == "a/b | saved: PGD (5) on a/b" and again["after"] == right
     assert not list(saved.saved_cells(net, images, cells | {key: again}, s, Progress()))
     for other in (images.select(range(5)), replace(images, labels=images.labels.flip(0))):
         with pytest.raises(UserError, match="another list"):
-            saved.prepare_folders([net], lambda _, other=other: other, s, Team())
+            saved.check_folders([net], lambda _, other=other: other, s, Team())
 
 
 def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):

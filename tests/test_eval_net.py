@@ -336,6 +336,19 @@ def test_images_never_leave_early_where_the_network_is_random():
                 } == {not draws}
 
 
+@pytest.mark.parametrize("command", [
+    ("eval_net.py", "--model_name", "mlp", *FEW, "--attacks", "fgsm"),
+    ("gcm.py", "--model_name", "mlp", *FEW, "--attacks", "fgsm")], ids=lambda words: words[0])
+def test_a_table_of_other_labels_is_not_continued(run_here, refused, tmp_path, command):
+    assert run_here(*command, "--save", "out").returncode == 0
+    path = tmp_path / "out/results.json"
+    table = json.loads(path.read_text())
+    assert len(table["settings"]["labels"]) == 16
+    table["settings"]["labels"] = "0123456789abcdef"
+    path.write_text(json.dumps(table))
+    refused(run_here(*command, "--save", "out"), "made with labels 0123456789abcdef")
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 1.5), ("l1", 12.0)])
 def test_networks_are_attacked_in_other_norms(run_here, tmp_path, norm, eps):
     done = run_here("eval_net.py", "--model_name", "mlp", "--num_images", 20, "--norm", norm,
@@ -347,7 +360,7 @@ def test_networks_are_attacked_in_other_norms(run_here, tmp_path, norm, eps):
     model = load_model("mlp", kind="digits", data_dir="digits")
     x, y, chance = to_float(images.pixels), images.labels, chances(20, 0)
     for title, more in (("PGD-20", {"steps": 20}), ("CW-50", {"steps": 50, "loss": "margin"})):
-        cell = cells[f"mlp | {title}"]
+        cell = cells[f"mlp | {title} {norm.title()}"]
         who = torch.tensor(cell["before"]).nonzero()[:, 0]
         x_adv = attacks.pgd(model, x[who], y[who], eps=eps, norm=norm, stop_early=True,
                             generator=chance[who].fold(measure.ATTACK), **more)

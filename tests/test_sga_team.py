@@ -121,7 +121,7 @@ def test_one_process_makes_several_seeds_in_turn(run_here, tmp_path):
                     "--save", "out")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"seed4", "seed7"}
-    assert "seed 7 epoch   1/1" in done.stdout
+    assert "seed7 epoch   1/1" in done.stdout
     again = run_here("train_sga.py", "--model_name", "mlp", *TINY, "--epochs", 1, "--seed", "4,7,8",
                      "--save", "out", "--resume")
     assert again.returncode == 0, again.stderr
@@ -135,7 +135,11 @@ def test_one_command_makes_surrogates_and_targets_each_as_alone(run_here, tmp_pa
     assert done.returncode == 0, done.stderr
     assert {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.glob(
         "out/*/*/log.csv")} == {f"{name}/target{k}" for name in ("mlp", "cnn+mlp") for k in (3, 5)}
-    assert "cnn+mlp target 5 epoch   1/" in done.stdout
+    assert "cnn+mlp target5 epoch   1/" in done.stdout
+    late = run_here("train_sga.py", "--model_name", "cnn", "mlp", *TINY, "--loss", "feature",
+                    "--save", "late")
+    assert late.returncode == 2 and "mlp has no feature map" in late.stderr
+    assert not list(tmp_path.glob("late/*/checkpoint.pth"))
     alone = run_here("train_sga.py", "--model_name", "cnn,mlp", *flags, "--target", 5, "--save",
                      "alone")
     assert alone.returncode == 0, alone.stderr
@@ -146,8 +150,8 @@ def test_processes_share_the_perturbations_of_a_command():
     plans = [(settled(type("Args", (), {})(), seed=[0, 1], target=[3, 5], model_name=[name]),
               None, []) for name in "ab"]
     names = [name for rank in range(3) for name in (
-        " ".join(job.apart) for job in sga_team.jobs_of(plans, Team(rank, 3)))]
-    assert sorted(names) == [f"{name} target {target} seed {seed}" for name in "ab"
+        " ".join(job.apart.values()) for job in sga_team.jobs_of(plans, Team(rank, 3)))]
+    assert sorted(names) == [f"{name} target{target} seed{seed}" for name in "ab"
                              for target in (3, 5) for seed in (0, 1)]
 
 
@@ -195,17 +199,17 @@ def test_a_process_without_images_takes_part_all_the_same():
 
 
 @pytest.mark.parametrize(("names", "method", "defense", "size", "words"), [
-    (["a"], "sga", "none", 2, "2 processes for 1 surrogate"),
-    (["a", "b"], "sga", "none", 3, "3 processes for 2 surrogate"),
-    (["a", "b"], "spgd", "none", 3, "3 processes for 2 surrogate"),
+    (["a"], "sga", "none", 2, "2 processes for one perturbation on 1 surrogate"),
+    (["a", "b"], "sga", "none", 3, "3 processes for one perturbation on 2 surrogate"),
+    (["a", "b"], "spgd", "none", 3, "3 processes for one perturbation on 2 surrogate"),
     (["a", "b"], "sga", "gcm+resizepad", 2, "--defense gcm\\+resizepad in 2 processes")])
 def test_what_processes_cannot_share_is_refused(names, method, defense, size, words):
-    s = settled(type("Args", (), {})(), seed=[3], target=[None], model_name=names, method=method,
+    s = settled(type("Args", (), {})(), seed=[3], target=None, model_name=names, method=method,
                 defense=defense)
     with pytest.raises(UserError, match=words):
         sga_team.jobs_of([(s, None, [])], Team(0, size))
     job, = sga_team.jobs_of([(s, None, [])], Team())
-    assert job.s.seed == 3 and job.s.target is None and job.team.size == 1 and job.apart == []
+    assert job.s.seed == 3 and job.s.target is None and job.team.size == 1 and job.apart == {}
 
 
 @pytest.mark.parametrize("text", ["1,1", "-1", "a", "", "0,99999999999999999999"])

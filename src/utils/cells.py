@@ -9,8 +9,9 @@ every batch holds the same images and draws the same numbers whatever the number
 their results are added in the order of the batches: the sums are the same, to the last bit. The
 processes work in rounds. After a round every process has the results of all of them, and the first
 one saves the sum so far, from which the same command goes on, also with another number of processes
-or another batch size: networks round differently then, and nothing else changes. That also holds
-where memory runs out, in an attack too: from there on the pass works on halves of its batches.
+or another batch size: networks round differently then, and nothing else changes. Where memory runs
+out, also in an attack, the rest of the pass works on smaller parts of its batches, which again
+changes no more than rounding.
 """
 
 import hashlib

@@ -17,6 +17,7 @@ from utils.halving import Halving
 from utils.measure import times_right_on
 from utils.models import targets_of
 from utils.precision import Fast
+from utils.uaps import digest
 
 
 @dataclass(eq=False)
@@ -87,6 +88,10 @@ class Network:
             self.behind(defense, w), self.model, self.images, self.chance, self.s.batch_size,
             self.device, workers=self.s.workers, progress=progress,
             cell=self.cell_of("twin", defense, w))
+
+    @property
+    def labels_digest(self):
+        return digest(self.images.labels)
 
     def cell_of(self, what, defense, w):
         """Of a pass over the clean images: what it depends on besides the settings of all cells."""

@@ -71,7 +71,7 @@ def stated(networks, settings, n, cells, s):
         "under attack": "robust_acc, right before and still right after",
         "s": "seconds of computing in the attacks of the line"} if s.attacks else {}
     attacks = {f"{s.norm.title()} eps": eps_text(settings["eps"], s.norm),
-               **attacks} if s.judged else {}
+               **attacks} if s.attacks or s.eps_curve or s.transfer else {}
     if s.save_images:
         attacks["8 bit"] = "the same images rounded to 8 bit inside the ball, saved, and read again"
     return {
@@ -224,7 +224,8 @@ def as_in_the_paper(net):
     return ("replays" in facts and facts["kind"] == "cifar10"
             and facts["model_name"] == "wrn_32_10" and facts["weight_steps"] == 80_000
             and all(isclose(eps, 8 / 255) for eps in (
-                facts["eps"], *(cell.get("eps", 0) for cell in net.attacks.values()))))
+                facts["eps"], *(cell.get("eps", 0) for cell in net.attacks.values())))
+            and all(cell.get("norm", "linf") == "linf" for cell in net.attacks.values()))
 
 
 def robustness_table(folder):

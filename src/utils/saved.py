@@ -164,7 +164,7 @@ def _is_whole(folder):
         return False
 
 
-def prepare_folders(networks, ready, s, team):
+def check_folders(networks, ready, s, team):
     """Before any attack. UserError if --from_images are of another list, or if a folder of
     --save_images holds other images than those of this command; with --overwrite what these
     folders hold is removed.
@@ -176,6 +176,9 @@ def prepare_folders(networks, ready, s, team):
     lists = [ready(net.target.geometry) for net in networks]
     keeps = [Kept(net, attack, images, s) for net, images in zip(networks, lists, strict=True)
              for attack in net.attacks(s).values()] if s.save_images else []
+    if len({keep.folder for keep in keeps}) < len(keeps):
+        raise UserError("--save_images: two of these networks or attacks would share a folder; "
+                        "type two commands, with another DIR")
 
     def made():
         for folder in s.from_images or []:

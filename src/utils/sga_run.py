@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from utils import draw
-from utils.attack.universal import COMPARING
+from utils.attack.universal import COMPARING, layers_of
 from utils.data import NAMED, PRESETS, opened
 from utils.errors import UserError
 from utils.measure import share
@@ -78,7 +78,7 @@ def settle(args):
 
 def _check(s, kind, classes):
     """UserError for flags that cannot work together."""
-    for target in [target for target in s.target if target is not None]:
+    for target in s.target or ():
         if target >= classes:
             raise UserError(f"--target {target}: {kind} has classes 0 to {classes - 1}")
         if s.loss in COMPARING:
@@ -136,9 +136,8 @@ class Run:
         """The run of a Job of sga_team.py; --save holds a folder for each of several."""
         s, images, team = job.s, job.images, job.team
         name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
-        apart = [word.replace(" ", "") for word in job.apart]
-        path = s.save.joinpath(*apart) if s.save else Path("runs", f"{data}_{name}", *(
-            word for word in apart if word.startswith("seed")))
+        path = s.save.joinpath(*job.apart.values()) if s.save else Path(
+            "runs", f"{data}_{name}", job.apart.get("seed", ""))
         folder = team.in_turn(lambda: RunFolder(path, lock=team.first))
         digest = images.sha256()[:16]
         flags = result_flags(s, "preset", device=device.type, weights=s.weights_are,
@@ -146,7 +145,7 @@ class Run:
                              **({"processes": team.size} if team.size > 1 else {}))
         saved = team.from_first(lambda: folder.load_checkpoint(
             flags, resume=s.resume, overwrite=s.overwrite, grows=True))
-        return cls(name, folder, flags, saved, " ".join([*job.apart, "epoch"]),
+        return cls(name, folder, flags, saved, " ".join([*job.apart.values(), "epoch"]),
                    f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
                    f"{digest}; surrogate {', '.join(s.model_name)}")
 
@@ -165,6 +164,16 @@ class Run:
         say(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
             f"--amp {training.amp} --layout {training.layout}); fooling_ratio of each epoch: "
             f"n={len(training.watched)} of these images, in that precision")
+
+
+def open_runs(jobs, device):
+    """[(Job, its Run)] of a command; what can be refused is, before the first one is made."""
+    runs = [(job, Run.opened(job, device)) for job in jobs]
+    for job in jobs if len(jobs) > 1 else ():
+        size = job.s.image_size
+        layers_of(job.models(device), job.s, torch.zeros((1, job.images.channels, size, size),
+                                                         device=device))
+    return runs
 
 
 # ------------------------------------------------------------------------ figures, files

@@ -10,6 +10,7 @@ random numbers; gradients are gathered and added by each, in the order of one pr
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -26,11 +27,13 @@ BLOCK = 50  # images that are classified at a time
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A perturbation to be made. apart: what sets it apart from the others of the command."""
+    """A perturbation to be made. apart {flag: name of a folder}: what sets it apart from the others
+    of the command.
+    """
     s: SimpleNamespace  # with one seed and one target, or None
     images: Images      # names only
     surrogates: list    # Targets
-    apart: list
+    apart: dict
     team: Team
 
     def models(self, device):
@@ -43,10 +46,14 @@ def jobs_of(plans, team):
     """[Job] of this process: for each plan (settings, images, surrogates) its targets, and for each
     target its seeds. UserError: nothing to share.
     """
-    jobs = [Job(settled(s, target=target, seed=seed), images, surrogates, [
-        *["+".join(map(label_of, s.model_name))][:len(plans) > 1],
-        *[f"target {target}"][:len(s.target) > 1], *[f"seed {seed}"][:len(s.seed) > 1]], Team())
-        for s, images, surrogates in plans for target in s.target for seed in s.seed]
+    jobs = []
+    for s, images, surrogates in plans:
+        for target, seed in product(s.target or [None], s.seed):
+            apart = {"model_name": ("+".join(map(label_of, s.model_name)), len(plans) > 1),
+                     "target": (f"target{target}", len(s.target or ()) > 1),
+                     "seed": (f"seed{seed}", len(s.seed) > 1)}
+            jobs.append(Job(settled(s, target=target, seed=seed), images, surrogates, {
+                flag: name for flag, (name, several) in apart.items() if several}, Team()))
     if len(jobs) > 1:
         return jobs[team.rank::team.size]
     s = jobs[0].s
@@ -54,9 +61,9 @@ def jobs_of(plans, team):
         raise UserError(f"--defense {s.defense} in {team.size} processes: its draws follow one "
                         "another; start one process, or several seeds: --seed 0,1")
     if team.size > max(1, len(s.model_name)) and (len(s.model_name) > 1 or s.method == "sga"):
-        raise UserError(f"{team.size} processes for {len(s.model_name)} surrogate(s) and one seed: "
-                        "the inner steps of SGA follow one another; start a process for each "
-                        "surrogate, or type several seeds: --seed 0,1")
+        raise UserError(f"{team.size} processes for one perturbation on {len(s.model_name)} "
+                        "surrogate(s): the inner steps of SGA follow one another; start at most a "
+                        "process for each surrogate, or make several perturbations: --seed 0,1")
     return [replace(jobs[0], team=team)]
 
 

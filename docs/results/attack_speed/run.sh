@@ -1,5 +1,5 @@
 #!/bin/sh
-# Speed of our attacks and of those of four other libraries, on the same network in the same
+# Speed of our attacks and of those of five other libraries, on the same network in the same
 # precision and memory layout, and on the network as it is loaded. Needs requirements-dev.txt;
 # nothing else may run on the machine meanwhile.
 #   sh docs/results/attack_speed/run.sh        from the root of the repository

@@ -168,14 +168,14 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     return result
 
 
-def autoattack_title(classes, draws=0):
+def autoattack_title(classes, draws=0, norm="linf"):
     """'AutoAttack', with its parts where few classes change them; or 'AutoAttack rand (EOT of 20)'.
 
     draws: of a random model's own eot, 1 without one; 0: the model is not random.
     """
     if draws:
         return f"AutoAttack rand (EOT of {draws * _times(draws)})"
-    parts = " + ".join(_parts(classes, "linf", 0, "standard"))
+    parts = " + ".join(_parts(classes, norm, 0, "standard"))
     return "AutoAttack" + (f": {parts}" if "(" in parts else "")
 
 
