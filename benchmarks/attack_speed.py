@@ -302,11 +302,13 @@ def main(args):
             "eps", "alpha", "steps", "queries", "binary_steps", "cw_steps", "batch_size", "turns",
             "seed", "installed")},
         **provenance(device)}
-    note = (f"{about['data']}; weights {', '.join(map(': '.join, about['weights'].items()))}; eps "
-            f"{args.eps['linf'] * 255:g}/255 and L2 {args.eps['l2']:g}, PGD and MIM {args.steps} steps "
-            f"of {args.alpha['linf'] * 255:g}/255 and {args.alpha['l2']:g}, PGD from a random start, "
-            f"C&W {args.binary_steps} x {args.cw_steps}, APGD {args.steps} steps, Square "
-            f"{args.queries} queries; median of {args.turns} turns; {about['device']}, torch {about['torch']}, commit {about['commit']}")
+    weights = ", ".join(map(": ".join, about["weights"].items()))
+    note = (f"{about['data']}; weights {weights}; eps {args.eps['linf'] * 255:g}/255 and L2 "
+            f"{args.eps['l2']:g}, PGD and MIM {args.steps} steps of {args.alpha['linf'] * 255:g}/255"
+            f" and {args.alpha['l2']:g}, PGD from a random start, C&W {args.binary_steps} x "
+            f"{args.cw_steps}, APGD {args.steps} steps, Square {args.queries} queries; median of "
+            f"{args.turns} turns; {about['device']}, torch {about['torch']}, commit "
+            f"{about['commit']}")
     show(*table(rows), note, args.results, about=about, rows=rows)
 
 
