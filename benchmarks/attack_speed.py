@@ -303,9 +303,10 @@ def main(args):
             "seed", "installed")},
         **provenance(device)}
     weights = ", ".join(map(": ".join, about["weights"].items()))
-    note = (f"{about['data']}; weights {weights}; eps {args.eps['linf'] * 255:g}/255 and L2 "
-            f"{args.eps['l2']:g}, PGD and MIM {args.steps} steps of {args.alpha['linf'] * 255:g}/255"
-            f" and {args.alpha['l2']:g}, PGD from a random start, C&W {args.binary_steps} x "
+    eps, alpha = (f"{255 * one['linf']:g}/255 and L2 {one['l2']:g}"
+                  for one in (args.eps, args.alpha))
+    note = (f"{about['data']}; weights {weights}; eps {eps}, PGD and MIM {args.steps} "
+            f"steps of {alpha}, PGD from a random start, C&W {args.binary_steps} x "
             f"{args.cw_steps}, APGD {args.steps} steps, Square {args.queries} queries; median of "
             f"{args.turns} turns; {about['device']}, torch {about['torch']}, commit "
             f"{about['commit']}")

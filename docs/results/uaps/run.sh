@@ -5,6 +5,7 @@
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+CIFAR=${CIFAR:-cifar10}          # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uaps}
 
@@ -42,13 +43,21 @@ photographs squeezenet1_1_transfer squeezenet1_1 --preset transfer --epochs 4
 photographs mobilenet_v2_transfer mobilenet_v2 --preset transfer --epochs 4
 photographs squeezenet1_0_cosine squeezenet1_0 --preset transfer --loss cosine --epochs 4
 photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images --batch_size 50 --epochs 4
+photographs squeezenet1_0_sga squeezenet1_0 --batch_size 50 --epochs 4
+photographs squeezenet1_0_to_8 squeezenet1_0 --augment --loss logit --batch_size 50 --epochs 4 \
+    --target 8
+photographs ensemble_transfer squeezenet1_0,mobilenet_v2 --preset transfer --epochs 2
 run digits_sga --data_dir digits
 run digits_to_8 --data_dir digits --target 8
-for kind in photographs digits; do
+run digits_transfer --data_dir digits --model_name vgg_small --preset transfer
+run cifar10_sga --data_dir "$CIFAR" --model_name cnn_bn --num_images 2000
+run cifar10_transfer --data_dir "$CIFAR" --model_name cnn_bn --num_images 2000 --preset transfer
+for kind in photographs digits cifar10; do
     case $kind in
     photographs) set -- --data_dir "$SAMPLE/val" --weights "$WEIGHTS" \
         --model_name squeezenet1_0 squeezenet1_1 mobilenet_v2 ;;
     digits) set -- --data_dir digits ;;
+    cifar10) set -- --data_dir "$CIFAR" --model_name cnn_bn cnn --num_images 1000 ;;
     esac
     "$PYTHON" src/eval_uap.py --uaps imgs/uaps --save "$RUNS/eval/$kind" "$@"
 done

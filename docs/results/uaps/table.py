@@ -29,7 +29,7 @@ def rows(results):
 
 
 if __name__ == "__main__":
-    for kind, name in (("photographs", "results"), ("digits", "digits")):
+    for kind, name in (("photographs", "results"), ("digits", "digits"), ("cifar10", "cifar10")):
         results = json.loads((Path(sys.argv[1]) / kind / "results.json").read_text())
         head, *body = rows(results)
         with open(HERE / f"{name}.csv", "w", newline="") as file:
