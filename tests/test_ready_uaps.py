@@ -16,7 +16,7 @@ FACTS = {"name", "scale", "shape", "kind", "method", "model_name", "eps", "alpha
 
 
 def test_each_has_its_facts():
-    assert len(READY) >= 7
+    assert len(READY) >= 10
     assert {path.with_suffix("") for path in READY} == {
         path.with_suffix("") for path in (ROOT / "imgs" / "uaps").glob("*.json")}
 

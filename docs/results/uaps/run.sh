@@ -43,7 +43,6 @@ photographs squeezenet1_1_transfer squeezenet1_1 --preset transfer --epochs 4
 photographs mobilenet_v2_transfer mobilenet_v2 --preset transfer --epochs 4
 photographs squeezenet1_0_cosine squeezenet1_0 --preset transfer --loss cosine --epochs 4
 photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images --batch_size 50 --epochs 4
-photographs squeezenet1_0_sga squeezenet1_0 --batch_size 50 --epochs 4
 photographs squeezenet1_0_to_8 squeezenet1_0 --augment --loss logit --batch_size 50 --epochs 4 \
     --target 8
 photographs ensemble_transfer squeezenet1_0,mobilenet_v2 --preset transfer --epochs 2
