@@ -29,7 +29,7 @@ def test_a_ready_perturbation_is_what_its_facts_say(path):
     assert list(uap.delta.shape) == facts["shape"] and facts["scale"] == 1
     assert uap.largest == pytest.approx(255 * facts["eps"], abs=1e-3)  # all of eps, and no more
     assert rounded(uap.delta) is None  # on the grid k/255: nothing is lost in a PNG
-    assert uap.delta.unique().numel() > 3 and uap.delta.isfinite().all()
+    assert uap.delta.unique().numel() > 1 and uap.delta.isfinite().all()
     for found in facts["on_training_images"].values():
         assert found["fooling_ratio"]["n"] == facts["num_images"] - len(facts["skipped"])
 
