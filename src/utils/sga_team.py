@@ -11,7 +11,6 @@ random numbers; gradients are gathered and added by each, in the order of one pr
 
 from dataclasses import dataclass, replace
 from itertools import product
-from types import SimpleNamespace
 
 import torch
 
@@ -30,7 +29,7 @@ class Job:
     """A perturbation to be made. apart {flag: name of a folder}: what sets it apart from the others
     of the command.
     """
-    s: SimpleNamespace  # with one seed and one target, or None
+    s: object           # settings, with one seed and one target or None
     images: Images      # names only
     surrogates: list    # Targets
     apart: dict
