@@ -748,7 +748,7 @@ def test_the_choices_of_a_norm_are_one_object():
     assert torch.equal(attacks.pgd(model, x, y, norm=norm, step="sparse", **same), attacks.pgd(
         model, x, y, norm="l1", step="sparse", projection="rescale", **same))
     with pytest.raises(TypeError, match=r"pgd\(\) got an unexpected keyword argument 'stepp'"):
-        attacks.pgd(model, x, y, stepp="dense", **same)
+        attacks.pgd(model, x, y, norm="l1", stepp="dense", **same)
 
 
 @pytest.mark.parametrize(("classes", "name", "loss"), [

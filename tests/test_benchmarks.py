@@ -201,12 +201,12 @@ def test_every_library_attacks_the_same_three_forms_of_the_network(monkeypatch):
         assert (network is model) == ((precision, layout) == ("float32", "contiguous"))
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd_linf", "pgd_l2", "cw_l2"])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd_linf", "pgd_l2", "mim", "cw_l2", "apgd", "square"])
 def test_every_library_takes_colour_images_in_channels_last_order(attack):
     import attack_speed
 
     from attack_others import ALPHA, EPS, installed
-    args = Namespace(eps=EPS, alpha=ALPHA, steps=2, binary_steps=1, cw_steps=2,
+    args = Namespace(eps=EPS, alpha=ALPHA, steps=2, binary_steps=1, cw_steps=2, queries=2,
                      installed=installed())
     model = models.load_model("resnet_small", weights="random", kind="cifar10", data_dir="cifar10")
     x = pictures(2, shape=(3, 32, 32)).contiguous(memory_format=torch.channels_last)
