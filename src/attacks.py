@@ -334,7 +334,7 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
     found, norm2 = x.clone(), torch.full_like(c, math.inf)
     who, space = torch.arange(len(x), device=x.device), _Tanh(x)
     w, m, v = space.start.clone(), torch.zeros_like(x), torch.zeros_like(x)
-    best, best_then, patience = norm2.clone(), norm2.clone(), max(steps // 10, 10)
+    best, best_then, every = norm2.clone(), norm2.clone(), max(steps // 10, 10)
     hit_at, end_at = torch.zeros_like(who), torch.zeros_like(who)  # the last step fooled, taken
 
     def shortfall(logits, y):  # climbed: 0 where the image is adversarial by the confidence
@@ -355,7 +355,7 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
             good = good[fooled & (gap_there >= confidence)]
         found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
         best = torch.minimum(best, size2 - c * gap)
-        if abort_early and t % patience == 0:
+        if abort_early and t % every == 0:
             left = (best < best_then - 1e-4 * best.abs()).nonzero()[:, 0]
             best_then = best
             if len(left) < len(who):
@@ -367,4 +367,4 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         g = (2 * delta - column(c, x) * g) * slope
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         w = space.hold(w - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8))
-    return found, norm2, norm2.isfinite() & (hit_at > end_at - patience)
+    return found, norm2, norm2.isfinite() & (hit_at > end_at - every)

@@ -169,7 +169,8 @@ class Run:
 def open_runs(jobs, device):
     """[(Job, its Run)] of a command; what can be refused is, before the first one is made."""
     runs = [(job, Run.opened(job, device)) for job in jobs]
-    for job in jobs if len(jobs) > 1 else ():
+    several = {id(job.surrogates): job for job in jobs}.values() if len(jobs) > 1 else ()
+    for job in several:  # once for all seeds and targets: weights, and the layer that is compared
         size = job.s.image_size
         layers_of(job.models(device), job.s, torch.zeros((1, job.images.channels, size, size),
                                                          device=device))
