@@ -27,4 +27,5 @@ train fast --method fast --lr 0.03
 "$PYTHON" src/eval_net.py --runs "$RUNS/natural" "$RUNS/free2" "$RUNS/free4" \
     "$RUNS/free8_ball_0" "$RUNS/free8_ball_1" "$RUNS/free8_ball_2" \
     "$RUNS/free8_box_0" "$RUNS/free8_box_1" "$RUNS/free8_box_2" \
-    "$RUNS/free8_alpha" "$RUNS/pgd" "$RUNS/fast" --num_images 300 --save "$RUNS"
+    "$RUNS/free8_alpha" "$RUNS/pgd" "$RUNS/fast" --num_images 300 --save "$RUNS" \
+    --attacks fgsm pgd20 pgd50x10 cw50 autoattack
