@@ -58,6 +58,7 @@ from utils.attack.balls import (
 )
 from utils.attack.chance import Chance, chance_of
 from utils.attack.core import (
+    Rows,
     Tally,
     ascend,
     attack,
@@ -143,7 +144,7 @@ def _climb(model, x, y, x_adv, who, *, steps, alpha, direction, into_ball, loss,
                 x, y, x_adv, g, who, row = (t[left] for t in (x, y, x_adv, g, who, row))
                 if not len(row):
                     break
-        x_adv = into_ball(x_adv + alpha * direction(g, who, x_adv), x)
+        x_adv = into_ball(torch.add(x_adv, direction(g, who, x_adv), alpha=alpha), x)
     return _put(result, row, x_adv)
 
 
@@ -272,34 +273,47 @@ def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=Tru
 SQUEEZE = 0.1  # pixels at 0 and 1 start this far inside the range of tanh, where it is not flat
 
 
-class _Tanh:
+@dataclass
+class _Tanh(Rows):
     """x' (n, ...) in [0, 1] as a function of an unbounded w, with x'(start) = x.
 
     u = (tanh(w) + 1) / 2 starts at u0, which is x squeezed into the open interval; [0, u0] is
     stretched to [0, x] and [u0, 1] to [x, 1]. In the paper x' starts near x, and black pixels
-    hardly move because tanh is flat there.
+    hardly move because tanh is flat there. Pixels at 0 or 1 keep w on the side where x' moves.
     """
+    x: torch.Tensor
+    t0: torch.Tensor        # tanh(start)
+    upwards: torch.Tensor   # the largest tanh(w) that is not above the start
+    above: torch.Tensor     # dx'/dtanh(w) there
+    below: torch.Tensor
+    low: torch.Tensor       # where w may be
+    high: torch.Tensor
 
-    def __init__(self, x):
-        self.x, self.u0 = x, x * (1 - SQUEEZE) + SQUEEZE / 2
-        self.start = torch.atanh(2 * self.u0 - 1)
+    @classmethod
+    def around(cls, x):
+        """The function and its start."""
+        u0 = x * (1 - SQUEEZE) + SQUEEZE / 2
+        start = torch.atanh(2 * u0 - 1)
+        t0, free = start.tanh(), torch.full_like(x, math.inf)
+        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # a pixel at its start has a side
+        return cls(x, t0, upwards, (1 - x) / (1 - u0) / 2, x / u0 / 2,
+                   torch.where(x == 0, start, -free), torch.where(x == 1, start, free)), start
 
     def __call__(self, w):
-        """x'(w) and dx'/dw."""
-        u = (w.tanh() + 1) / 2
-        up = (w > self.start) | ((w == self.start) & (self.x < 0.5))
-        slope = torch.where(up, (1 - self.x) / (1 - self.u0), self.x / self.u0)
-        return (self.x + (u - self.u0) * slope).clamp_(0, 1), slope * 2 * u * (1 - u)
+        """x'(w), and tanh(w) and dx'/dtanh(w), of which `back` makes dx'/dw."""
+        t = w.tanh()
+        slope = torch.where(t > self.upwards, self.above, self.below)
+        return (t - self.t0).mul_(slope).add_(self.x).clamp_(0, 1), t, slope
+
+    @staticmethod
+    def back(g, t, slope):
+        """The gradient at w, of g at x'. It overwrites its arguments."""
+        g.mul_(slope)
+        return g.addcmul_(g, t.square_(), value=-1)
 
     def hold(self, w):
-        """w, but not beyond the start of pixels at 0 or 1, where x' would have no slope."""
-        w = torch.where(self.x == 0, torch.maximum(w, self.start), w)
-        return torch.where(self.x == 1, torch.minimum(w, self.start), w)
-
-    def __getitem__(self, left):
-        part = object.__new__(_Tanh)
-        part.x, part.u0, part.start = self.x[left], self.u0[left], self.start[left]
-        return part
+        """w, in place, but not beyond the start of pixels at 0 or 1, where x' has no slope."""
+        return w.clamp_(self.low, self.high)
 
 
 @attack
@@ -332,8 +346,8 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
 def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
     """With one c (N,): the best images (N, ...), their squared norms (N,), whether c succeeded."""
     found, norm2 = x.clone(), torch.full_like(c, math.inf)
-    who, space = torch.arange(len(x), device=x.device), _Tanh(x)
-    w, m, v = space.start.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    who, (space, w) = torch.arange(len(x), device=x.device), _Tanh.around(x)
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
     best, best_then, every = norm2.clone(), norm2.clone(), max(steps // 10, 10)
     hit_at, end_at = torch.zeros_like(who), torch.zeros_like(who)  # the last step fooled, taken
 
@@ -341,13 +355,13 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         gap = -margin(logits, y) if targeted else margin(logits, y)
         return gap.clamp(max=confidence)
 
-    for t in range(1, steps + 1):
-        x_adv, slope = space(w)
+    for step in range(1, steps + 1):
+        x_adv, t, slope = space(w)
         logits, gap, g = gradient(model, x_adv, y, shortfall, tally, who)
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
         hit = is_fooled(logits, y, targeted) & (gap >= confidence)
-        hit_at[who], end_at[who] = torch.where(hit, t, hit_at[who]), torch.full_like(who, t)
+        hit_at[who], end_at[who] = torch.where(hit, step, hit_at[who]), torch.full_like(who, step)
         good = (hit & (size2 < norm2[who])).nonzero()[:, 0]
         if judge is not None and len(good):
             gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted,
@@ -355,16 +369,19 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
             good = good[fooled & (gap_there >= confidence)]
         found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
         best = torch.minimum(best, size2 - c * gap)
-        if abort_early and t % every == 0:
+        if abort_early and step % every == 0:
             left = (best < best_then - 1e-4 * best.abs()).nonzero()[:, 0]
             best_then = best
             if len(left) < len(who):
-                y, c, w, m, v, g, slope, delta, who, best, best_then, space = (
-                    part[left] for part in (y, c, w, m, v, g, slope, delta, who, best, best_then,
-                                            space))
+                y, c, w, m, v, g, t, slope, delta, who, best, best_then = (
+                    part[left] for part in (y, c, w, m, v, g, t, slope, delta, who, best,
+                                            best_then))
+                space = space.select(left)
                 if not len(who):
                     break
-        g = (2 * delta - column(c, x) * g) * slope
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        w = space.hold(w - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8))
+        g = space.back(delta.mul_(2).addcmul_(column(c, x), g, value=-1), t, slope)
+        m.mul_(0.9).add_(g, alpha=0.1)  # in place: half of the time would go into new memory
+        v.mul_(0.999).addcmul_(g, g, value=0.001)
+        size = v.div(1 - 0.999 ** step).sqrt_().add_(1e-8)
+        w = space.hold(w.addcdiv_(m, size, value=-lr / (1 - 0.9 ** step)))
     return found, norm2, norm2.isfinite() & (hit_at > end_at - every)

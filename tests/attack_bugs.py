@@ -124,10 +124,10 @@ NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_compa
 
 BUGS = [
     Bug("a step down the loss", ATTACKS,
-        "x_adv = into_ball(x_adv + alpha", "x_adv = into_ball(x_adv - alpha",
+        "direction(g, who, x_adv), alpha=alpha)", "direction(g, who, x_adv), alpha=-alpha)",
         (form(f"{OPTIMUM}[bim-inside the box]"),)),
     Bug("no clamp to the box", BALLS,
-        "how)\n    return (x + delta).clamp_(0, 1)", "how)\n    return x + delta",
+        "how)\n    return delta.add_(x).clamp_(0, 1)", "how)\n    return delta.add_(x)",
         (rule(f"{BALL}[float32-bim]"),)),
     Bug("projection around the last iterate instead of the image", ATTACKS,
         "nearest(z, x, eps, norm.name, norm.p", "nearest(z, z, eps, norm.name, norm.p",

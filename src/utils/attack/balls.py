@@ -29,7 +29,7 @@ def norm_of(delta, norm):
     """
     dims = tuple(range(1, delta.dim()))
     if norm == "linf":
-        return delta.abs().amax(dims)
+        return torch.maximum(delta.amax(dims), -delta.amin(dims))
     return delta.abs().sum(dims) if norm == "l1" else delta.square().sum(dims).sqrt()
 
 
@@ -88,8 +88,8 @@ def project(delta, x, eps, norm, how="exact"):
 def nearest(x_adv, x, eps, norm, how="exact"):
     """The same for images: the allowed image nearest to x_adv, in [0, 1] to the last bit."""
     delta = x_adv - x
-    delta = delta.clamp(-eps, eps) if norm == "linf" else project(delta, x, eps, norm, how)
-    return (x + delta).clamp_(0, 1)
+    delta = delta.clamp_(-eps, eps) if norm == "linf" else project(delta, x, eps, norm, how)
+    return delta.add_(x).clamp_(0, 1)
 
 
 def _scale_l2(size, room, eps, outside):
