@@ -23,12 +23,11 @@ from statistics import fmean
 import torch
 
 from utils import cli, data, defenses, halving, precision, run, sga_run, sga_team
-from utils.attack import universal
+from utils.attack import maximin, universal
 from utils.attack.balls import cut
 from utils.attack.chance import chance_of
 from utils.attack.universal import draw_maps, make_loss, warp
 from utils.cli import at_least, radius
-from utils.errors import UserError
 from utils.graphs import Graphed
 from utils.loop import Trainer, loop
 from utils.team import Team, join_team
@@ -123,8 +122,9 @@ class SgaTraining(Trainer):
 
     def __init__(self, s, models, images, generator, device, team=ALONE):
         parts = torch.arange(len(images)).split(s.batch_size)
-        self.batches, self.moments = len(parts), 1 + (s.method == "adam")
-        self.uses = [len(d) for part in parts for d in index_draws(s, len(part), torch.Generator())]
+        self.batches, self.moments = len(parts), 1 + (s.method in universal.ADAMS)
+        self.uses = [len(d) * (maximin.GRADIENTS if s.method == "dm" else 1) for part in parts
+                     for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
         self.behind = cache(lambda model: defenses.defend(  # which keeps how many images fit
@@ -175,10 +175,9 @@ class SgaTraining(Trainer):
 
     def compared(self, x, index):
         """y of each model: labels, or clean outputs, None where each step has other images."""
-        s = self.s
-        if s.loss not in universal.COMPARING:
+        if self.s.loss not in universal.COMPARING:
             return self.labels[:, index].to(self.device)
-        if s.augment or defenses.is_random(s.defense):
+        if self.s.augment or defenses.is_random(self.s.defense):
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
             return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
@@ -196,7 +195,7 @@ class SgaTraining(Trainer):
     @property
     def step(self):
         """The outer step that comes next."""
-        if self.s.method != "adam":
+        if self.s.method not in universal.ADAMS:
             return partial(update, mu=self.s.momentum)
         return partial(universal.adam_step, step=1 + self.at + self.batches * len(self.rows))
 
@@ -205,6 +204,9 @@ class SgaTraining(Trainer):
         s, self.sums = self.s, torch.zeros((), device=self.device)
         aggregate = sga_gradient if s.method == "sga" else partial(
             spgd_gradient, team=ALONE if len(self.models) > 1 else self.team)
+        if s.method == "dm":
+            share = (1 + len(self.rows)) / s.epochs
+            aggregate = partial(maximin.maximin_gradient, aggregate, self.attacked[0], share)
         self.delta, self.v = (precision.to_layout(t.to(self.device), self.layout)
                               for t in (self.delta, self.v))
         order = torch.randperm(len(self.pixels), generator=self.generator).split(s.batch_size)
@@ -233,9 +235,7 @@ class SgaTraining(Trainer):
         self.delta, self.v = (state[name].view((k, *self.pixels.shape[1:]))
                               for name, k in (("delta", 1), ("v", self.moments)))
         self.labels, self.amp, self.layout = state["labels"], *(str(state[k]) for k in HELD[3:])
-        if (was := self.labels.shape[1]) != (now := len(self.images)):
-            raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
-                            "missing ones back or start again (--overwrite)")
+        sga_run.check_images(self.labels.shape[1], len(self.images))
 
 
 # --------------------------------------------------------------------- the command
@@ -249,8 +249,8 @@ def get_args():
         "eval_uap.py; a,b: one run on both; a b: one on each; None: preset"})
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
-    add("--method", choices=("sga", "spgd", "adam"), default="sga", help="spgd: no inner "
-        "pre-search; adam: nor a sign, a step of Adam, as FG-UAP")
+    add("--method", choices=("sga", "spgd", *universal.ADAMS), default="sga", help="spgd: no inner "
+        "pre-search; adam: nor a sign, as FG-UAP; dm: with DM-UAP's surer weights and images too")
     add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
         "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
@@ -259,8 +259,8 @@ def get_args():
         "or one for each; None: found by a dry run, the last feature map before pooling")
     add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: preset, 10/255 on ImageNet")
-    add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet; of "
-        "--method adam: its rate; None: 0.51 eps, FG-UAP's")
+    add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet; of adam "
+        "and dm the rate; None: 0.51 and 2.55 eps, as published")
     add("--epochs", type=at_least(1), default=20, help="passes over the images")
     add("--batch_size", type=at_least(1), help="images of an outer step; None: preset, 250")
     add("--minibatch", type=at_least(1), help="images of an inner step of sga; None: 10")
@@ -273,8 +273,8 @@ def get_args():
         "their folders; None: runs/DATA_METHOD_MODEL")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="precision of the "
         "gradients; auto: the faster by timing; figures are float32 always")
-    add("--layout", choices=("auto", "contiguous", "channels_last"), default="auto",
-        help="memory order of the images; auto: the faster by timing")
+    add("--layout", choices=("auto", *precision.LAYOUTS), default="auto", help="memory order of "
+        "the images; auto: the faster by timing")
     parser.shared(*cli.TRAINING, "cache", seed={"type": cli.numbers, "default": [0], "help":
         "fixes everything random; several, as 0,1,2: one run each, which processes share"})
     return parser.parse_args()

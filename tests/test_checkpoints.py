@@ -283,6 +283,7 @@ RUNS = {
         "--defense", "resizepad"),
     "spgd": ("train_sga.py", *SGA, "--method", "spgd"),
     "adam": ("train_sga.py", *SGA, "--method", "adam", "--loss", "cosine"),
+    "dm": ("train_sga.py", *SGA, "--method", "dm"),
     "sga, random defence": ("train_sga.py", *SGA, "--defense", "gcm+resizepad", "--bpda"),
     "free": ("free_at.py", *FREE, "--epochs", 4, "--guard", "stop"),
     "free in an odd number of steps": ("free_at.py", *FREE, "--weight_steps", 9),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from utils import draw
-from utils.attack.universal import COMPARING, layers_of
+from utils.attack.universal import ADAMS, COMPARING, layers_of
 from utils.data import NAMED, PRESETS, opened
 from utils.errors import UserError
 from utils.measure import share
@@ -32,7 +32,7 @@ METHODS = {  # of --preset: what it sets where the flag is not typed
 INNER = {"minibatch": 10, "iter": 4}  # of sga alone, where they are not typed
 MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
-ADAM_RATE = 0.51  # of eps: FG-UAP's published script has a rate of 0.02 and eps 0.0392
+RATES = {"adam": 0.51, "dm": 2.55}  # of eps: 0.02 and 0.1 in FG-UAP's and DM-UAP's scripts
 WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epoch for each
 
 
@@ -67,8 +67,8 @@ def settle(args):
     preset, chosen = PRESETS[images.kind], s.model_name or [PRESETS[images.kind].surrogate]
     surrogates = surrogates_of(chosen, s.weights, images, s.image_size)
     _check(s, images.kind, len(surrogates[0].classes) or num_classes(images.kind))
-    eps, adam = s.eps or preset.eps, s.method == "adam"
-    s = settled(s, eps=eps, alpha=s.alpha or (ADAM_RATE * eps if adam else preset.alpha),
+    eps, adam = s.eps or preset.eps, s.method in ADAMS
+    s = settled(s, eps=eps, alpha=s.alpha or (RATES[s.method] * eps if adam else preset.alpha),
                 model_name=chosen,
                 weights_are=[one.described for one in surrogates],
                 num_images=s.num_images or preset.num_images, image_size=surrogates[0].size,
@@ -87,14 +87,29 @@ def _check(s, kind, classes):
     if s.layer and s.loss != "feature":
         raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: no layer is compared; type "
                         "--loss feature")
-    if s.momentum and s.method == "adam":
-        raise UserError(f"--method adam --momentum {s.momentum:g}: Adam has a momentum of its own; "
-                        "leave --momentum out")
+    if s.momentum and s.method in ADAMS:
+        raise UserError(f"--method {s.method} --momentum {s.momentum:g}: Adam has a momentum of "
+                        "its own; leave --momentum out")
+    if s.method == "dm":
+        _check_maximin(s)
     if s.bpda and "gcm" not in s.defense:
         raise UserError(f"--bpda --defense {s.defense}: no gcm layer there; type --defense gcm")
     if s.method == "sga" and s.minibatch > s.batch_size:
         raise UserError(f"--minibatch {s.minibatch} --batch_size {s.batch_size}: a minibatch "
                         "is drawn from the batch; type a smaller --minibatch")
+
+
+def _check_maximin(s):
+    """UserError for flags that DM-UAP has no minimisation for."""
+    networks, targets = s.model_name or [], s.target or []
+    for typed, wrong, wanted in (
+            (f"--loss {s.loss}", s.loss != "ce", "--loss ce"),
+            (f"--target {','.join(map(str, targets))}", targets, "no --target"),
+            (f"--defense {s.defense}", s.defense != "none", "--defense none"),
+            (f"--model_name {','.join(networks)}", len(networks) > 1, "one network")):
+        if wrong:
+            raise UserError(f"--method dm {typed}: its weights and images are moved to where one "
+                            f"network is surest of its labels; type {wanted}")
 
 
 def surrogates_of(names, weights, images, image_size=None):
@@ -144,7 +159,7 @@ class Run:
                              data_dir=f"image list {digest}",
                              **({"processes": team.size} if team.size > 1 else {}))
         saved = team.from_first(lambda: folder.load_checkpoint(
-            flags, resume=s.resume, overwrite=s.overwrite, grows=True))
+            flags, resume=s.resume, overwrite=s.overwrite, grows=s.method != "dm"))
         return cls(name, folder, flags, saved, " ".join([*job.apart.values(), "epoch"]),
                    f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
                    f"{digest}; surrogate {', '.join(s.model_name)}")
@@ -178,6 +193,13 @@ def open_runs(jobs, device):
 
 
 # ------------------------------------------------------------------------ figures, files
+
+def check_images(was, now):
+    """UserError if a run that is resumed can read fewer images, or more, than it began with."""
+    if was != now:
+        raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
+                        "missing ones back or start again (--overwrite)")
+
 
 def watched(images, gradients):
     """Indices of the images whose fooling ratio is logged after each epoch of so many gradients.

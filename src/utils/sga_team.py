@@ -59,10 +59,11 @@ def jobs_of(plans, team):
     if team.size > 1 and "resizepad" in s.defense:
         raise UserError(f"--defense {s.defense} in {team.size} processes: its draws follow one "
                         "another; start one process, or several seeds: --seed 0,1")
-    if team.size > max(1, len(s.model_name)) and (len(s.model_name) > 1 or s.method == "sga"):
+    if team.size > max(1, len(s.model_name)) and (len(s.model_name) > 1
+                                                or s.method in ("sga", "dm")):
         raise UserError(f"{team.size} processes for one perturbation on {len(s.model_name)} "
-                        "surrogate(s): the inner steps of SGA follow one another; start at most a "
-                        "process for each surrogate, or make several perturbations: --seed 0,1")
+                        "surrogate(s): the steps of sga and dm follow one another; start at most "
+                        "a process for each surrogate, or make several: --seed 0,1")
     return [replace(jobs[0], team=team)]
 
 

@@ -18,6 +18,7 @@ from utils.attack.telling import telling
 from utils.errors import UserError
 
 LOSSES = ("ce", "logit", "cosine", "feature")
+ADAMS = ("adam", "dm")    # methods whose outer step is Adam's
 COMPARING = LOSSES[2:]  # outputs for the perturbed image with those for the clean one
 
 

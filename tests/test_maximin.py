@@ -1,0 +1,129 @@
+"""DM-UAP's inner minimisation against a loop written from the published algorithm."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_sga
+from utils.attack import maximin
+from utils.attack.universal import draw_maps, make_loss, warp
+from utils.precision import Fast
+
+RHO, RADIUS = maximin.RHO, maximin.RADIUS
+N, SIDE, K = 7, 8, 5
+LOSS = make_loss("ce", 9.0, None)
+
+
+def network(dtype=torch.float64):
+    """Frozen, in eval mode, with BatchNorm and a weight that takes no part."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(),
+                            nn.Dropout(0.5), nn.Linear(6 * 36, K))
+    net.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    return net.to(dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def world():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand((N, 3, SIDE, SIDE), generator=generator, dtype=torch.float64)
+    model = network()
+    return model, x, model(x).argmax(1), torch.full((1, 3, SIDE, SIDE), 0.02, dtype=x.dtype)
+
+
+def naive(model, x, y, delta, share):
+    """Loss and gradient of delta, one image at a time where images are moved."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    for _ in range(10):
+        model.zero_grad()
+        F.cross_entropy(model(x), y, label_smoothing=0.2).backward()
+        parts = [p for p in model.parameters() if p.grad is not None]
+        length = sum(p.grad.square().sum() for p in parts).sqrt()
+        for p in parts:
+            p.data -= share * RHO / 10 * p.grad / length
+    moved = []
+    for image, label in zip(x, y, strict=True):
+        at = image.clone()
+        for _ in range(10):
+            at.requires_grad_(True)
+            g, = torch.autograd.grad(F.cross_entropy(model(at[None]), label[None]), at)
+            at = at.detach() - share * RADIUS / 8 * g / g.norm()
+            step = at - image
+            at = (image + step * min(1, share * RADIUS / float(step.norm()))).clamp(0, 1)
+        moved.append(at)
+    delta = delta.clone().requires_grad_(True)
+    loss = LOSS(model((torch.stack(moved) + delta).clamp(0, 1)), y)
+    return loss.detach(), torch.autograd.grad(loss, delta)[0]
+
+
+def ours(model, x, y, delta, share, parts=(N,), augment=None):
+    gradient = partial(train_sga.input_gradient, [model], loss=LOSS)
+    return maximin.maximin_gradient(
+        train_sga.spgd_gradient, model, share, gradient, x, y[None], delta,
+        torch.arange(N).split(list(parts)), augment=augment, eps=0.1, alpha=0.1)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.2])
+@pytest.mark.parametrize("parts", [(N,), (4, 3)], ids=str)
+def test_it_is_that_of_the_published_loop_in_any_chunks(world, share, parts):
+    model, x, y, delta = world
+    loss, g = ours(*world, share, parts)
+    naive_loss, naive_g = naive(*world, share)
+    torch.testing.assert_close(loss, naive_loss)
+    torch.testing.assert_close(g, naive_g, rtol=1e-5, atol=1e-6 * float(g.abs().max()))
+    assert not torch.allclose(g, ours(*world, 1e-9)[1], rtol=1e-2)  # the moves matter
+
+
+def test_images_are_warped_before_they_are_moved(world):
+    model, x, y, delta = world
+    maps = draw_maps((N,), torch.Generator().manual_seed(2)).double()
+    loss, g = ours(*world, 0.02, (4, 3), augment=maps.split([4, 3]))
+    naive_loss, naive_g = naive(model, warp(x, maps), y, delta, 0.02)
+    torch.testing.assert_close(loss, naive_loss)
+    torch.testing.assert_close(g, naive_g, rtol=1e-5, atol=1e-6 * float(g.abs().max()))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_network_is_as_before_to_the_last_bit(amp, fails):
+    model = Fast(network(torch.float32), amp, "contiguous")
+    before = copy.deepcopy(model.state_dict())
+    x = torch.rand((N, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+    y, seen = model(x).argmax(1), []
+
+    def outer(gradient, x, y, delta, draws, **options):
+        seen.append([k for k, v in model.state_dict().items() if not torch.equal(v, before[k])])
+        if fails:
+            raise KeyboardInterrupt
+        return torch.zeros(()), delta
+
+    def run():
+        maximin.maximin_gradient(outer, model, 1.0, None, x, y[None], torch.zeros(1, 3, SIDE, SIDE),
+                                 [torch.arange(N)])
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        run()
+    assert len(seen[0]) == 6  # weights and biases of three layers; BatchNorm's buffers are not
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_both_moves_make_the_network_surer_and_stay_within_their_radii(world):
+    model, x, y, _ = world
+    kept = [p.clone() for p in model.parameters()]
+    with maximin._surer_weights(model, x, y, 0.5, [torch.arange(N)]):
+        away = sum((p - k).square().sum() for p, k in zip(model.parameters(), kept, strict=True))
+        assert 0.4 < away.sqrt() <= 0.5 + 1e-9
+        surer = F.cross_entropy(model(x), y, label_smoothing=0.2)
+    assert surer < F.cross_entropy(model(x), y, label_smoothing=0.2)
+    moved = maximin._surer_images(model, x, y, 0.5)
+    assert (moved - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-9
+    assert moved.min() >= 0 and moved.max() <= 1
+    assert F.cross_entropy(model(moved), y) < F.cross_entropy(model(x), y)
