@@ -9,7 +9,7 @@ WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/dat
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_transfer}
 SEEDS=${SEEDS:-0 1 2}
-ROWS=${ROWS:-parts adam long surrogates images floor}
+ROWS=${ROWS:-parts adam maximin long surrogates images floor}
 
 run() {  # run NAME EPOCHS FLAG...: trains NAME that far, and keeps the perturbation as NAME_EPOCHS
     name=$1 epochs=$2 kept=$RUNS/uaps/$1_$2; shift 2
@@ -42,6 +42,8 @@ for s in $SEEDS; do
         adam)    # the losses of Cos-UAP and FG-UAP with FG-UAP's optimiser and batch
             small "adam_cosine_$s" 16 --method adam --loss cosine --batch_size 32
             small "adam_feature_$s" 16 --method adam --loss feature --batch_size 32 ;;
+        maximin) # DM-UAP with its batch; 21 gradients of an image in each outer step
+            small "maximin_$s" 4 --method dm --batch_size 125 ;;
         long)    # 1,600 to 32,000 gradients
             for epochs in 1 2 4 10 20; do
                 small "transfer_$s" "$epochs" --preset transfer
@@ -68,7 +70,7 @@ import sys
 import torch
 
 folder = pathlib.Path(sys.argv[1])  # the floor: random signs of the largest size
-folder.mkdir()
+folder.mkdir(parents=True)
 signs = torch.randint(2, (3, 224, 224), generator=torch.Generator().manual_seed(0)) * 2 - 1
 torch.save(signs * 10 / 255, folder / "signs.pth")
 (folder / "signs.json").write_text(json.dumps({"kind": "imagenet", "scale": 1}))
