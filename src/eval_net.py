@@ -200,7 +200,8 @@ def main(args):
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
         team=team))
     check_folders(networks, ready, s, team)
-    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})
+    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]},
+                        device)
     if s.overwrite:
         progress.clear()
     missing = [missing_cells(net, ready, perturbations, done, s, progress) for net in networks]

@@ -40,7 +40,7 @@ def count(models, deltas, images, aims, s, device, progress):
              for u, delta in deltas.items()}
 
     def counted(index, x):
-        x, y = data.to_float(x.to(device)), images.labels[index].to(device)
+        x, y = data.to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         found = {u: {m: UapCounts(aims[u]) for m in models} for u in deltas}
         for m, model in models.items():
             clean, again, logits = logits_under(model, x, pairs.values(), seed=s.seed, index=index,
@@ -218,7 +218,8 @@ def main(args):
     networks = load_networks(s, targets, images, device)
     about, aims = facts(s, images, note, targets, device), {
         uap.name: aim(uap, images.kind) for uap in uaps}
-    progress = Progress(team, folder / "partial.json", depends(s, about, images, fitted, aims))
+    progress = Progress(team, folder / "partial.json", depends(s, about, images, fitted, aims),
+                        device)
     counts, skipped = measure(s, images, networks, fitted, aims, device, progress)
     about |= {"n": len(images) - len(skipped), "skipped": skipped, "processes": team.size}
     classes, first = images.known_classes, targets[0]

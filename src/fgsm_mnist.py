@@ -150,7 +150,7 @@ def accuracies(model, images, s, device):
     The adversarial images are made with the true labels; both attacks share one gradient.
     """
     def counted(index, x):
-        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         logits, g = image_gradient(model, x, y)
         with torch.no_grad():
             good = logits.argmax(1) == y

@@ -275,7 +275,8 @@ def main(args):
         about["torch"], **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
     settings, found = team.from_first(lambda: folder.load_cells(wanted))
-    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]})
+    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]},
+                        device)
     cells, head = shown(settings, found, networks, s)
     for network in networks.values():
         network.recall(cells, progress)

@@ -47,7 +47,7 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
     the largest gradient entries, median over images}
     """
     def compared(index, x):
-        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         with telling(chance_of(chance[index], x)):
             with torch.no_grad():
                 ours, theirs = forward(model, x, y), forward(twin, x, y)

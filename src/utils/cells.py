@@ -51,9 +51,10 @@ def added(total, part):
 
 # ------------------------------------------------------------------- the images of a pass
 
-def pixels_of(images, parts, *, workers):
+def pixels_of(images, parts, *, workers, pinned=False):
     """Yields (positions (n,), x (n, C, H, W) uint8) for every tensor of positions in `parts`,
-    without those whose files cannot be decoded; x is None where none can.
+    without those whose files cannot be decoded; x is None where none can. pinned: decoded ones in
+    memory from which a GPU copies without waiting.
     """
     if images.pixels is not None:
         yield from ((index, images.pixels[index]) for index in parts)
@@ -61,20 +62,21 @@ def pixels_of(images, parts, *, workers):
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=[index.tolist() for index in parts], collate_fn=stack,
         num_workers=0 if images.stored is not None else workers,
+        pin_memory=pinned and images.stored is None and workers > 0,
         generator=torch.Generator())  # its own: the global one is not touched
     for index, (good, x) in zip(parts, alive(loader), strict=True):
         yield index[good], x
 
 
-def shared(images, parts, work, *, team, workers=0, each=1):
+def shared(images, parts, work, *, team, workers=0, each=1, pinned=False):
     """Yields (positions that cannot be decoded, work(index, x)) of every batch, in order, in every
     process; None where nothing of a batch can be decoded.
 
-    parts: tensors of positions; each: batches of a process in a round.
+    parts: tensors of positions; each: batches of a process in a round; pinned: of pixels_of.
     """
     own = parts[team.rank::team.size]
     made = (_worked(part, index, x, work) for part, (index, x) in zip(
-        own, pixels_of(images, own, workers=workers), strict=True))
+        own, pixels_of(images, own, workers=workers, pinned=pinned), strict=True))
     for start in range(0, len(parts), each * team.size):
         found = team.everyone(list(islice(made, each)))
         for k in range(min(each * team.size, len(parts) - start)):
@@ -129,14 +131,16 @@ class Progress:
     """The passes of a run. What is done of a pass is kept in a file until clear().
 
     path, settings: that file, and what all passes depend on; without them nothing is kept.
-    skipped: positions of the last pass whose files could not be decoded.
+    device: where `work` computes. skipped: positions of the last pass whose files could not be
+    decoded.
     """
 
-    def __init__(self, team=None, path=None, settings=None):
+    def __init__(self, team=None, path=None, settings=None, device=None):
         self.team, self.path, self.settings, self.kept = team or Team(), path, None, {}
         if path is not None:  # of the first: a device may be called otherwise elsewhere
             self.settings, self.kept = self.team.from_first(lambda: (settings, self._read()))
         self.skipped, self.saved = [], time.monotonic()
+        self.pinned = device is not None and device.type == "cuda"
 
     def count(self, images, index, work, *, batch_size, cell=None, workers=0, desc="", whole=True):
         """The sum, by `added`, of work(index, x) over batches of the positions `index` (N,).
@@ -155,7 +159,8 @@ class Progress:
         each = max(1, ROUND // batch_size) if self.team.size > 1 else 1
         with self.team.bar(len(index), desc, now["done"]) as bar:
             for part, (broken, found) in zip(parts, shared(
-                    images, parts, work, team=self.team, workers=workers, each=each), strict=True):
+                    images, parts, work, team=self.team, workers=workers, each=each,
+                    pinned=self.pinned), strict=True):
                 self._check(images, broken, whole)
                 bar.update(len(part))
                 now = {"done": now["done"] + len(part), "skipped": now["skipped"] + broken,

@@ -98,7 +98,7 @@ def times_right_on(model, images, *, draws, batch_size, chance, device, workers=
     what is done of the `cell`.
     """
     def counted(index, x):
-        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         return {"right": times_right(model, x, y, draws, chance[index].fold(BEFORE)).tolist()}
     return torch.tensor((progress or Progress()).count(
         images, torch.arange(len(images)), counted, batch_size=batch_size, cell=cell,
@@ -118,7 +118,7 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chan
     followed.
     """
     def attacked(index, x):
-        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         own, report, audit = chance[index], {}, {"largest": 0.0, "outside": 0}
         synchronize(device)
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def accuracy_cell(model, images, operations, *, batch_size, chance, device, work
                   progress=None, cell=None):
     """How many images are classified correctly: clean, and under each of {name: operation}."""
     def counted(index, x):
-        x, y = to_float(x.to(device)), images.labels[index].to(device)
+        x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         right = dict.fromkeys(("clean", *operations), 0)
         for k, name in enumerate(right):
             own = chance[index].fold(k)

@@ -42,12 +42,12 @@ def predicted(model, images, s, desc, team):
     s: batch_size, seed, workers, device.
     """
     def top(index, x):
-        x = to_float(x.to(s.device))
+        x = to_float(x.to(s.device, non_blocking=True))
         with telling(chance_of(Chance(s.seed, index), x)):
             found = model(x).softmax(1).max(1)
         return {"index": index.tolist(), "classes": found.indices.tolist(),
                 "shares": found.values.tolist()}
-    found = Progress(team).count(
+    found = Progress(team, device=s.device).count(
         images, torch.arange(len(images)), top, batch_size=s.batch_size, workers=s.workers,
         desc=desc, whole=False)
     classes, shares = torch.full((len(images),), -1), torch.zeros(len(images))
