@@ -63,6 +63,19 @@ def sparse_sign(g, share):
     return sign / column(norm_of(sign, "l1").clamp_min(1), g)
 
 
+def room_of(x, side):
+    """From x (N, ...) to the box, up where side is 1 and down where it is -1.
+
+    Like free_of() in arithmetic: comparisons take a CPU several times as long.
+    """
+    return torch.lerp(x, 1 - x, (side + 1).mul_(0.5))
+
+
+def free_of(inside, room):
+    """1.0 where inside, which is at most room, has not reached it, 0.0 where it has."""
+    return (room - inside).sign_()
+
+
 def project(delta, x, eps, norm, how="exact"):
     """The allowed perturbation nearest to delta, by Euclidean distance; delta, x (N, ...).
 
@@ -74,7 +87,8 @@ def project(delta, x, eps, norm, how="exact"):
         size = norm_of(delta, norm)
         delta = delta * column((eps / size.clamp_min(1e-12)).clamp_max(1), delta)
         return (x + delta).clamp_(0, 1) - x
-    size, room = delta.abs(), torch.where(delta > 0, 1 - x, x)  # room: to the box, that side
+    size, side = delta.abs(), delta.sign()
+    room = room_of(x, side)
     search = _scale_l2 if norm == "l2" else _shrink_l1
     inside = torch.minimum(size, room)
     outside = norm_of(inside, norm) > eps
@@ -82,7 +96,7 @@ def project(delta, x, eps, norm, how="exact"):
         inside = search(size, room, eps, outside)
     elif bool(outside.any()):
         inside[outside] = search(size[outside], room[outside], eps, outside[outside])
-    return inside * delta.sign()
+    return inside * side
 
 
 def nearest(x_adv, x, eps, norm, how="exact"):
@@ -108,7 +122,7 @@ def _scale_l2(size, room, eps, outside):
         enough = ((reached >= eps * (1 - 4 * torch.finfo(size.dtype).eps)) | within).all()
         if asks and bool(enough):
             break
-        free = norm_of(inside * (inside < room), "l2")
+        free = norm_of(inside * free_of(inside, room), "l2")
         short = (eps ** 2 - reached.square()).clamp_min(0)
         t_next = t * (1 + short / free.square().clamp_min(TINY)).sqrt()
         t_next = torch.where(enough | within, t, t_next)
@@ -130,9 +144,9 @@ def _shrink_l1(size, room, eps, outside):
     high = size.amax(dims)
     low, t = torch.zeros_like(high), torch.zeros_like(high)
     for _ in range(ROUNDS if asks else FIXED):
-        shrunk = size - column(t, size)
-        moving = ((shrunk > 0) & (shrunk < room)).sum(dims)
-        excess = torch.minimum(shrunk.clamp_min_(0), room).sum(dims) - eps
+        inside = torch.minimum((size - column(t, size)).clamp_min_(0), room)
+        excess = inside.sum(dims) - eps
+        moving = (free_of(inside, room) * inside.sign()).sum(dims)
         low, high = torch.where(excess > 0, t, low), torch.where(excess > 0, high, t)
         t_next = t + excess / moving.clamp_min(1)
         t_next = torch.where((moving == 0) | (t_next <= low) | (t_next >= high),

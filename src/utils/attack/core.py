@@ -103,26 +103,26 @@ class Tally:
         self.gradients = self.queries = 0  # numbers, or tensors on the device
         self.losses, self.first, self.wrong = [], True, []
 
-    def refuse(self, bad, message):
-        """UserError if any of `bad` is True: now, or in `fill` where an answer costs waiting.
+    def refuse(self, fine, message):
+        """UserError unless all of `fine` are True: now, or in `fill` where an answer costs waiting.
 
-        {} in the message is how many are.
+        {} in the message is how many are not.
         """
-        if self.first or free_to_ask(bad):
-            _raise_for(int(bad.sum()), message)
-        else:
-            self.wrong.append((bad.sum(), message))
+        if not (self.first or free_to_ask(fine)):
+            self.wrong.append(((~fine).sum(), message))
+        elif not bool(fine.all()):
+            _raise_for(int((~fine).sum()), message)
 
     def take(self, g, draws, index, left=None):
         """Counts the gradients g (n, ...) -> g without what is not finite; see `gradient`."""
         peak, counted = norm_of(g, "linf"), len(g)
-        bad = ~peak.isfinite()
+        fine = peak.isfinite()
         if not free_to_ask(g):  # the error comes later, and until then no image becomes NaN
-            g = g.masked_fill(column(bad, g), 0)
+            g = g.masked_fill(column(~fine, g), 0)
         if left is not None:
-            peak, bad, counted = peak.masked_fill(left, 0), bad & ~left, (~left).sum()
+            peak, fine, counted = peak.masked_fill(left, 0), fine | left, (~left).sum()
         self.refuse(
-            bad, f"the model's gradient is NaN or infinite for {{}} of {len(g)} images although "
+            fine, f"the model's gradient is NaN or infinite for {{}} of {len(g)} images although "
             "its logits are finite: a layer without a finite derivative (a root or a logarithm at "
             "0, a concealed gradient, an overflow in half precision); put bpda(layer) in its "
             "place, or run in float32")
@@ -274,7 +274,7 @@ def forward(model, x, y, tally=None, index=slice(None)):
     if tally.first and bool(((y < 0) | (y >= logits.shape[1])).any()):
         raise UserError(f"labels go from {int(y.min())} to {int(y.max())}, but the model has "
                         f"{logits.shape[1]} classes")
-    tally.refuse(~logits.isfinite(), "the model's logits are not finite: broken weights, or an "
+    tally.refuse(logits.isfinite(), "the model's logits are not finite: broken weights, or an "
                  "overflow in half precision; run it in float32")
     return logits
 

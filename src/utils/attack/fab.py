@@ -13,7 +13,18 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.attack.balls import FIXED, NORMS, ROUNDS, TINY, column, norm_of, random_point, unit
+from utils.attack.balls import (
+    FIXED,
+    NORMS,
+    ROUNDS,
+    TINY,
+    column,
+    free_of,
+    norm_of,
+    random_point,
+    room_of,
+    unit,
+)
 from utils.attack.chance import chance_of
 from utils.attack.core import (
     Rows,
@@ -179,7 +190,7 @@ def to_plane(z, g, need, norm):
     side = column(need.sign(), g) * g.sign()
     scale = norm_of(g, "linf").clamp_min(TINY)
     slope, need = g.abs() / column(scale, g), need.abs() / scale
-    room = torch.where(side > 0, 1 - z, z).masked_fill(side == 0, 0)
+    room = room_of(z, side) * side.abs()
     fill = _fill_l1 if norm == "l1" else _fill
     return side * fill(slope, room, need, norm)
 
@@ -191,17 +202,17 @@ def _fill(slope, room, need, norm):
     never pass the solution; they end where no coordinate meets the box any more.
     """
     dims, asks = tuple(range(1, slope.dim())), free_to_ask(slope)
-    speed = slope if norm == "l2" else torch.ones_like(slope)
-    gain = slope * speed
+    gain = slope * slope if norm == "l2" else slope
     t, moved = torch.zeros_like(need), torch.zeros_like(slope)
     for _ in range(ROUNDS if asks else FIXED):
         short = need - (slope * moved).sum(dims)
-        rate = (gain * (moved < room)).sum(dims)
+        rate = (gain * free_of(moved, room)).sum(dims)
         reached = (short <= 4 * torch.finfo(need.dtype).eps * need) | (rate <= TINY)
         if asks and bool(reached.all()):
             break
         t = torch.where(reached, t, t + short / rate.clamp_min(TINY))
-        moved = torch.minimum(column(t, slope) * speed, room)
+        far = column(t, slope)
+        moved = torch.minimum(far * slope if norm == "l2" else far, room)
     return moved
 
 

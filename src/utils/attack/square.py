@@ -9,7 +9,7 @@
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -17,7 +17,7 @@ from utils.attack.adaptive import draws_of
 from utils.attack.balls import NORMS, TINY, column, nearest, unit
 from utils.attack.chance import chance_of
 from utils.attack.core import Tally, ascend, attack, measure, one_of
-from utils.attack.waits import due
+from utils.attack.waits import due, free_to_ask
 from utils.errors import UserError
 
 PUBLISHED = 10000            # queries of the published schedule
@@ -70,17 +70,16 @@ def _run(model, x, y, own, eps, norm, queries, p, planned, climbed, targeted, ta
     end, value, hit = best.clone(), best_f.clone(), fooled.clone()
     row = torch.arange(len(x), device=x.device)
     for t in range(1, queries):
-        if due(t, x):
+        if due(t, x) and bool(fooled.any()):
             left = (~fooled).nonzero()[:, 0]
-            if len(left) < len(row):
-                end[row], value[row], hit[row] = best, best_f, fooled
-                x, y, best, best_f, drawn, row, fooled = (
-                    part[left] for part in (x, y, best, best_f, drawn, row, fooled))
-                if not len(row):
-                    break
+            end[row], value[row], hit[row] = best, best_f, fooled
+            x, y, best, best_f, drawn, row, fooled = (
+                part[left] for part in (x, y, best, best_f, drawn, row, fooled))
+            if not len(row):
+                break
         trial = change(best, x, eps, _share(p, t - 1, planned), drawn[:, t])
         f, fools = measure(model, trial, y, climbed, targeted, tally, who[row])
-        tally.queries += draws * (~fooled).sum()
+        tally.queries += draws * (len(row) if free_to_ask(x) else (~fooled).sum())
         better = (fools | (f > best_f)) & ~fooled
         best, best_f = torch.where(column(better, x), trial, best), torch.where(better, f, best_f)
         fooled = fooled | fools
@@ -135,9 +134,11 @@ def _bump(h, w, x, norm):
     return bump / _length(bump, norm).clamp_min(TINY)
 
 
-def _pair(s, x, norm):
+@lru_cache(maxsize=8)
+def _pair(s, norm, dtype, device):
     """A bump above its negative: (s, s) of norm 1."""
-    pair = torch.cat([_bump(s // 2, s, x, norm), -_bump(s - s // 2, s, x, norm)])
+    like = torch.empty(0, dtype=dtype, device=device)
+    pair = torch.cat([_bump(s // 2, s, like, norm), -_bump(s - s // 2, s, like, norm)])
     return pair / _length(pair, norm).clamp_min(TINY)
 
 
@@ -153,7 +154,7 @@ def _tiles(x, eps, own, norm):
     s = max(min(x.shape[2:]) // 5, min(3, *x.shape[2:]))
     down, across = x.shape[2] // s, x.shape[3] // s
     top, left = (x.shape[2] - down * s) // 2, (x.shape[3] - across * s) // 2
-    pair, delta = _pair(s, x, norm), torch.zeros_like(x)
+    pair, delta = _pair(s, norm, x.dtype, x.device), torch.zeros_like(x)
     sign = own.fold(0).signs(x.shape[1], down, across).to(x)[:, :, :, None, :, None]
     flat = (own.fold(1).signs(1, down, across) > 0)[:, :, :, None, :, None]
     tile = torch.where(flat, pair[:, None, :], pair.T[:, None, :])  # (n, 1, down, s, across, s)
@@ -191,7 +192,7 @@ def _move(best, x, eps, p, u, norm):
     delta[first] = delta[second] = torch.zeros_like(old)
     budget = (unused + mass - delta.abs().pow(power).sum((2, 3))).clamp_min(0)
     budget = budget.sqrt() if norm == "l2" else budget * x.shape[1]
-    pair = _pair(s, x, norm)
+    pair = _pair(s, norm, x.dtype, x.device)
     pair = torch.where(column(u[:, 4] < 0.5, u[:, :, None]), pair, pair.T)  # (n, s, s)
     sign = torch.where(u[:, 5:] < 0.5, -1.0, 1.0).to(x)
     new = pair[..., None] * sign[:, None, None, :] \
