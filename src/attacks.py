@@ -270,7 +270,7 @@ def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=Tru
 
 # ----------------------------------------------------------------------------- the smallest L2 norm
 
-SQUEEZE = 0.1  # pixels at 0 and 1 start this far inside the range of tanh, where it is not flat
+SQUEEZE = 0.02  # pixels at 0 and 1 start this far inside the range of tanh, where it is not flat
 
 
 @dataclass
@@ -283,8 +283,8 @@ class _Tanh(Rows):
     """
     x: torch.Tensor
     t0: torch.Tensor        # tanh(start)
-    upwards: torch.Tensor   # the largest tanh(w) that is not above the start
-    above: torch.Tensor     # dx'/dtanh(w) there
+    upwards: torch.Tensor   # beyond this tanh(w) the slope is `above`, else `below`
+    above: torch.Tensor     # dx'/dtanh(w)
     below: torch.Tensor
     low: torch.Tensor       # where w may be
     high: torch.Tensor
@@ -295,7 +295,7 @@ class _Tanh(Rows):
         u0 = x * (1 - SQUEEZE) + SQUEEZE / 2
         start = torch.atanh(2 * u0 - 1)
         t0, free = start.tanh(), torch.full_like(x, math.inf)
-        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # a pixel at its start has a side
+        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # at the start: the longer way
         return cls(x, t0, upwards, (1 - x) / (1 - u0) / 2, x / u0 / 2,
                    torch.where(x == 0, start, -free), torch.where(x == 1, start, free)), start
 

@@ -250,7 +250,7 @@ def get_args():
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd", *universal.ADAMS), default="sga", help="spgd: no inner "
-        "pre-search; adam: nor a sign, as FG-UAP; dm: with DM-UAP's surer weights and images too")
+        "pre-search; adam: nor a sign, a step of Adam, as FG-UAP; dm: as DM-UAP")
     add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
         "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "

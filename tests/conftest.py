@@ -28,7 +28,7 @@ SLOW = {"run_script", "run_here", "shared"}  # fixtures of tests that are not qu
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers of a session share its folder
     _torch_home = tempfile.TemporaryDirectory(prefix="torch_home_")  # removed when it ends
     os.environ["TORCH_HOME"] = _torch_home.name
-os.environ["OMP_NUM_THREADS"] = "1"  # the suite runs as many processes as processors
+os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as processors; bytes are compared
 
 
 def pytest_collection_modifyitems(items):

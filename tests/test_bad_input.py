@@ -397,7 +397,7 @@ for name, keys, value in (
 case("a perturbation resumed as a network", again(FREE, "sga", "--resume"), ("--resume", "sga"))
 case("a network resumed as a perturbation", again(SGA, "free", "--resume"), ("--resume", "free"))
 case("more epochs of free training", again(FREE, "free", "--resume", "--epochs", 2),
-     ("--epochs", "learning rates depend on it"))
+     ("--epochs", "size of its steps depends on it"))
 for key, value in (("rows", None), ("rows", "x"), ("rows", [3]), ("rows", torch.zeros(3)),
                    ("generator", 3), ("generator", torch.zeros(3)), ("flags", 3), ("flags", None)):
     for command, folder in ((SGA, "sga"), (FREE, "free"), (STAGE, "stage1"), (TASK, "task")):

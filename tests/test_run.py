@@ -203,7 +203,7 @@ def test_a_training_whose_learning_rate_depends_on_the_number_of_epochs_cannot_g
     flags = ("--method", "natural", "--num_images", 100, "--save", "run")
     assert run_here("free_at.py", *flags, "--epochs", 1).returncode == 0
     refused(run_here("free_at.py", *flags, "--epochs", 2, "--resume"), "another --epochs",
-            "the run in run has 1", "given 2", "learning rates depend on it")
+            "the run in run has 1", "given 2", "size of its steps depends on it")
 
 
 def test_fewer_epochs_than_a_run_has_done_are_refused(made, run_here, refused):

@@ -49,7 +49,7 @@ class Halving(nn.Module):
     """The same forward pass, in parts where memory runs out.
 
     It stands behind a defence, which draws its random numbers for the whole batch, so that the
-    batch decides nothing. A forward pass whose gradient with respect to the images is wanted is
+    batch decides nothing. A forward pass whose gradient is wanted is
     not divided, as that would free nothing: there the whole attack is (utils/cells.py).
     """
 
@@ -59,7 +59,8 @@ class Halving(nn.Module):
 
     def forward(self, x):
         """(n, C, H, W) -> (n, K)"""
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled() and (x.requires_grad or any(
+                p.requires_grad for p in self.parameters())):
             return self.model(x)
         return self.halves(self.model, _joined, x)
 

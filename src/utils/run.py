@@ -283,7 +283,7 @@ class RunFolder:
         for name in sorted(either, key=lambda name: name == "data_dir"):
             was, now = saved["flags"].get(name), flags.get(name)
             if torch.is_tensor(was) or was != now:
-                why = "the learning rates depend on it; " * (name == "epochs")
+                why = "the size of its steps depends on it; " * (name == "epochs")
                 raise UserError(f"--resume with another --{name}: the run in {self.path} has "
                                 f"{was}, given {now}; {why}give the same flags or another folder")
         return saved

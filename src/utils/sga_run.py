@@ -68,6 +68,8 @@ def settle(args):
     surrogates = surrogates_of(chosen, s.weights, images, s.image_size)
     _check(s, images.kind, len(surrogates[0].classes) or num_classes(images.kind))
     eps, adam = s.eps or preset.eps, s.method in ADAMS
+    if (s.method, s.amp) == ("dm", "auto"):
+        s = settled(s, amp="off")  # bf16 does not resolve its steps of the weights
     s = settled(s, eps=eps, alpha=s.alpha or (RATES[s.method] * eps if adam else preset.alpha),
                 model_name=chosen,
                 weights_are=[one.described for one in surrogates],
@@ -100,16 +102,17 @@ def _check(s, kind, classes):
 
 
 def _check_maximin(s):
-    """UserError for flags that DM-UAP has no minimisation for."""
+    """UserError for what DM-UAP's minimisation does not know: other losses, classes, networks."""
     networks, targets = s.model_name or [], s.target or []
     for typed, wrong, wanted in (
             (f"--loss {s.loss}", s.loss != "ce", "--loss ce"),
-            (f"--target {','.join(map(str, targets))}", targets, "no --target"),
+            (f"--target {','.join(map(str, targets))}", targets, "--method adam"),
             (f"--defense {s.defense}", s.defense != "none", "--defense none"),
-            (f"--model_name {','.join(networks)}", len(networks) > 1, "one network")):
+            (f"--model_name {','.join(networks)}", len(networks) > 1, "one of them, or several "
+             "words, for one perturbation each")):
         if wrong:
-            raise UserError(f"--method dm {typed}: its weights and images are moved to where one "
-                            f"network is surest of its labels; type {wanted}")
+            raise UserError(f"--method dm {typed}: it lowers the cross-entropy of the labels of "
+                            f"one undefended network first; type {wanted}")
 
 
 def surrogates_of(names, weights, images, image_size=None):

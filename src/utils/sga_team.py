@@ -63,7 +63,7 @@ def jobs_of(plans, team):
                                                 or s.method in ("sga", "dm")):
         raise UserError(f"{team.size} processes for one perturbation on {len(s.model_name)} "
                         "surrogate(s): the steps of sga and dm follow one another; start at most "
-                        "a process for each surrogate, or make several: --seed 0,1")
+                        "one for each surrogate, or make several perturbations: --seed 0,1")
     return [replace(jobs[0], team=team)]
 
 

@@ -64,9 +64,9 @@ def sparse_sign(g, share):
 
 
 def room_of(x, side):
-    """From x (N, ...) to the box, up where side is 1 and down where it is -1.
+    """From x (N, ...) to the box, up where side is 1 and down where it is -1; no matter where 0.
 
-    Like free_of() in arithmetic: comparisons take a CPU several times as long.
+    In arithmetic, as is free_of(): on a CPU comparisons and torch.where take longer.
     """
     return torch.lerp(x, 1 - x, (side + 1).mul_(0.5))
 

@@ -67,8 +67,8 @@ def _check(x, y, options):
                         "tensors: type torch.as_tensor(x)")
     if x.dtype not in (torch.float32, torch.float64):
         raise UserError(f"images are {x.dtype}; wanted float32 in [0, 1]: type x.float() / 255")
-    least, most = x.aminmax() if x.numel() else (0, 0)
-    if not (least >= 0) & (most <= 1):  # NaN is neither
+    lowest, highest = x.aminmax() if x.numel() else (0, 0)
+    if not (lowest >= 0) & (highest <= 1):  # NaN is neither
         raise UserError("images hold pixels outside [0, 1] or NaN; attacks work on pixels: put "
                         "Normalize into the model")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:

@@ -6,9 +6,11 @@ taken where the surrogate's weights and the images make it surest of their label
     ten steps of the images, in L2         _surer_images
     both radii grow with the epochs        share
 
-Unlike there, the weights step in eval mode, without dropout; and Adam has no weight decay.
+Unlike there, the weights step in eval mode (no dropout, BatchNorm with its running statistics),
+delta starts at zero, x + delta is cut to [0, 1], and Adam has no weight decay.
 """
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +20,7 @@ from utils.attack.balls import nearest, unit
 from utils.attack.universal import warp
 
 RHO, RADIUS, STEPS, SMOOTHING = 4.0, 25.0, 10, 0.2  # as in the published run.sh, for 500 images
+PIXELS = 3 * 224 * 224                              # of an image to which RADIUS belongs
 GRADIENTS = 2 * STEPS + 1                           # of one image in an outer step
 
 
@@ -25,13 +28,14 @@ def maximin_gradient(outer, model, share, gradient, x, y, delta, draws, *, augme
     """What `outer`, train_sga.spgd_gradient, gives at surer weights and images.
 
     model: the surrogate that `gradient` differentiates, x (N, C, H, W) -> (N, K); it is as before
-    afterwards. share: of both radii, in (0, 1].
+    afterwards. share: of both radii, in (0, 1]; that of the images is one of 224 pixels, and as far
+    for each pixel of others.
     """
+    radius = share * RADIUS * math.sqrt(x[0].numel() / PIXELS)
     if augment is not None:  # draws partition the batch in its order
         x = torch.cat([warp(x[index], maps) for index, maps in zip(draws, augment, strict=True)])
     with _surer_weights(model, x, y[0], share * RHO, draws):
-        x = torch.cat([_surer_images(model, x[index], y[0][index], share * RADIUS)
-                       for index in draws])
+        x = torch.cat([_surer_images(model, x[index], y[0][index], radius) for index in draws])
         return outer(gradient, x, y, delta, draws, **options)
 
 
@@ -39,7 +43,7 @@ def maximin_gradient(outer, model, share, gradient, x, y, delta, draws, *, augme
 def _surer_weights(model, x, y, rho, draws):
     """In the context the weights are at most rho away, where the smoothed cross-entropy is low.
 
-    The steps are added up in float32: bf16 does not resolve them.
+    Steps are added up in float32; a model in bf16 does not see what is below its resolution.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
     kept = [p.detach().clone() for p in weights]
