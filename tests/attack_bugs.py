@@ -19,6 +19,7 @@ FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
 RECIPES = "utils/recipes.py"
 DATA, LOOP, FINISHED = "utils/data.py", "utils/loop.py", "utils/finished.py"
 SGA, UNIVERSAL = "train_sga.py", "utils/attack/universal.py"
+MAXIMIN = "utils/attack/maximin.py"
 STAGES, EVALUATED, HEADS = "train_gcm.py", "utils/tested.py", "utils/nets.py"
 AUGMENT = "utils/augment.py"
 
@@ -105,6 +106,10 @@ def sheet(name):
     return f"tests/test_exercise.py::test_{name}"
 
 
+def sure(name):
+    return f"tests/test_maximin.py::test_{name}"
+
+
 def uap(name):
     return f"tests/test_universal.py::test_{name}"
 
@@ -117,6 +122,7 @@ UNDEFENDED = "an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_netwo
 STEPS = "apgd_takes_the_steps_of_its_paper_whatever_the_losses"
 CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
 QUERIES = "square_is_that_of_its_paper_query_by_query"
+PUBLISHED = "it_is_that_of_the_published_loop_in_any_chunks"
 COSINE = "the_cosine_of_logits_or_features_equals_the_naive_oracle"
 MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_what_is_left"
 ITERATION = "fab_is_that_of_its_paper_image_by_image"
@@ -143,7 +149,7 @@ BUGS = [
         "torch.where(success, c, low), torch.where(success, high, c)",
         (form("cw_moves_black_and_white_pixels_inwards_if_only_they_matter"),)),
     Bug("tanh is flat at black and white pixels", ATTACKS,
-        "SQUEEZE = 0.1", "SQUEEZE = 1e-6",
+        "SQUEEZE = 0.02", "SQUEEZE = 1e-6",
         (form("cw_moves_black_and_white_pixels_inwards_if_only_they_matter"),)),
     Bug("random start outside the ball", BALLS,
         "return eps * drawn", "return 2 * eps * drawn",
@@ -658,6 +664,15 @@ BUGS = [
         "for model, of_model in zip(models, y, strict=True)]",
         "for model, of_model in zip(models, y[:1] * len(models), strict=True)]",
         (uap("each_member_is_compared_with_its_own_outputs"),)),
+    Bug("DM-UAP's weights stay where they were moved", MAXIMIN,
+        "p.copy_(before)", "pass", (sure("the_network_is_as_before_to_the_last_bit[off-False]"),)),
+    Bug("DM-UAP's images move to where the network is least sure", MAXIMIN,
+        "- radius / 8 *", "+ radius / 8 *", (sure(f"{PUBLISHED}[(7,)-0.02]"),)),
+    Bug("DM-UAP's smoothing is left out", MAXIMIN,
+        ", label_smoothing=SMOOTHING", "", (sure(f"{PUBLISHED}[(7,)-0.2]"),)),
+    Bug("DM-UAP's radii do not grow", SGA,
+        "share = (1 + len(self.rows)) / s.epochs", "share = 1.0",
+        (sure("two_epochs_equal_those_of_the_naive_oracle_and_both_radii_grow"),)),
     Bug("the feature map of the classifier", UNIVERSAL,
         "_last_feature_map(calls[:begins], len(x))", "_last_feature_map(calls, len(x))",
         (uap("the_last_feature_map_of_torchvision_networks_is_found[squeezenet1_1]"),)),

@@ -1,20 +1,23 @@
-"""DM-UAP's inner minimisation against a loop written from the published algorithm."""
+"""DM-UAP's inner minimisation against a naive loop, with the departures that maximin.py names."""
 
 import copy
+import json
+import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_sga import options, training_of
 from torch import nn
 
 import train_sga
 from utils.attack import maximin
-from utils.attack.universal import draw_maps, make_loss, warp
+from utils.attack.universal import adam_step, draw_maps, make_loss, warp
 from utils.precision import Fast
 
-RHO, RADIUS = maximin.RHO, maximin.RADIUS
 N, SIDE, K = 7, 8, 5
+RHO, RADIUS = 4.0, 25.0 * math.sqrt(SIDE * SIDE / (224 * 224))
 LOSS = make_loss("ce", 9.0, None)
 
 
@@ -36,7 +39,7 @@ def world():
     return model, x, model(x).argmax(1), torch.full((1, 3, SIDE, SIDE), 0.02, dtype=x.dtype)
 
 
-def naive(model, x, y, delta, share):
+def naive(model, x, y, delta, share, rho=RHO, radius=RADIUS):
     """Loss and gradient of delta, one image at a time where images are moved."""
     model = copy.deepcopy(model).requires_grad_(True)
     for _ in range(10):
@@ -45,16 +48,16 @@ def naive(model, x, y, delta, share):
         parts = [p for p in model.parameters() if p.grad is not None]
         length = sum(p.grad.square().sum() for p in parts).sqrt()
         for p in parts:
-            p.data -= share * RHO / 10 * p.grad / length
+            p.data -= share * rho / 10 * p.grad / length
     moved = []
     for image, label in zip(x, y, strict=True):
         at = image.clone()
         for _ in range(10):
             at.requires_grad_(True)
             g, = torch.autograd.grad(F.cross_entropy(model(at[None]), label[None]), at)
-            at = at.detach() - share * RADIUS / 8 * g / g.norm()
+            at = at.detach() - share * radius / 8 * g / g.norm()
             step = at - image
-            at = (image + step * min(1, share * RADIUS / float(step.norm()))).clamp(0, 1)
+            at = (image + step * min(1, share * radius / float(step.norm()))).clamp(0, 1)
         moved.append(at)
     delta = delta.clone().requires_grad_(True)
     loss = LOSS(model((torch.stack(moved) + delta).clamp(0, 1)), y)
@@ -127,3 +130,45 @@ def test_both_moves_make_the_network_surer_and_stay_within_their_radii(world):
     assert (moved - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-9
     assert moved.min() >= 0 and moved.max() <= 1
     assert F.cross_entropy(model(moved), y) < F.cross_entropy(model(x), y)
+
+
+def test_two_epochs_equal_those_of_the_naive_oracle_and_both_radii_grow(monkeypatch):
+    monkeypatch.setattr(maximin, "RHO", RHO / 50)  # in float32 larger radii end anywhere
+    monkeypatch.setattr(maximin, "RADIUS", 25.0 / 50)
+    model = network(torch.float32)
+    pixels = torch.randint(0, 256, (N, 3, SIDE, SIDE), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(3))
+    s = options(method="dm", batch_size=4, epochs=2, alpha=0.01, image_size=SIDE)
+    training = training_of(s, [model], pixels)
+    for _ in range(2):
+        found = training.one_pass(Bar())
+        training.rows.append(found)
+    g, exact, x = torch.Generator().manual_seed(0), network(), pixels.double() / 255
+    y = exact(x).argmax(1)
+    delta, v, steps = torch.zeros_like(x[:1]), torch.zeros_like(x[:2]), 0
+    for share in (0.5, 1.0):
+        for large in torch.randperm(N, generator=g).split(4):
+            total = naive(exact, x[large], y[large], delta, share, RHO / 50, RADIUS / 50)[1]
+            steps += 1
+            delta, v = adam_step(delta, total, v, eps=s.eps, alpha=s.alpha, step=steps)
+    near = (training.delta.double() - delta).abs() < 2e-4  # of steps of 1e-2
+    assert near.float().mean() > 0.95  # a gradient near zero has the sign that float32 gives it
+    assert (delta.abs() > 0.009).float().mean() > 0.5
+
+
+class Bar:
+    def update(self, n=1):
+        pass
+
+
+def test_a_run_says_how_many_gradients_it_took_and_at_which_rate(run_here, tmp_path):
+    flags = ("--data_dir", "digits", "--num_images", 20, "--model_name", "mlp", "--method", "dm",
+             "--epochs", 2, "--batch_size", 8, "--device", "cpu", "--save", "run")
+    done = run_here("train_sga.py", *flags)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run/dm_mlp.json").read_text())
+    assert facts["gradients"] == 2 * 20 * 21
+    assert facts["alpha"] == pytest.approx(2.55 * facts["eps"])
+    assert facts["amp"] == "off" and facts["momentum"] == 0
+    done = run_here("train_sga.py", *flags, "--epochs", 3, "--resume")
+    assert done.returncode == 2 and "size of its steps depends on it" in done.stderr

@@ -200,6 +200,7 @@ def test_a_process_without_images_takes_part_all_the_same():
 
 @pytest.mark.parametrize(("names", "method", "defense", "size", "words"), [
     (["a"], "sga", "none", 2, "2 processes for one perturbation on 1 surrogate"),
+    (["a"], "dm", "none", 2, "2 processes for one perturbation on 1 surrogate"),
     (["a", "b"], "sga", "none", 3, "3 processes for one perturbation on 2 surrogate"),
     (["a", "b"], "spgd", "none", 3, "3 processes for one perturbation on 2 surrogate"),
     (["a", "b"], "sga", "gcm+resizepad", 2, "--defense gcm\\+resizepad in 2 processes")])
