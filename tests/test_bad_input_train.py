@@ -49,7 +49,7 @@ WRONG = {  # name: (arguments, words of the line)
     "iter of adam": (["--method", "adam", "--iter", 4],
                      ["--method adam --iter 4", "leave --iter out"]),
     "dm on two networks": (["--method", "dm", "--model_name", "mlp,cnn"],
-                           ["--method dm --model_name mlp,cnn", "type one network"]),
+                           ["--method dm --model_name mlp,cnn", "type one of them"]),
     "dm without labels": (["--method", "dm", "--loss", "cosine"],
                           ["--method dm --loss cosine", "type --loss ce"]),
     "dm towards a class": (["--method", "dm", "--target", 3], ["--method dm --target 3"]),
