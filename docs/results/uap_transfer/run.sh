@@ -53,7 +53,7 @@ for s in $SEEDS; do
                 run "transfer_${m}_$s" 4 --model_name "$m" --seed "$s" --preset transfer
             done ;;
         images)  # the same number of gradients from fewer photographs
-            for n in 25 50 100 200; do
+            for n in 25 50 100 200 400; do
                 small "transfer_n${n}_$s" $((1600 / n)) --preset transfer --num_images "$n"
                 small "paper_n${n}_$s" $((1600 / n)) --num_images "$n"
                 small "momentum_n${n}_$s" $((1600 / n)) --momentum 0.9 --num_images "$n"
