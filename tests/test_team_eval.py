@@ -587,6 +587,7 @@ def test_a_streamed_list_gives_the_cells_of_one_in_memory_and_never_holds_more_t
     assert found[0] == found[1]
     assert len(made) > 8 and 1 <= most[0] <= 2
 
+
 @pytest.mark.parametrize(("device", "workers", "pinned"), [
     ("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False), (None, 2, False)])
 def test_decoded_batches_are_pinned_for_a_gpu(device, workers, pinned, photographs, monkeypatch):

@@ -49,8 +49,8 @@ class Halving(nn.Module):
     """The same forward pass, in parts where memory runs out.
 
     It stands behind a defence, which draws its random numbers for the whole batch, so that the
-    batch decides nothing. A forward pass whose gradient is wanted is
-    not divided, as that would free nothing: there the whole attack is (utils/cells.py).
+    batch decides nothing. A forward pass whose gradient is wanted is not divided, as that would
+    free nothing: there the whole attack is (utils/cells.py).
     """
 
     def __init__(self, model, name):

@@ -52,9 +52,9 @@ def _surer_weights(model, x, y, rho, draws):
         for _ in range(STEPS):
             total = [torch.zeros_like(w) for w in exact]
             for index in draws:
-                for mean, g in zip(total, _weight_gradients(model, weights, x[index], y[index]),
-                                   strict=True):
-                    mean += g
+                found = _weight_gradients(model, weights, x[index], y[index])
+                for whole, g in zip(total, found, strict=True):
+                    whole += g
             length = torch.stack([g.square().sum() for g in total]).sum().sqrt() + 1e-12
             with torch.no_grad():
                 for p, w, g in zip(weights, exact, total, strict=True):
