@@ -25,8 +25,8 @@ import torch
 from utils import cli, data, defenses, halving, precision, run, sga_run, sga_team
 from utils.attack import maximin, universal
 from utils.attack.balls import cut
-from utils.attack.chance import chance_of
-from utils.attack.universal import draw_maps, make_loss, warp
+from utils.attack.chance import numbered
+from utils.attack.universal import draw_maps, make_loss
 from utils.cli import at_least, radius
 from utils.graphs import Graphed
 from utils.loop import Trainer, loop
@@ -39,13 +39,12 @@ HELD = ("delta", "v", "labels", "amp", "layout")  # by a checkpoint, besides the
 
 # ---------------------------------------------------------------- the method
 
-def model_gradient(model, x, delta, y, loss, generator=None):
+def model_gradient(model, x, delta, y, loss, chance=None):
     """Mean loss of a model over images at x + delta, cut to [0, 1], and its gradient.
 
     x (N, C, H, W), delta (1, C, H, W) -> scalar, (1, C, H, W). y: labels (N,), or the outputs for
-    x (N, D), None: computed here. generator: of a random defence, which draws the same for both.
+    x (N, D), None: computed here. chance: of a random defence, which draws the same for both.
     """
-    chance = None if generator is None else chance_of(generator, x)
     if y is None:
         with torch.no_grad(), universal.drawing(chance):
             y = model(x)
@@ -55,28 +54,27 @@ def model_gradient(model, x, delta, y, loss, generator=None):
     return value.detach(), torch.autograd.grad(value, delta)[0]
 
 
-def input_gradient(models, x, delta, y, loss, generator=None, team=ALONE):
+def input_gradient(models, x, delta, y, chance=None, *, loss, team=ALONE):
     """Means over the models of their losses and of their gradients, added in the models' order.
 
-    y: what model_gradient takes, for each model. team: processes that share the models.
+    y: what model_gradient takes, for each model. chance: from which each has draws of its own.
+    team: processes that share the models.
     """
-    works = [partial(model_gradient, model, x, delta, of_model, loss, generator)
-             for model, of_model in zip(models, y, strict=True)]
+    works = [partial(model_gradient, model, x, delta, of_model, loss, chance and chance.fold(k))
+             for k, (model, of_model) in enumerate(zip(models, y, strict=True))]
     found = sga_team.gathered(team, works, delta)
     return tuple(reduce(torch.add, one) / len(models) for one in zip(*found, strict=True))
 
 
-def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, augment=None, tick=lambda: None):
+def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, tick=lambda: None, **chosen):
     """Gradients summed along an inner pre-search that starts at delta and is thrown away.
 
     gradient(x, delta, y) -> loss, g; x (N, C, H, W); y: of each model, for the N images; draws
-    (M, n) indices into them; augment (M, n, 2, 3): an affine map for every drawn image.
-    -> mean loss, (1, C, H, W)
+    (M, n) indices into them; chosen: of universal.drawn. -> mean loss, (1, C, H, W)
     """
     inner, total, losses = delta, torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
-        batch = x[index] if augment is None else warp(x[index], augment[j])
-        value, g = gradient(batch, inner, universal.picked(y, index))
+        value, g = gradient(*universal.drawn(j, index, x, inner, y, **chosen))
         inner = (inner + alpha * g.sign()).clamp(-eps, eps)
         total += g
         losses = losses + value
@@ -84,13 +82,12 @@ def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, augment=None, tick
     return losses / len(draws), total
 
 
-def spgd_gradient(gradient, x, y, delta, draws, *, augment=None, tick=lambda: None, team=ALONE,
-                  **_):
+def spgd_gradient(gradient, x, y, delta, draws, *, tick=lambda: None, team=ALONE, eps=None,
+                  alpha=None, **chosen):
     """The gradient of the whole batch; draws (M, n) partition it, and the team shares them."""
     def chunk(j, index):
         tick()
-        batch = x[index] if augment is None else warp(x[index], augment[j])
-        return gradient(batch, delta, universal.picked(y, index))
+        return gradient(*universal.drawn(j, index, x, delta, y, **chosen))
     total, losses = torch.zeros_like(delta), 0
     works = [partial(chunk, j, index) for j, index in enumerate(draws)]
     for index, (value, g) in zip(draws, sga_team.gathered(team, works, delta), strict=True):
@@ -127,8 +124,9 @@ class SgaTraining(Trainer):
                      for d in index_draws(s, len(part), torch.Generator())]
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
+        self.random, self.chance = defenses.is_random(s.defense), numbered(s.seed, len(images))
         self.behind = cache(lambda model: defenses.defend(  # which keeps how many images fit
-            halving.Halving(model, "surrogate"), s.defense, size=s.image_size, generator=generator))
+            halving.Halving(model, "surrogate"), s.defense, size=s.image_size))
         self.measured = [self.behind(model) for model in models]
         self.pixels, self.loss = images.pixels_on(device), make_loss(s.loss, s.beta, s.target)
         self.layers = universal.layers_of(models, s, self.pixels[:1].to(device))
@@ -137,13 +135,14 @@ class SgaTraining(Trainer):
     def start(self):
         """What a new run keeps to: labels f(x) (S, N), precision, memory order; delta is zero."""
         s, n = self.s, self.s.minibatch if self.s.method == "sga" else SPGD_CHUNK
-        self.labels = sga_team.predicted(self.team, self.measured, self.pixels, self.device)
+        self.labels = sga_team.predicted(self.team, self.measured, self.pixels, self.device,
+                                         chance=self.chance.fold(0))  # 1: figures, 2 on: passes
         self.delta, self.v = (torch.zeros((k, *self.pixels.shape[1:])) for k in (1, self.moments))
         x, y = data.to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
         y = [None] * len(y) if s.loss in universal.COMPARING else y
         self.amp, self.layout = self.team.from_first(lambda: precision.fastest(
             self.models, lambda fast, x: input_gradient(
-                self.seen(fast), x, self.delta.to(x), y, self.loss),
+                self.seen(fast), x, self.delta.to(x), y, loss=self.loss),
             x, amp=s.amp, layout=s.layout, deterministic=s.deterministic))
 
     def seen(self, fast):
@@ -165,19 +164,17 @@ class SgaTraining(Trainer):
 
     @cached_property
     def gradient(self):
-        """gradient(x, delta, y) -> loss, g"""
-        drawn = defenses.is_random(self.s.defense)
+        """gradient(x, delta, y, chance) -> loss, g; the last one behind random defences alone"""
         team = self.team if len(self.models) > 1 else ALONE
-        both = self.generator if drawn and self.s.loss in universal.COMPARING else None
-        found = partial(input_gradient, self.attacked, loss=self.loss, generator=both, team=team)
-        still = self.device.type == "cuda" and team.size == 1 and not drawn
+        found = partial(input_gradient, self.attacked, loss=self.loss, team=team)
+        still = self.device.type == "cuda" and team.size == 1 and not self.random
         return Graphed(found) if still else found
 
     def compared(self, x, index):
         """y of each model: labels, or clean outputs, None where each step has other images."""
         if self.s.loss not in universal.COMPARING:
             return self.labels[:, index].to(self.device)
-        if self.s.augment or defenses.is_random(self.s.defense):
+        if self.s.augment or self.random:
             return [None] * len(self.attacked)
         with torch.no_grad():  # once for all K uses of each image
             return [torch.cat([model(part) for part in x.split(SPGD_CHUNK)])
@@ -212,8 +209,9 @@ class SgaTraining(Trainer):
         order = torch.randperm(len(self.pixels), generator=self.generator).split(s.batch_size)
         for index in self.minibatches(order[self.skip:]):
             x, y, draws, maps = self.large_batch(index)
+            own = self.chance.fold(2 + len(self.rows))[index].to(x.device) if self.random else None
             loss, g = aggregate(self.gradient, x, y, self.delta, draws, eps=s.eps, alpha=s.alpha,
-                                augment=maps, tick=bar.update)
+                                augment=maps, chance=own, tick=bar.update)
             self.delta, self.v = self.step(self.delta, g, self.v, eps=s.eps, alpha=s.alpha)
             self.sums += loss * len(x)
         self.delta, self.v = self.delta.cpu(), self.v.cpu()

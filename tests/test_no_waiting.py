@@ -134,7 +134,7 @@ def test_no_inner_step_of_sga_no_chunk_of_spgd_and_no_step_of_adam_waits(method,
         draws = torch.arange(2 * steps).remainder(10).view(steps, 2)
         maps = train_sga.draw_maps(draws.shape, torch.Generator()) if augment else None
         with Waits() as found:
-            g = aggregate(lambda *at: train_sga.input_gradient([seen], *at, made), x, y, delta,
+            g = aggregate(lambda *at: train_sga.input_gradient([seen], *at, loss=made), x, y, delta,
                           draws, eps=0.04, alpha=0.01, augment=maps)[1]
             update(delta, g, v, eps=0.04, alpha=0.01)
         assert not found.seen

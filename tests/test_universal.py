@@ -3,6 +3,7 @@ of, presets: beside an oracle that goes image by image, without hooks, and norma
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from torchvision import models
 
 import train_sga as sga
 from utils import sga_run
-from utils.attack.universal import Features, cosine_loss, feature_layer
+from utils.attack.chance import numbered
+from utils.attack.universal import Features, cosine_loss, feature_layer, warp
 from utils.defenses import ResizePad
 from utils.errors import UserError
 from utils.nets import build_small
@@ -55,7 +57,7 @@ def naive_comparison(models, x, delta, cut_at):
 def naive_sga(models, x, delta, draws, cut_at, maps=None):
     inner, total, losses = delta.clone(), torch.zeros_like(delta), []
     for j, draw in enumerate(draws):
-        batch = [x[i] if maps is None else sga.warp(x[i][None], maps[j][k][None])[0]
+        batch = [x[i] if maps is None else warp(x[i][None], maps[j][k][None])[0]
                  for k, i in enumerate(draw)]
         value, g = naive_comparison(models, torch.stack(batch), inner, cut_at)
         inner = (inner + ALPHA * g.sign()).clamp(-EPS, EPS)
@@ -73,7 +75,7 @@ def world():
 
 
 def gradient_of(seen):
-    return lambda x, delta, y: sga.input_gradient(seen, x, delta, y, cosine_loss)
+    return lambda x, delta, y: sga.input_gradient(seen, x, delta, y, loss=cosine_loss)
 
 
 # ------------------------------------------------------------------------ the losses
@@ -103,7 +105,7 @@ def test_outputs_that_are_given_are_those_that_would_be_computed(world):
 
 def test_each_member_is_compared_with_its_own_outputs(world):
     nets, x, delta = world
-    value, g = sga.input_gradient(nets, x, delta, [net(x) for net in nets], cosine_loss)
+    value, g = sga.input_gradient(nets, x, delta, [net(x) for net in nets], loss=cosine_loss)
     naive_value, naive = naive_comparison(nets, x, delta, None)
     same(g, naive)
     assert float(value) == pytest.approx(naive_value, rel=1e-6)
@@ -118,14 +120,14 @@ def test_the_clean_side_has_no_gradient():
         return net(x)
 
     x = pictures(3).float() / 255
-    sga.input_gradient([model], x, torch.full_like(x[:1], ALPHA), [None], cosine_loss)
+    sga.input_gradient([model], x, torch.full_like(x[:1], ALPHA), [None], loss=cosine_loss)
     assert asked == [False, True]
 
 
 def test_the_gradient_of_an_ensemble_is_the_mean_of_its_members_own_gradients(world):
     nets, x, delta = world
     y = [None, None]
-    value, g = sga.input_gradient(nets, x, delta, y, cosine_loss)
+    value, g = sga.input_gradient(nets, x, delta, y, loss=cosine_loss)
     own = [sga.model_gradient(net, x, delta, None, cosine_loss) for net in nets]
     assert torch.equal(g, (own[0][1] + own[1][1]) / 2)
     assert torch.equal(value, (own[0][0] + own[1][0]) / 2)
@@ -188,22 +190,42 @@ def test_clean_outputs_are_computed_once_a_batch_where_images_are_not_warped(aug
 def test_through_a_random_defence_both_sides_draw_the_same_and_each_step_draws_anew(monkeypatch):
     drawn, real = [], ResizePad.draw
     monkeypatch.setattr(ResizePad, "draw", lambda self, x: drawn.append(real(self, x)) or drawn[-1])
-    generator, x = torch.Generator().manual_seed(0), pictures(8).float() / 255
-    model = nn.Sequential(ResizePad(3, SIDE, generator), toy(dtype=torch.float32))
-    for _ in range(2):
-        value, _ = sga.input_gradient([model], x, torch.zeros_like(x[:1]), [None], cosine_loss,
-                                      generator)
+    x = pictures(8).float() / 255
+    model = nn.Sequential(ResizePad(3, SIDE), toy(dtype=torch.float32))
+
+    def gradient(*given):
+        value, g = sga.input_gradient([model, model], *given, loss=cosine_loss)
         assert float(value) == pytest.approx(-1, abs=1e-6)
-    one, same_one, two, same_two = (torch.stack(part) for part in drawn)
-    assert torch.equal(one, same_one) and torch.equal(two, same_two) and not torch.equal(one, two)
+        return value, g
+    draws = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    for aggregate in (partial(sga.sga_gradient, eps=0.0, alpha=0.0), sga.spgd_gradient):
+        drawn.clear()
+        aggregate(gradient, x, [None, None], torch.zeros_like(x[:1]), draws, chance=numbered(0, 8))
+        sides = torch.stack([torch.stack(part) for part in drawn])  # of step, model, image
+        assert torch.equal(sides[::2], sides[1::2])
+        steps = sides[::2].unflatten(0, (2, 2))
+        assert not torch.equal(steps[:, 0], steps[:, 1])                     # each model its own
+        assert not torch.equal(steps[0, :, :, 1:], steps[1, :, :, :2])       # each step anew
 
 
-@pytest.mark.parametrize(("loss", "defense", "told"), [
-    ("cosine", "resizepad", True), ("cosine", "gcm", False), ("ce", "resizepad", False)])
-def test_a_training_through_a_random_defence_compares_equal_draws(loss, defense, told):
-    training = training_of(options(loss=loss, defense=defense), [toy(dtype=torch.float32)],
-                           pictures())
-    assert (training.gradient.keywords["generator"] is training.generator) is told
+@pytest.mark.parametrize("loss", ["ce", "cosine"])
+@pytest.mark.parametrize("method", ["sga", "spgd"])
+def test_each_pass_through_a_random_defence_draws_anew_from_the_seed(monkeypatch, loss, method):
+    def draws_of(seed, passes=1):
+        drawn, real = [], ResizePad.draw
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.defenses.PUBLISHED_LOW", 0.5)
+            patch.setattr(ResizePad, "draw",
+                          lambda self, x: drawn.append(real(self, x)) or drawn[-1])
+            s = options(loss=loss, defense="resizepad", method=method, seed=seed)
+            training = training_of(s, [toy(dtype=torch.float32)], pictures())
+            for _ in range(passes):
+                drawn.clear()
+                training.rows.append(training.one_pass(Bar()))
+        return torch.stack([torch.cat(part) for part in zip(*drawn, strict=True)], 1)
+    once = draws_of(3)
+    assert torch.equal(once, draws_of(3))
+    assert not torch.equal(once, draws_of(4)) and not torch.equal(once, draws_of(3, passes=2))
 
 
 # ------------------------------------------------------------------------ the layer

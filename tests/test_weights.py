@@ -293,3 +293,11 @@ def test_a_normalizer_for_a_network_that_normalises_itself_is_refused(tmp_path, 
     with pytest.raises(UserError) as error:
         read(tmp_path / "w.pth", f"{tmp_path}/mine.py:own")
     one_line(error, "w.pth", "a normalizer", "mean and std of its own")
+
+
+def test_a_folder_that_is_called_random_does_not_stand_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()
+    assert weights.weights_path("cnn", "random") is None
+    with pytest.raises(UserError, match="no file random/cnn.pth; type"):
+        weights.weights_path("cnn", "./random/cnn.pth")

@@ -221,7 +221,7 @@ def fooled(training, models, index=slice(None)):
     """
     before, target, found = training.labels[:, index], training.s.target, []
     after = predicted(training.team, models, training.pixels[index], training.device,
-                      delta=training.delta.contiguous())
+                      delta=training.delta.contiguous(), chance=training.chance[index].fold(1))
     for b, a in zip(before, after, strict=True):
         found.append({"fooling_ratio": share((a != b).sum().item(), len(b))})
         if target is not None:

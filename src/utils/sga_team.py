@@ -56,9 +56,6 @@ def jobs_of(plans, team):
     if len(jobs) > 1:
         return jobs[team.rank::team.size]
     s = jobs[0].s
-    if team.size > 1 and "resizepad" in s.defense:
-        raise UserError(f"--defense {s.defense} in {team.size} processes: its draws follow one "
-                        "another; start one process, or several seeds: --seed 0,1")
     if team.size > max(1, len(s.model_name)) and (len(s.model_name) > 1
                                                 or s.method in ("sga", "dm")):
         raise UserError(f"{team.size} processes for one perturbation on {len(s.model_name)} "
@@ -83,13 +80,16 @@ def gathered(team, works, delta):
     return [(row[0], torch.empty_like(delta).copy_(row[1:].view(delta.shape))) for row in rows]
 
 
-def predicted(team, models, pixels, device, delta=None):
-    """Predicted classes (S, N) of S models for images pixels (N, C, H, W) at x + delta."""
+def predicted(team, models, pixels, device, *, chance, delta=None):
+    """Predicted classes (S, N) of S models for images pixels (N, C, H, W) at x + delta.
+
+    chance: of the N images, for a random defence.
+    """
     blocks = torch.arange(len(pixels)).split(BLOCK)
 
     def of(part):
-        found = [predictions(models, pixels[index], device, delta=delta, batch_size=BLOCK)
-                 for index in part]
+        found = [predictions(models, pixels[index], device, delta=delta, chance=chance[index],
+                             batch_size=BLOCK) for index in part]
         return torch.cat(found, 1) if found else torch.zeros((len(models), 0), dtype=torch.long)
     if team.size == 1:
         return of(blocks)

@@ -25,6 +25,7 @@ NORMALIZER = re.compile(r"(?:normalizer|normalize)\.(?:new_)?(mean|std)")
 LEFT_OUT = ("attacker.", "aux", "AuxLogits")  # a second copy of the network, auxiliary heads
 UNUSED = ("n_averaged", "num_batches_tracked")
 SUFFIXES = (".pth", ".safetensors")
+WORDS = ("V1", "V2", "random")  # for --weights, also where a file or a folder is called that
 
 
 # ------------------------------------------------------------------------ which file
@@ -32,6 +33,8 @@ SUFFIXES = (".pth", ".safetensors")
 def weights_path(name, weights, flag="--weights"):
     """The file that the flag names (in a folder: NAME.pth), None if it is not a path."""
     path, label = Path(weights), label_of(name)
+    if weights in WORDS:
+        return None
     if path.is_dir():
         found = [path / f"{label}{suffix}" for suffix in SUFFIXES]
         path = next((file for file in found if file.is_file()), found[0])
@@ -39,7 +42,7 @@ def weights_path(name, weights, flag="--weights"):
         return path
     if path.suffix or len(path.parts) > 1:
         raise UserError(f"{flag} {weights}: no file {path}; type the path of a state dict of "
-                        f"{name}, V1, V2 or random")
+                        f"{name}, {', '.join(WORDS[:-1])} or {WORDS[-1]}")
     return None
 
 

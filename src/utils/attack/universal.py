@@ -53,6 +53,17 @@ def make_loss(name, beta, target):
     return (lambda logits, y: clamped_ce(logits, y, beta)) if name == "ce" else logit_loss
 
 
+def drawn(j, index, x, delta, y, *, augment=None, chance=None):
+    """What gradient() takes for step j, on the images `index` of a batch x: these images, warped;
+    delta; y of them; behind a random defence also what it draws from.
+
+    augment (M, n, 2, 3): an affine map for every image of every step; chance: of the batch.
+    """
+    batch = x[index] if augment is None else warp(x[index], augment[j])
+    own = () if chance is None else (chance[index].fold(j),)
+    return batch, delta, picked(y, index), *own
+
+
 def picked(y, index):
     """Of each model's labels or outputs those of some images; None stays None."""
     return [of_model if of_model is None else of_model[index] for of_model in y]
