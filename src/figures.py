@@ -28,7 +28,7 @@ from utils.data import read_image, to_float
 from utils.errors import DAMAGE, UserError, reading
 from utils.measure import share
 from utils.report import percent
-from utils.report_mnist import read_examples
+from utils.report_mnist import called, read_examples
 from utils.run import load_json, make_generator, refuse_bomb, write_atomic
 from utils.uaps import read_uap
 
@@ -124,12 +124,14 @@ def curves_picture(args):
 
 def w_sweep_picture(args):
     """Robustness against w, a panel for each network."""
-    return draw.sweep(_table("--w_sweep", args.w_sweep, "w_sweep.csv", "gcm.py with --w_sweep"))
+    return draw.sweep(_table("--w_sweep", args.w_sweep, "w_sweep.csv", "gcm.py with --w_sweep",
+                             ("model", "attacker", "w")))
 
 
 def eps_curves_picture(args):
     """Robust accuracy over the Linf radius, a panel for each network."""
-    rows = _table("--eps_curves", args.eps_curves, "curve.csv", "eval_net.py with --eps_curve")
+    rows = _table("--eps_curves", args.eps_curves, "curve.csv", "eval_net.py with --eps_curve",
+                  ("network", "attacker", "eps"))
     there = dict.fromkeys(row["network"] for row in rows)
     return draw.eps_curves([row | {"network": label} for name, label in _chosen(
         args.rows, there, args.eps_curves[-1]) for row in rows if row["network"] == name])
@@ -160,7 +162,11 @@ def exercise_picture(args):
         if not (folder / "examples.npz").is_file():
             raise UserError(f"--exercise {folder}: no examples.npz there; run fgsm_mnist.py first")
         first = results["seeds"][0]
-        shown[results["facts"]["variation"]] = read_examples(folder, first)
+        name = called(results["facts"])
+        if name in shown:
+            raise UserError(f"--exercise {folder}: another of these networks is called {name} too; "
+                            "draw one of them")
+        shown[name] = read_examples(folder, first)
         n.append(first["fgs"]["n"])
     picture = draw.exercise(shown, "Predictions are above the images, orange where wrong.\n%: "
                             f"accuracy under the attack (n={' / '.join(map(str, n))} test images)")
@@ -192,14 +198,21 @@ def _results(folder, flag, script):
     return load_json(path)
 
 
-def _table(flag, folders, name, command):
-    """The rows of NAME.csv in these folders, one table after the other."""
+def _table(flag, folders, name, command, points):
+    """The rows of NAME.csv in these folders, one table after the other.
+
+    UserError if two have the same `points`, the columns that say which point of which line it is.
+    """
     rows = []
     for folder in folders:
         if not (folder / name).is_file():
             raise UserError(f"{flag} {folder}: no {name} there; run {command} first")
         with open(folder / name, newline="") as file:
             rows += csv.DictReader(file)
+        there = [tuple(row.get(column) for column in points) for row in rows]
+        if len(set(there)) < len(there):
+            raise UserError(f"{flag} {folder}: has a {points[0]} that another table has, and their "
+                            "lines would be one; draw them in two pictures")
         if not rows:
             raise UserError(f"{flag} {folder}: no rows in its {name}; run {command} again")
     return rows

@@ -549,3 +549,12 @@ def test_a_model_without_a_path_from_logits_to_pixels_is_refused(world):
     """Rounding by a table, argmax, numpy: the message should say bpda."""
     model, x, y = world
     refused("gradient", attacks.fgsm, lambda x: model(x.detach()), x, y, eps=0.1)
+
+
+def test_none_stands_for_a_default_that_is_none_and_for_no_other(world):
+    model, x, y = world
+    found = [attacks.pgd(model, x, y, eps=0.04, steps=2, **more) for more in ({}, {"alpha": None})]
+    assert torch.equal(*found)
+    for name, run in (("alpha", attacks.fgv), ("eps", attacks.pgd)):
+        with pytest.raises(UserError, match=f"{name}=None; wanted a number"):
+            run(model, x, y, **{name: None})

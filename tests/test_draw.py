@@ -157,6 +157,26 @@ def test_a_sweep_is_drawn_from_its_csv(run_here, refused, tmp_path):
     refused(run_here("figures.py", "--w_sweep", tmp_path / "no"), "no w_sweep.csv", "gcm.py")
 
 
+def test_tables_whose_lines_would_be_one_are_refused(run_here, refused, tmp_path):
+    """As a network and the same behind a defence, which have one name."""
+    for name, head, row in (
+            ("w_sweep", "model,attacker,w,epsilon,attack_robustness,attack_robustness_low,"
+             "attack_robustness_high,attack_robustness_n", "cnn,naive,1,1e-8,0.5,0.4,0.6,100"),
+            ("curve", "network,attacker,eps,value,k,n,low,high", "cnn,naive,0,1,5,5,0,1")):
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.csv").write_text(f"{head}\n{row}\n")
+    for flag in ("--eps_curves", "--w_sweep"):
+        refused(run_here("figures.py", flag, "a", "b"), flag, "two pictures")
+
+
+def test_curves_without_fab_are_drawn():
+    """Behind a random defence there is none."""
+    rows = [{"network": "cnn", "attacker": f"APGD-CE, {name}", "eps": eps, "value": 0.5, "low": 0.4,
+             "high": 0.6, "n": 10} for name in ("adaptive", "naive") for eps in (0, 0.1)]
+    assert draw.eps_curves(rows).startswith(b"\x89PNG")
+
+
 def test_curves_over_the_radius_of_several_tables_are_one_picture(
         run_here, refused, tmp_path, monkeypatch):
     head = "network,attacker,eps,value,k,n,low,high"

@@ -391,7 +391,16 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     refused(run_here("fgsm_mnist.py", "--summary", "nothing"), "no finished run")
     weak = tmp_path / "weak"
     shutil.copytree(fgs, weak)
+    refused(run_here("fgsm_mnist.py", "--summary", fgs, weak), "is called fgs too")
+    refused(run_here("figures.py", "--exercise", fgs, weak), "is called fgs too")
     saved = (weak / "results.json").read_text()
+    assert saved.count('"label": "true"') == 1
+    (weak / "results.json").write_text(saved.replace('"label": "true"', '"label": "predicted"'))
+    done = run_here("fgsm_mnist.py", "--summary", fgs, weak, "--save", "labels")
+    assert done.returncode == 0, done.stderr
+    assert "label in training: true or predicted" in done.stdout
+    for row in ("| fgs |", "| fgs (predicted) |", "| fgs | 1 |", "| fgs (predicted) | 1 |"):
+        assert row in done.stdout
     (weak / "results.json").write_text(saved.replace('"alpha_fgs": 0.3', '"alpha_fgs": 0.1'))
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has alpha_fgs 0.1")
     (weak / "results.json").write_text(saved.replace("adam, lr 0.001", "sgd, lr 0.1"))

@@ -387,7 +387,8 @@ def eps_curves(rows):
                 axes.plot(255 * eps, 100 * value, color=colour, marker=marker, ms=4, ls=line,
                           label=attacker)
                 axes.fill_between(255 * eps, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
-        axes.set(ylim=(-2, 102), xlabel="Linf radius x 255", title=f"{name} (n={own[0]['n']})")
+        n = next(row["n"] for row in rows if row["network"] == name)
+        axes.set(ylim=(-2, 102), xlabel="Linf radius x 255", title=f"{name} (n={n})")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("robust accuracy, %")
     max(panels, key=lambda axes: len(axes.lines)).legend(fontsize=8)  # every attacker there is

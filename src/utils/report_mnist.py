@@ -19,6 +19,11 @@ SAME = ("kind", "epochs", "optimizer", "images_sha256", "alpha_fgs", "alpha_fgv"
         "strongest_quick", "curve_images")  # in a summary
 
 
+def called(facts):
+    """What a table calls the run of these facts."""
+    return facts["variation"] + " (predicted)" * (facts.get("label") == "predicted")
+
+
 def titles(facts):
     """{figure: its column}, the quick mixture named by its parts."""
     return COLUMNS | {"strongest_quick": facts["strongest_quick"]}
@@ -48,15 +53,16 @@ def mean_of(found, name):
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def settings(facts):
+def settings(runs):
     """{name: value} that all figures of the table depend on."""
+    facts, labels = runs[0][0], dict.fromkeys(facts["label"] for facts, _ in runs)
     return {
         "data": facts["kind"], "training images": facts["num_images"], "epochs": facts["epochs"],
         "optimizer": facts["optimizer"],
         "one step": f"FGS {facts['alpha_fgs']:g}, FGV {facts['alpha_fgv']:g}, "
                     f"n={facts['test_images']} test images",
         "many steps": f"Linf {facts['alpha_fgs']:g}, n={facts['attacked']}",
-        "label in training": facts["label"], "device": facts["device"]}
+        "label in training": " or ".join(labels), "device": facts["device"]}
 
 
 def table(runs):
@@ -65,12 +71,12 @@ def table(runs):
     named = titles(facts)
     spread = (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1
               else "95 % Wilson interval")
-    lines = [[facts["variation"], *(mean_of(found, name) for name in COLUMNS),
+    lines = [[called(facts), *(mean_of(found, name) for name in COLUMNS),
               f"{statistics.mean(one['seconds'] for one in found):.0f}"] for facts, found in runs]
-    said = [f"\n{what}: {facts['variation']}, seed {one['seed']}: {figures}\n"
+    said = [f"\n{what}: {called(facts)}, seed {one['seed']}: {figures}\n"
             for facts, found in runs for one in found
             for what, figures in suspicions({name: one[name]["value"] for name in COLUMNS}, named)]
-    return (protocol(settings(facts))
+    return (protocol(settings(runs))
             + "clean_acc, then attack_robustness (of the images right before the attack, those "
             f"right after it), %, {spread}; s: training\n\n"
             + markdown(["trained on", *named.values(), "s"], lines) + "".join(said))
@@ -79,14 +85,14 @@ def table(runs):
 def over_epochs(runs, logs):
     """Markdown: PGD-40's highest and last accuracy for every seed of the runs, as for table.
 
-    logs: {variation: [rows of log.csv of each seed]}; '' if no epoch was attacked.
+    logs: {what the run is called: [rows of log.csv of each seed]}; '' if no epoch was attacked.
     """
     lines = []
     for facts, found in runs:
-        for one, rows in zip(found, logs[facts["variation"]], strict=True):
+        for one, rows in zip(found, logs[called(facts)], strict=True):
             if "pgd40" in rows[0]:
                 best = max(rows, key=lambda row: row["pgd40"])
-                lines.append([facts["variation"], one["seed"], f"{100 * best['pgd40']:.1f}",
+                lines.append([called(facts), one["seed"], f"{100 * best['pgd40']:.1f}",
                               f"{best['epoch']:.0f}", f"{100 * rows[-1]['pgd40']:.1f}"])
     if not lines:
         return ""
@@ -98,11 +104,11 @@ def over_epochs(runs, logs):
 def save_results(folder, facts, found):
     """Results and curve of one variation into its RunFolder; found: a dict for each seed."""
     logs = [_read_log(folder / f"seed{one['seed']}") for one in found]
-    write_atomic(folder / "curve.png", draw.variations({facts["variation"]: logs}))
+    write_atomic(folder / "curve.png", draw.variations({called(facts): logs}))
     save_json(folder / "results.json", {"facts": facts, "seeds": found})
     save_csv(folder / "results.csv", _rows(facts, found))
     runs = [(facts, found)]
-    text = table(runs) + over_epochs(runs, {facts["variation"]: logs})
+    text = table(runs) + over_epochs(runs, {called(facts): logs})
     write_atomic(folder / "results.md", text.encode())
     print(text + f"saved {folder.path}/results.json (.csv, .md), curve.png")
 
@@ -112,12 +118,12 @@ def summarise(folders, out):
     with reading(f"--summary {' '.join(map(str, folders))}", "fgsm_mnist.py"):
         runs = [_read_run(path) for path in folders]
         _check_same(folders, [facts for facts, _ in runs])
-        logs = {facts["variation"]: [_read_log(path / f"seed{one['seed']}") for one in found]
+        logs = {called(facts): [_read_log(path / f"seed{one['seed']}") for one in found]
                 for path, (facts, found) in zip(folders, runs, strict=True)}
-        shown = {facts["variation"]: read_examples(path, found[0])
+        shown = {called(facts): read_examples(path, found[0])
                  for path, (facts, found) in zip(folders, runs, strict=True)
                  if (path / "examples.npz").is_file()}
-        rows = [{"variation": facts["variation"], **row}
+        rows = [{"variation": called(facts), **row}
                 for facts, found in runs for row in _rows(facts, found)]
         text, curves = table(runs) + over_epochs(runs, logs), draw.variations(logs)
         picture = draw.exercise(shown) if shown else None
@@ -131,8 +137,14 @@ def summarise(folders, out):
 
 
 def _check_same(folders, runs):
-    """UserError unless these facts of runs agree in what a table must have in common."""
+    """UserError unless these facts of runs agree in what a table must have in common, and each run
+    has a name of its own.
+    """
+    names = [called(facts) for facts in runs]
     for path, facts in zip(folders, runs, strict=True):
+        if names.count(called(facts)) > 1:
+            raise UserError(f"--summary {path}: another of these runs is called {called(facts)} "
+                            "too; type one at a time")
         for key in SAME:
             if facts[key] != runs[0][key]:
                 raise UserError(f"--summary {path}: has {key} {facts[key]}, {folders[0]} has "

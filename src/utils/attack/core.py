@@ -32,11 +32,14 @@ def attack(function):
 
     Turns `generator`, if the attack takes one, into a Chance, and tells random layers of it.
     """
-    draws = "generator" in inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
+    draws = "generator" in parameters
+    unset = [name for name, one in parameters.items() if one.default is None]
 
     @functools.wraps(function)
     def wrapped(model, x, y, *args, **options):
-        _check(x, y, options)
+        _check(x, y, {name: value for name, value in options.items()
+                      if value is not None or name not in unset})
         with (_evaluating(model, options.get("judge")), torch.inference_mode(False),
               torch.enable_grad()):
             x, y = x.detach().clone(), y.detach().to(x.device, copy=True)
