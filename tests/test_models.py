@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -335,3 +336,22 @@ def test_missing_and_unknown_weights_give_one_clear_line(tmp_path, monkeypatch,
         with pytest.raises(UserError) as error:
             load_model(name, weights=str(weights), kind=kind, data_dir="digits")
         one_line(error, "--weights", weights, name)
+
+
+def test_one_network_with_several_weights_is_called_by_these(tmp_path):
+    images = open_images("digits", split="test")
+    paths = []
+    for seed, name in enumerate(("a/mlp.pth", "b/mlp.pth", "robust.pth")):
+        paths.append(str(tmp_path / name))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_pth(tmp_path / name, models.trainable("mlp", kind="digits", seed=seed)[1].state_dict())
+    many = [*paths, "random"]
+    found = models.targets_of([4 * ["mlp"], ["cnn"]], [[*many, "V1"]], None, images)
+    assert [one.name for one in found] == ["mlp_a", "mlp_b", "mlp_robust", "mlp_random", "cnn"]
+    assert [one.weights for one in found] == [*many, "V1"]
+    found = models.targets_of([["mlp", "cnn", "mlp"]], [["V1"]], None, images)
+    assert [one.name for one in found] == ["mlp", "cnn"]
+    (tmp_path / "c" / "a").mkdir(parents=True)
+    shutil.copy(paths[1], tmp_path / "c" / "a")
+    with pytest.raises(UserError, match="both of them mlp_a; type one at a time, or give their"):
+        models.targets_of([2 * ["mlp"]], [[paths[0], str(tmp_path / "c" / "a")]], None, images)

@@ -23,7 +23,15 @@ from utils.errors import DAMAGE, UserError
 from utils.nets import RECIPE_VERSION, RECIPES, Normalize, train_small, with_head
 from utils.run import alone, save_pth
 from utils.sources import Factory, Ours, source
-from utils.weights import described, fit, head_of, image_size_of, trained, weights_path
+from utils.weights import (
+    SUFFIXES,
+    described,
+    fit,
+    head_of,
+    image_size_of,
+    trained,
+    weights_path,
+)
 
 
 def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root="data",
@@ -147,23 +155,41 @@ class Target:
 def targets_of(model_name, weights, preset, images, image_size=None, geometry="paper"):
     """[Target] of the flags --model_name and --weights, each a list of lists.
 
-    preset: names where --model_name is not given; image_size, geometry: as geometry_of. UserError:
-    no such network, weights that are not one for all or one for each.
+    preset: names where --model_name is not given; image_size, geometry: as geometry_of. A network
+    that is typed several times, with other weights, is called by these as well. UserError: no such
+    network, weights that are not one for all or one for each.
     """
-    names = list(dict.fromkeys(sum(model_name or [], []) or preset))
-    labels = {}
-    for name in names:
-        other = labels.setdefault(source(name, images.kind).label, name)
-        if other != name:
-            raise UserError(f"--model_name {other} {name}: a table would call both of them "
-                            f"{source(name, images.kind).label}; type one at a time")
+    names = sum(model_name or [], []) or list(preset)
+    pairs = list(dict.fromkeys(zip(names, one_each(names, sum(weights, [])), strict=True)))
     found = []
-    for name, one in zip(names, one_each(names, sum(weights, [])), strict=True):
+    for (name, one), label in zip(pairs, _labels(pairs, images.kind), strict=True):
         at = geometry_of(name, one, images, image_size, geometry)
-        found.append(Target(source(name, images.kind).label, name, one, at,
-                            describe_weights(name, one, images.kind),
+        found.append(Target(label, name, one, at, describe_weights(name, one, images.kind),
                             _as_folders(name, one, at.size, images)))
     return found
+
+
+def _labels(pairs, kind):
+    """What tables call each (name, weights); UserError if two would have the same name."""
+    plain = [source(name, kind).label for name, _ in pairs]
+    names = [name for name, _ in pairs]
+    found = [label if names.count(name) == 1 else f"{label}_{_called(weights, label)}"
+             for label, (name, weights) in zip(plain, pairs, strict=True)]
+    first = {}
+    for label, name in zip(found, names, strict=True):
+        if label in first:
+            raise UserError(f"--model_name {first[label]} {name}: a table would call both of them "
+                            f"{label}; type one at a time, or give their weights other file names")
+        first[label] = name
+    return found
+
+
+def _called(weights, label):
+    """The weights in a name: the file's, of a folder with NAME.pth that of the folder."""
+    path = Path(weights)
+    if path.suffix not in SUFFIXES:
+        return path.resolve().name
+    return path.stem if path.stem != label else path.resolve().parent.name
 
 
 def _as_folders(name, weights, size, images):
