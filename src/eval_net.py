@@ -194,16 +194,13 @@ def main(args):
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations},
         **made_with(s.from_images, networks)}
-    settings, done = (wanted, {}) if s.overwrite else team.from_first(
-        lambda: folder.load_cells(wanted))
+    settings, done = team.from_first(lambda: folder.load_cells(wanted, overwrite=s.overwrite))
     ready = cache(lambda at: at_hand(
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
         team=team))
     check_folders(networks, ready, s, team)
     progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]},
                         device)
-    if s.overwrite:
-        progress.clear()
     missing = [missing_cells(net, ready, perturbations, done, s, progress) for net in networks]
     missing += [curves.missing_cells(net, ready, done, s, progress) for net in networks
                 if s.eps_curve]

@@ -275,7 +275,7 @@ def main(args):
     folder = run.RunFolder(s.save or Path("runs") / f"{data}_{name}", lock=team.first)
     flags = run.result_flags(s, "classes", "validate", images=images.sha256()[:16],
                              processes=team.size, device=device.type)
-    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite)
+    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, name=name)
     if images.kind not in ("imagenet", "folder") or s.augment == "off":  # else decoded in each pass
         images = load(cached(images, s.cache, workers=s.workers), workers=s.workers,
                       aloud=team.first)

@@ -234,7 +234,7 @@ def get_args():
         "than as published, where the last step counts")
     add("--amp", choices=("off", "bf16"), default="off", help="precision of the attackers' "
         "gradients; their images are measured in float32")
-    parser.shared("batch_size", "seed", "device", "workers", "cache")
+    parser.shared("batch_size", "seed", "device", "workers", "cache", "overwrite")
     add("--save", "--results", type=Path, default=Path("runs/gcm"), help="output folder")
     return parser.parse_args()
 
@@ -274,7 +274,7 @@ def main(args):
         "stop_early": s.stop_early, "amp": s.amp, "device": about["device"], "torch":
         about["torch"], **({"note": s.note} if s.note else {}),
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
-    settings, found = team.from_first(lambda: folder.load_cells(wanted))
+    settings, found = team.from_first(lambda: folder.load_cells(wanted, overwrite=s.overwrite))
     progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]},
                         device)
     cells, head = shown(settings, found, networks, s)

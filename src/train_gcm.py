@@ -273,7 +273,8 @@ def main(args):
     folder = run.RunFolder(s.save, lock=team.first)
     flags = run.result_flags(s, "tensorboard", "chances", images=images.sha256()[:16],
                              processes=team.size, device=device.type)
-    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True)
+    state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True,
+                                   name=challenge.name_of(s))
     if images.kind in nets.RECIPES or not s.chances:  # else every epoch has crops of its own
         images = data.load(data.cached(images, s.cache, workers=s.workers), workers=s.workers,
                            aloud=team.first)
@@ -291,8 +292,7 @@ def main(args):
     if board:
         board.close()
     if team.first:
-        print(f"saved {challenge.finish(training, folder)}; to measure it: python eval_net.py "
-              f"--runs {folder.path}")
+        challenge.finish(training, folder)
     team.leave()
 
 

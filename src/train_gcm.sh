@@ -17,16 +17,35 @@ PROCESSES=${PROCESSES:-}     # that share a training, then the images; empty: on
 . "$(dirname "$0")/env.sh"
 again=
 case " $* " in *" --overwrite "*) again=--overwrite ;; esac
+measure() {  # measure WEIGHTS DEFENSE FLAG...: the table, with those of the flags that gcm.py has
+    weights=$1 defense=$2 left=$(($# - 2))
+    shift 2
+    while [ "$left" -gt 0 ]; do
+        flag=$1 left=$((left - 1))
+        shift
+        case $flag in
+        --overwrite) set -- "$@" "$flag" ;;
+        --data_root | --labels | --classes | --image_size | --low | --device | --cache | --workers)
+            set -- "$@" "$flag" "$1"
+            left=$((left - 1))
+            shift ;;
+        --defense)
+            defense=$1 left=$((left - 1))
+            shift ;;
+        esac
+    done
+    model=${weights##*/stage"$stage"_}
+    "$PYTHON" $torchrun "$root/src/gcm.py" --data_dir "$DATA" --weights "$weights" \
+        --model_name "${MODEL:-${model%.pth}}" --defense "$defense" \
+        --save "$RUNS/stage$stage/gcm" ${ATTACKED:+--num_images "$ATTACKED"} "$@"
+}
 weights= epochs= defense=gcm
 for stage in 1 2; do
     "$PYTHON" $torchrun "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
         ${MODEL:+--model_name "$MODEL"} --save "$RUNS/stage$stage" "$@" \
         ${epochs:+--epochs "$epochs"} ${weights:+--pretrained "$weights"}
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
-        model=${weights##*/stage"$stage"_}
-        "$PYTHON" $torchrun "$root/src/gcm.py" --data_dir "$DATA" --weights "$weights" \
-            --model_name "${MODEL:-${model%.pth}}" --defense $defense \
-            --save "$RUNS/stage$stage/gcm" ${ATTACKED:+--num_images "$ATTACKED"}
+        measure "$weights" "$defense" "$@"
     done
     epochs=$EPOCHS2 defense=gcm+resizepad  # of stage 2, which starts from these weights
 done

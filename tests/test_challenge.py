@@ -690,8 +690,8 @@ def test_a_se_resnet_of_timm_trains_with_every_head(monkeypatch, tmp_path, pictu
     training.best = {"net": training.model[1].state_dict(), "epoch": 1, "score": 0.5}
     training.rows = [{"epoch": 1, "loss": 1.0, "train_acc": 0.5, "val_acc": 0.5, "val_aug_acc": 0.5,
                       "seconds": 1.0}]
-    path = challenge.finish(training, RunFolder(tmp_path / "run"))
-    assert path.name == "stage1_seresnet18.pth"
+    challenge.finish(training, RunFolder(tmp_path / "run"))
+    path = tmp_path / "run" / "stage1_seresnet18.pth"
     again = load_model("timm/seresnet18", weights=str(path), kind="folder")
     with torch.no_grad():
         assert torch.allclose(again(x), training.model.eval()(x), rtol=1e-4, atol=1e-4)
@@ -877,6 +877,20 @@ def test_without_tensorboard_the_flag_is_refused_and_no_run_is_lost(
     refused(run_here("train_gcm.py", *SMALL, *PLAIN, "--save", "run", "--overwrite",
                      "--tensorboard"), "pip install tensorboard")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_another_network_is_not_trained_into_the_folder_of_a_run(
+        stage1, run_here, refused, tmp_path):
+    """Two networks there, and eval_net.py --runs would not know which."""
+    shutil.copytree(stage1[0] / "runs/stage1", tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    name, = (path.stem for path in (tmp_path / "run").glob("stage1_*.pth"))
+    other = "cnn" if name != "stage1_cnn" else "mlp"
+    refused(run_here("train_gcm.py", *SMALL, *PLAIN, "--save", "run", "--overwrite",
+                     "--model_name", other), f"another network, {name}.pth", "another folder")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    refused(run_here("free_at.py", "--data_dir", "digits", "--model_name", "mlp", "--save", "run",
+                     "--overwrite"), f"another network, {name}.pth")
 
 
 def test_one_class_is_refused(run_here, refused, tmp_path, picture):

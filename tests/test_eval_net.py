@@ -788,8 +788,31 @@ def test_a_training_that_starts_again_is_measured_again(tmp_path, script):
                               capture_output=True, text=True,
                               env={**os.environ, "PYTHON": str(tmp_path / "python")})
         assert done.returncode == 0, done.stderr
-        line = (tmp_path / "said").read_text().splitlines()[-1]
+        *_, table, line = (tmp_path / "said").read_text().splitlines()
         assert "eval_net.py" in line and ("--overwrite" in line.split()) == again
+        if script == "train_gcm.sh":
+            assert "gcm.py" in table and ("--overwrite" in table.split()) == again
+
+
+def test_the_tables_of_the_challenge_are_made_with_the_flags_of_its_trainings(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nfor a; do printf "%s|" "$a"; done >> said\n'
+                                     'echo >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(SRC / "train_gcm.sh"), "--data_root", "a b", "--batch_size", "7", "--low", "20",
+         "--deterministic", "--device", "cpu"], cwd=tmp_path, check=False, capture_output=True,
+        text=True, env={**os.environ, "PYTHON": str(tmp_path / "python")})
+    assert done.returncode == 0, done.stderr
+    tables = [line for line in (tmp_path / "said").read_text().splitlines() if "/gcm.py|" in line]
+    assert [line.split("--defense|")[1].split("|")[0] for line in tables] == [
+        "gcm", "gcm+resizepad"]
+    for line in tables:
+        assert line.endswith("/gcm|--data_root|a b|--low|20|--device|cpu|")
+    (tmp_path / "said").unlink()
+    subprocess.run(["sh", str(SRC / "train_gcm.sh"), "--defense", "none"], cwd=tmp_path, check=True,
+                   capture_output=True, env={**os.environ, "PYTHON": str(tmp_path / "python")})
+    assert (tmp_path / "said").read_text().count("/gcm.py|") == 2
+    assert "--defense|gcm" not in (tmp_path / "said").read_text()
 
 
 def test_a_clean_cell_without_its_counts_is_made_again(run_here, leave, tmp_path):

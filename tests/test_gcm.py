@@ -440,6 +440,17 @@ def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(
     assert (made[0] / "results.json").read_bytes() == before
 
 
+def test_with_overwrite_a_table_of_other_settings_is_replaced(run_here, tmp_path):
+    flags = ("gcm.py", *FEW, "--attacks", "fgsm", "--save", "out")
+    assert run_here(*flags).returncode == 0
+    (tmp_path / "out" / "partial.json").write_text("{}")
+    done = run_here(*flags, "--seed", 1, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "out")["settings"]["seed"] == 1
+    assert len(saved(tmp_path / "out")["cells"]) == 3
+    assert not (tmp_path / "out" / "partial.json").exists()
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_a_table_goes_on_with_another_batch_size_and_says_so(run_here, tmp_path, older):
     one = ("gcm.py", *FEW, "--save", "out", "--batch_size")

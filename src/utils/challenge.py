@@ -146,9 +146,14 @@ def tensorboard():
     return SummaryWriter
 
 
+def name_of(s):
+    """What the run's network is called."""
+    return f"stage{s.stage}_{label_of(s.model_name)}"
+
+
 def finish(training, folder):
-    """Saves the network of the best epoch, what made it, and the curve. -> path of the network"""
-    s, name = training.s, f"stage{training.s.stage}_{label_of(training.s.model_name)}"
+    """Saves the network of the best epoch, what made it, and the curve."""
+    s, name = training.s, name_of(training.s)
     facts = {"name": name, "kind": training.images.kind, "data_dir": str(s.data_dir),
              **run.result_flags(s, "num_images", "device", "tensorboard", "chances"),
              "given_images": s.num_images, "best_epoch": training.best["epoch"],
@@ -160,4 +165,4 @@ def finish(training, folder):
     run.save_json(folder / f"{name}.json", facts)
     run.write_atomic(folder / "curve.png", draw.training(
         training.rows, name, val_acc="held-out images", val_aug_acc="the same, augmented"))
-    return folder / f"{name}.pth"
+    print(f"saved {folder / name}.pth; to measure it: python eval_net.py --runs {folder.path}")

@@ -257,13 +257,18 @@ class RunFolder:
     def __truediv__(self, name):
         return self.path / name
 
-    def load_checkpoint(self, flags, *, resume, overwrite, grows=False):
+    def load_checkpoint(self, flags, *, resume, overwrite, grows=False, name=None):
         """The checkpoint to continue from, or None; refuses to lose a run or to mix two.
 
         flags: what decides the result (result_flags); with `resume` they must equal the saved ones.
         grows: but --epochs, as no step of this run depends on how many epochs there will be.
+        name: of the network that the run leaves, as NAME.pth, the only one of the folder.
         """
         path = self.path / "checkpoint.pth"
+        for other in self._networks() if name and overwrite and not resume else ():
+            if other.removesuffix("_best") != name:
+                raise UserError(f"--overwrite: {self.path} also holds another network, {other}.pth;"
+                                f" remove it and its {other}.json, or choose another folder")
         if not path.exists() or (overwrite and not resume):
             return None  # the old checkpoint stays until the new run has one
         if not resume:
@@ -288,13 +293,23 @@ class RunFolder:
                                 f"{was}, given {now}; {why}give the same flags or another folder")
         return saved
 
-    def load_cells(self, settings):
+    def _networks(self):
+        """The NAMEs of networks NAME.pth that a script of ours left with NAME.json."""
+        for path in sorted(self.path.glob("*.json")):
+            facts = load_json(path) if path.with_suffix(".pth").is_file() else None
+            if isinstance(facts, dict) and facts.get("name") == path.stem and "scale" not in facts:
+                yield path.stem
+
+    def load_cells(self, settings, *, overwrite=False):
         """Settings and cells of the table in results.json; no cells if there is no table yet.
 
         settings: what every cell depends on; UserError if the table was made with other settings.
+        overwrite: as if there were no table, nor a part of a cell in partial.json.
         """
         path = self.path / "results.json"
-        if not path.exists():
+        if overwrite:
+            (self.path / "partial.json").unlink(missing_ok=True)
+        if overwrite or not path.exists():
             return settings, {}
         saved = load_json(path)
         parts = [saved.get("settings"), saved.get("cells")] if isinstance(saved, dict) else [None]
@@ -314,7 +329,8 @@ class RunFolder:
                             "another folder")
         for key in [key for key in settings if key in was and settings[key] != was[key]]:
             raise UserError(f"--save {self.path}: holds a table made with {key} {was[key]}, "
-                            f"given {settings[key]}; choose another folder")
+                            f"given {settings[key]}; choose another folder, or type --overwrite "
+                            "to measure everything again")
         return was | settings, cells
 
 
