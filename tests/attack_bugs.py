@@ -121,6 +121,7 @@ EVAL = "it_attacks_the_model_in_eval_mode_whatever_its_mode_also_under_no_grad"
 UNDEFENDED = "an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_network"
 STEPS = "apgd_takes_the_steps_of_its_paper_whatever_the_losses"
 CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
+L1_STAGES = "the_stages_in_l1_are_those_of_its_paper_each_from_the_best_point_of_the_one_before"
 QUERIES = "square_is_that_of_its_paper_query_by_query"
 PUBLISHED = "it_is_that_of_the_published_loop_in_any_chunks"
 COSINE = "the_cosine_of_logits_or_features_equals_the_naive_oracle"
@@ -299,6 +300,8 @@ BUGS = [
     Bug("all stages at the radius itself", APGD,
         "[(3, larger), (2, larger)", "[(1, larger), (1, larger)",
         (whole("in_l1_the_first_steps_are_taken_in_larger_balls"),)),
+    Bug("the stages of L1 begin with long steps of many entries", APGD,
+        "moved / entries / 1.5 if stages", "moved / entries / 1.5 if False", (paper(L1_STAGES),)),
     Bug("images that a larger ball fools go no further", APGD,
         "is_fooled(logits, s.y, targeted) & inside", "is_fooled(logits, s.y, targeted)",
         (whole("an_image_that_is_fooled_only_outside_the_radius_is_not_fooled"),)),

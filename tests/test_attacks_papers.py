@@ -66,10 +66,11 @@ def direction(g, norm, share):
     return sign / abs(sign).sum()
 
 
-def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None):
+def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None, stages=False):
     """look(t, point) -> loss, gradient, fooled. -> every point, the end, its loss, fooled
 
     x, start: vectors. seen: which reasons to halve the step have occurred, and which both had not.
+    stages: whether it is one of several, which in L1 moves few entries from its first step on.
     """
     def into(point):
         return x + nearest_allowed(point - x, x, eps, norm)
@@ -78,6 +79,9 @@ def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None):
     f, g, fooled = look(0, at)
     best_f, best_g, points, rose = f, g, [at], [None]
     size, share, moved = (eps if norm == "l1" else 2 * eps), 0.2, len(x)
+    if stages:
+        moved = int((start != x).sum())
+        share = moved / len(x) / 1.5
     halved, best_then, windows = True, f, marks(steps, norm)  # as the authors: none at the first
     for t in range(1, steps + 1):
         if fooled:
@@ -157,6 +161,26 @@ def test_apgd_takes_the_steps_of_its_paper_whatever_the_losses(norm, n):
         close([flat(ours[i])], [end])
     if norm == "linf":  # each of the two conditions, alone and together
         assert seen == {(few, stuck) for few in (True, False) for stuck in (True, False)}
+
+
+def test_the_stages_in_l1_are_those_of_its_paper_each_from_the_best_point_of_the_one_before():
+    n, eps = 4, EPS["l1"]
+    x = pictures(n, torch.float64, shape=SMALL)
+    model = Scripted(*script(n, x[0].numel(), steps=102))
+    ours = attacks.apgd(model, x, torch.zeros(n, dtype=torch.int64), eps=eps, norm="l1", steps=100,
+                        stages=True, generator=chances(n))
+    start = balls.nearest(x + balls.random_point(x, 3 * eps, "l1", chances(n).fold(0)), x, 3 * eps,
+                          "l1")
+    for i in range(n):
+        image, at = flat(x[i]), flat(start[i])
+        for times, steps, first in ((3, 30, 0), (2, 30, 31), (1, 40, 62)):
+            def look(t, _, i=i, first=first):
+                return model.loss[first + t, i].item(), model.slope[first + t, i].numpy(), False
+            at = image + nearest_allowed(at - image, image, times * eps, "l1")
+            points, at, *_ = naive_apgd(look, image, at, eps=times * eps, norm="l1", steps=steps,
+                                        stages=True)
+            close([point[i].numpy() for point in model.points[first:first + steps + 1]], points)
+        close([flat(ours[i])], [at])
 
 
 def test_apgd_returns_the_point_that_fools_although_another_has_the_higher_loss():

@@ -90,6 +90,17 @@ def test_a_small_network_is_trained_on_first_use_and_kept(tmp_path, monkeypatch,
     assert [path.name for path in kept] == [f"digits_mlp_{models.RECIPE_VERSION}.pth"]
 
 
+def test_a_network_trained_on_a_folder_never_stands_in_for_that_of_the_data_set(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    trained = []
+    monkeypatch.setattr(models, "train_small",
+                        lambda model, name, kind, data_dir, root: trained.append(data_dir))
+    for data_dir in ("a", "a/../a", "b", "digits", "digits", "b", "c"):
+        load_model("mlp", kind="digits", data_dir=data_dir)
+    assert trained == ["a", "b", "digits"]  # c: that of the data set is there
+
+
 def test_inception_is_for_299_pixels_and_the_others_for_224():
     sizes = [models.input_size(name, "imagenet", 224, "V1")
              for name in ("inception_v3", "vgg16", "googlenet")]

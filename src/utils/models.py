@@ -11,6 +11,8 @@ The first layer is Normalize, Standardize (wrn_32_10), or nothing where a functi
 """
 
 import copy
+import hashlib
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.data import PRESETS, Geometry, paper_geometry
+from utils.data import NAMED, PRESETS, Geometry, paper_geometry
 from utils.errors import DAMAGE, UserError
 from utils.nets import RECIPE_VERSION, RECIPES, Normalize, train_small, with_head
 from utils.run import alone, save_pth
@@ -329,9 +331,17 @@ def check_takes(model, name, channels, size, device, trained_for=None):
 # -------------------------------------------------------------- small networks, on first use
 
 def _trained_here(origin, data_dir, data_root, device):
-    """The network with the weights that were trained on the images of data_dir, now or before."""
-    cached = (Path(torch.hub.get_dir()) / "small"
-              / f"{origin.kind}_{origin.name}_{RECIPE_VERSION}.pth")
+    """The network with the weights that were trained on the images of data_dir, now or before.
+
+    A folder of one's own takes the weights of the data set by name where these are there, never the
+    other way round.
+    """
+    folder = Path(torch.hub.get_dir()) / "small"
+    cached = folder / f"{origin.kind}_{origin.name}_{RECIPE_VERSION}.pth"
+    if data_dir not in (None, *NAMED):
+        path = hashlib.sha256(os.fsencode(Path(data_dir).resolve())).hexdigest()[:8]
+        own = cached.with_stem(f"{cached.stem}_{path}")
+        cached = cached if cached.is_file() and not own.is_file() else own
     net = origin.build()
     if not cached.is_file():
         with alone(cached):  # of several processes one trains it, the others wait
