@@ -88,7 +88,7 @@ class FreeTraining(Trainer):
         super().__init__(device, steps=steps, team=team, keep={
             "net": self.model, "optimizer": self.optimizer, "generator": self.generator,
             "mixed": self.mixed})
-        self.s, self.images, self.net = s, images, in_parallel(self.model, team)
+        self.s, self.images, self.net = s, images, in_parallel(self.model, team, shape[1:])
         self.passes = recipes.passes(s, steps)
         self.done, self.total = 0, s.weight_steps or self.passes * steps  # weight steps
         self.best, self.probed = {"probe": 0.0, "net": None}, None  # of --guard
@@ -268,7 +268,7 @@ def get_args():
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images = recipes.settle(args, team, device)
+    s, images = team.in_turn(lambda: recipes.settle(args, team, device))
     method = f"free{s.replays}" if s.method == "free" else s.method
     name = f"{method}_{label_of(s.model_name)}"
     data = s.data_dir if s.data_dir in NAMED else images.kind

@@ -90,7 +90,7 @@ class ChallengeTraining(Trainer):
         self.mean = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(s.ema),
                                   use_buffers=True) if s.ema else None
         self.defended = self.behind_defense(self.model)
-        self.parallel = in_parallel(self.defended, team)
+        self.parallel = in_parallel(self.defended, team, (images.channels, *2 * [s.image_size]))
         head = nets.head_parameters(self.model[1])
         body = [p for p in self.model.parameters() if all(p is not q for q in head)]
         self.optimizer = torch.optim.Adamax([{"params": head}, {"params": body}],  # rates: one_pass
@@ -268,7 +268,7 @@ def get_args():
 
 def main(args):
     team, device = join_team(run.resolve_device(args.device))
-    s, images, held = challenge.settle(args, team, device)
+    s, images, held = team.in_turn(lambda: challenge.settle(args, team, device))
     writer = challenge.tensorboard() if s.tensorboard else None  # fails before an old run is lost
     folder = run.RunFolder(s.save, lock=team.first)
     flags = run.result_flags(s, "tensorboard", "chances", images=images.sha256()[:16],

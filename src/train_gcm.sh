@@ -19,24 +19,29 @@ again=
 case " $* " in *" --overwrite "*) again=--overwrite ;; esac
 measure() {  # measure WEIGHTS DEFENSE FLAG...: the table, with those of the flags that gcm.py has
     weights=$1 defense=$2 left=$(($# - 2))
+    model=${weights##*/stage"$stage"_}
+    model=${MODEL:-${model%.pth}}
     shift 2
     while [ "$left" -gt 0 ]; do
         flag=$1 left=$((left - 1))
         shift
         case $flag in
         --overwrite) set -- "$@" "$flag" ;;
+        --[a-z]*=*)  # as --flag value
+            value=${flag#*=}
+            flag=${flag%%=*} ;;
+        --*)
+            value=${1-} ;;
+        esac
+        case $flag in
         --data_root | --labels | --classes | --image_size | --low | --device | --cache | --workers)
-            set -- "$@" "$flag" "$1"
-            left=$((left - 1))
-            shift ;;
-        --defense)
-            defense=$1 left=$((left - 1))
-            shift ;;
+            set -- "$@" "$flag" "$value" ;;
+        --defense) defense=$value ;;
+        --model_name) model=$value ;;
         esac
     done
-    model=${weights##*/stage"$stage"_}
     "$PYTHON" $torchrun "$root/src/gcm.py" --data_dir "$DATA" --weights "$weights" \
-        --model_name "${MODEL:-${model%.pth}}" --defense "$defense" \
+        --model_name "$model" --defense "$defense" \
         --save "$RUNS/stage$stage/gcm" ${ATTACKED:+--num_images "$ATTACKED"} "$@"
 }
 weights= epochs= defense=gcm

@@ -3,6 +3,7 @@ stays as it was, what depends on what, what is refused.
 """
 
 import functools
+import math
 import random
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import attacks
 from attack_toys import (
@@ -558,3 +560,19 @@ def test_none_stands_for_a_default_that_is_none_and_for_no_other(world):
     for name, run in (("alpha", attacks.fgv), ("eps", attacks.pgd)):
         with pytest.raises(UserError, match=f"{name}=None; wanted a number"):
             run(model, x, y, **{name: None})
+
+
+def test_the_default_of_a_number_may_be_typed(world):
+    model, x, y = world
+    found = [attacks.fab(model, x, y, steps=2, targets=4, **more)
+             for more in ({}, {"eps": math.inf}, {"eps": float("inf")})]
+    assert all(torch.equal(one, found[0][0]) for one, _ in found)
+    with pytest.raises(UserError, match="eps=inf; wanted a number"):
+        attacks.pgd(model, x, y, eps=math.inf)
+
+
+def test_diverse_inputs_of_images_that_are_not_square_are_refused_in_one_line(world):
+    model, x, y = world
+    with pytest.raises(UserError, match="images of 6 x 8 pixels; wanted square ones"):
+        attacks.mim(lambda x: model(F.pad(x, (0, 0, 0, 2))), x[:, :, :6], y, eps=0.1, alpha=0.1,
+                    steps=2, diverse=0.5)

@@ -4,6 +4,7 @@ import copy
 import csv
 import gc
 import io
+import json
 import math
 import os
 import shutil
@@ -783,6 +784,23 @@ def test_a_run_that_held_out_other_images_is_refused(tmp_path, picture):
     assert len(finished.unseen_by({**facts, "held_out": 8}, facts["data_dir"], "data")[0]) == 8
     with pytest.raises(UserError, match="holds out 8 images today, 10 in the training"):
         finished.unseen_by({**facts, "held_out": 10}, facts["data_dir"], "data")
+
+
+def test_a_list_of_test_images_beside_that_for_training_is_what_a_network_is_tested_on(
+        tmp_path, picture):
+    """Both lists name files of one folder, as the challenge's own do."""
+    names = {"train": [], "val": []}
+    for i in range(12):
+        split = "val" if i % 3 == 0 else "train"
+        picture(tmp_path / f"data/train_p2/{i}.png", seed=i)
+        names[split].append([f"{i}.png", i % 2])
+    for split, rows in names.items():
+        (tmp_path / f"data/{split}.json").write_text(json.dumps(rows))
+    facts = {"data_dir": str(tmp_path / "data"), "hold_out": 0.25, "given_images": None, "stage": 1}
+    for data_dir in (tmp_path / "data", tmp_path / "data" / "val.json"):
+        for own in (facts, {**facts, "hold_out": None}):
+            images, note = finished.unseen_by(own, str(data_dir), "data")
+            assert sorted(images.names) == sorted(name for name, _ in names["val"]) and note == ""
 
 
 @dataclass(frozen=True)

@@ -363,3 +363,13 @@ def test_a_failed_imagenette_download_gives_one_line_that_says_what_to_type(tmp_
     monkeypatch.setattr(torchvision.datasets.imagenette, "download_and_extract_archive", offline)
     with pytest.raises(UserError, match="download failed.*no route.*--data_root"):
         open_images("imagenette", split="train", data_root=tmp_path)
+
+
+def test_more_photographs_than_memory_holds_are_refused_with_what_to_type(
+        tmp_path, picture, monkeypatch):
+    for i in range(2):
+        picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", seed=i)
+    images = open_images(tmp_path / "val", split="test").prepared(paper_geometry(224), None)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 300}.get)
+    with pytest.raises(UserError, match="2 images of 224 pixels take 0.000301 GB, .* type --cache"):
+        load(images, workers=0)

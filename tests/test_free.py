@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SRC
 from PIL import Image
+from torch import nn
 from torchvision.transforms import v2
 
 import free_at
@@ -24,7 +25,7 @@ from utils.data import CIFAR10, load, open_images
 from utils.errors import UserError
 from utils.finished import images_for
 from utils.passes import crop_flip, random_crops
-from utils.team import Team
+from utils.team import Team, has_unused
 
 CPU = torch.device("cpu")
 METHODS = ("natural", "pgd", "free", "fast")
@@ -557,6 +558,7 @@ torch.distributed.barrier()
 for method in methods:
     train("--method", method, "--save", method)
 train("--epochs", "4", "--save", "whole")
+train("--model_name", "unused.py:net", "--save", "unused")
 real, calls = free_at.FreeTraining.one_pass, []
 
 
@@ -573,6 +575,22 @@ free_at.FreeTraining.one_pass = real
 train("--epochs", "4", "--save", "killed", "--resume")
 leave(team)
 """
+UNUSED = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10))
+        self.never = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self[1](self[0](x))
+
+
+def net():
+    return Net()
+"""
 SHARED_STEPS = ("--model_name", "mlp", "--num_images", 135, "--batch_size", 50, "--epochs", 2,
                 "--replays", 2, "--lr", 0.05, "--device", "cpu")  # 18 and 17 images at the end
 
@@ -582,6 +600,7 @@ def together(tmp_path_factory):
     """Folder of what two processes left: a run of each method, and one that was resumed."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "together.py").write_text(TOGETHER)
+    (folder / "unused.py").write_text(UNUSED)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "together.py", str(SRC), json.dumps(METHODS), json.dumps([str(f) for f in SHARED_STEPS])],
@@ -602,6 +621,24 @@ def test_two_processes_make_the_network_of_one(finished, together, method):
         assert torch.allclose(one[key], two[key], rtol=0, atol=2e-4), key
     one, two = (rows(path.parent / "log.csv") for path in paths)
     assert [row["weight_steps"] for row in one] == [row["weight_steps"] for row in two]
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_network_with_layers_that_take_no_part(together):
+    saved = torch.load(network_of(together / "unused"), weights_only=True)
+    assert "never.weight" in saved and saved["1.weight"].shape == (10, 784)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_weights_that_take_no_part_are_noticed_and_the_modes_are_kept(used):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    if not used:
+        net.add_module("never", nn.Linear(2, 3))
+        net.forward = lambda x: net[:4](x)
+    assert has_unused(net, (1, 4, 4)) is not used
+    assert net.training and net[1].num_batches_tracked == 0
+    assert all(p.grad is None for p in net.parameters())
+    assert has_unused(net, (3, 4, 4)) is False  # it cannot take such images
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.models import Normalize, load_model
 from utils.nets import build_small
 from utils.run import save_pth
+from utils.sources import source
 
 KINDS = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -366,3 +367,13 @@ def test_one_network_with_several_weights_is_called_by_these(tmp_path):
     shutil.copy(paths[1], tmp_path / "c" / "a")
     with pytest.raises(UserError, match="both of them mlp_a; type one at a time, or give their"):
         models.targets_of([2 * ["mlp"]], [[paths[0], str(tmp_path / "c" / "a")]], None, images)
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_published_networks_with_auxiliary_heads_come_without_these(monkeypatch, name):
+    """In training mode they give a second output."""
+    asked = {}
+    monkeypatch.setattr(torchvision.models, "get_model",
+                        lambda name, **options: asked.update(options) or nn.Identity())
+    source(name, "imagenet").pretrained("V1")
+    assert asked["aux_logits"] is False and asked["weights"] is not None

@@ -452,3 +452,10 @@ def test_the_png_of_a_run_holds_its_perturbation_to_8_bits(made):
     again, _ = draw.decode_delta(made / "sga_mlp.png")
     assert again.shape == delta.shape
     assert (again - delta).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_folder_on_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert RunFolder(tmp_path / "run").path.is_dir()

@@ -232,7 +232,8 @@ def unseen_by(facts, data_dir, data_root, labels=None, classes=None):
                               labels, classes)
         return images, note * held
     if train is None or None in (train.root, images.root) or (
-            train.root.resolve() != images.root.resolve()):
+            train.root.resolve() != images.root.resolve()) or (
+            not set(train.names) & set(images.names)):  # lists of one folder, or parquet
         return images, ""
     train = train.prepared(train.geometry, facts.get("given_images"))
     if facts.get("hold_out"):

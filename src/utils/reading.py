@@ -16,6 +16,7 @@ from utils import parquet
 from utils.errors import UserError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other programs are run
+MOST = 0.8      # of the memory, for decoded images
 THINNEST = 100  # longer side of a photograph, over the shorter one
 
 
@@ -127,6 +128,12 @@ def load(images, *, workers, aloud=True):
         return images
     if images.stored is not None:
         return _mapped(images, aloud)
+    needed = len(images) * 3 * images.size ** 2
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > MOST * there:
+        raise UserError(f"{len(images)} images of {images.size} pixels take {needed / 1e9:.3g} GB, "
+                        f"of {there / 1e9:.3g} GB of memory; type --cache DIR, which keeps them on "
+                        "disk, or a smaller --num_images")
     pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
     keep, skipped = [], []
     with tqdm(total=len(images), desc="decode", unit="img", disable=None if aloud else True) as bar:

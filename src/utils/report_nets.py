@@ -223,6 +223,8 @@ def as_in_the_paper(net):
     facts = net.facts
     return ("replays" in facts and facts["kind"] == "cifar10"
             and facts["model_name"] == "wrn_32_10" and facts["weight_steps"] == 80_000
+            and facts.get("given_images") is None
+            and (facts["method"] != "pgd" or facts.get("steps", 7) == 7)
             and all(isclose(eps, 8 / 255) for eps in (
                 facts["eps"], *(cell.get("eps", 0) for cell in net.attacks.values())))
             and all(cell.get("norm", "linf") == "linf" for cell in net.attacks.values()))

@@ -251,6 +251,8 @@ class RunFolder:
         except BlockingIOError:
             raise UserError(f"{path}: another run is writing to this folder; wait for it or choose "
                             "another folder") from None
+        except OSError:
+            pass  # a file system without locks
         for left_by_a_kill in self.path.glob(".*.tmp"):
             left_by_a_kill.unlink()
 

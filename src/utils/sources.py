@@ -123,17 +123,23 @@ class Torchvision(Source):
         about = self.published(weights)
         return Normalize(about.mean, about.std)
 
+    @property
+    def no_auxiliary(self):
+        """Without heads that give a second output in training mode."""
+        return {"aux_logits": False} if self.name in ("googlenet", "inception_v3") else {}
+
     def build(self, classes=None, seed=0, size=None):
         options = {"num_classes": classes} if classes else {}
-        if self.name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own
-            # weights: input shifted to the weights' own normalisation, no auxiliary heads
-            options |= {"transform_input": True, "aux_logits": False, "init_weights": True}
+        if self.no_auxiliary:  # as torchvision builds them for its own weights: input shifted to
+            # the weights' own normalisation
+            options |= {"transform_input": True, "init_weights": True, **self.no_auxiliary}
         return seeded(zoo.get_model, seed, name=self.name, weights=None, **options)
 
     def pretrained(self, weights, classes=None):
         enum = self.enum(weights)
         try:
-            return zoo.get_model(self.name, weights=enum, progress=sys.stderr.isatty())
+            return zoo.get_model(self.name, weights=enum, progress=sys.stderr.isatty(),
+                                 **self.no_auxiliary)
         except (OSError, RuntimeError, EOFError) as error:  # no connection, half a file
             raise UserError(
                 f"{self.name}: its weights {enum.name} are not in the cache and cannot be "

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import DAMAGE, UserError
 
 DIED = ("a process of this run died; what was saved is kept: the same command continues an "
         "evaluation, with --resume a training")
@@ -182,13 +182,32 @@ def joint_batch_norm(model, device, team):
     return model
 
 
-def in_parallel(model, team):
-    """The model as the processes of a team train it together; the model itself for one process."""
+def in_parallel(model, team, shape):
+    """The model as the processes of a team train it together; the model itself for one process.
+
+    shape: (C, H, W) of its images.
+    """
     if team.size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters  # renamed after torch 2.11
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{sync: False})
+    return DistributedDataParallel(model, find_unused_parameters=has_unused(model, shape),
+                                   **{sync: False})
+
+
+def has_unused(model, shape):
+    """Whether some weights have no part in the logits of an image: the head of timm's networks
+    under another one, layers that are never called. They must be told of.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    x, training = torch.zeros((1, *shape), device=weights[0].device), model.training
+    try:
+        logits = model.eval()(x)
+        return None in torch.autograd.grad(logits.sum(), weights, allow_unused=True)
+    except (*DAMAGE, AssertionError, NotImplementedError):  # models.check_takes says what is wrong
+        return False
+    finally:
+        model.train(training)
 
 
 def without_sync(model):

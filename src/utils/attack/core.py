@@ -34,12 +34,12 @@ def attack(function):
     """
     parameters = inspect.signature(function).parameters
     draws = "generator" in parameters
-    unset = [name for name, one in parameters.items() if one.default is None]
+    default = {name: one.default for name, one in parameters.items()}
 
     @functools.wraps(function)
     def wrapped(model, x, y, *args, **options):
         _check(x, y, {name: value for name, value in options.items()
-                      if value is not None or name not in unset})
+                      if not isinstance(value, (Real, type(None))) or value != default.get(name)})
         with (_evaluating(model, options.get("judge")), torch.inference_mode(False),
               torch.enable_grad()):
             x, y = x.detach().clone(), y.detach().to(x.device, copy=True)

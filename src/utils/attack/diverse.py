@@ -12,6 +12,7 @@ from torch import nn
 from utils.attack.balls import column
 from utils.attack.telling import told
 from utils.defenses import ResizePad
+from utils.errors import UserError
 
 SMALLEST = 299 / 330  # of the side: the paper pads 299 to 329 pixels to 330
 SPREAD = 3            # the kernel reaches so many standard deviations to each side
@@ -29,6 +30,9 @@ class Diverse(nn.Module):
 
     def forward(self, x):
         size = x.shape[-1]
+        if x.shape[-2] != size:
+            raise UserError(f"diverse={self.p}: images of {x.shape[-2]} x {size} pixels; wanted "
+                            "square ones, or diverse=0")
         if size not in self.pad:
             self.pad[size] = ResizePad(max(1, round(SMALLEST * size)), size)
         moved = told(x, self.pad[size].generator).uniform().to(x) < self.p
