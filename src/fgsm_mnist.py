@@ -229,7 +229,7 @@ def get_args():
     add("--batch_size", type=at_least(2), default=128, help="clean images in a step")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="adam; sgd: the sheet's "
         "theta - lr (g_clean + g_adv), without momentum")
-    add("--lr", type=at_least(0, float), help="learning rate; None: adam 0.001, sgd 0.1")
+    add("--lr", type=at_least(0, float), help="learning rate; None: adam 0.001, sgd 0.05")
     shared("seed", seed={"help": "the first seed"})
     add("--seeds", type=at_least(1), default=1, help="how many seeds, one after the other")
     add("--eval_images", type=at_least(1), default=1000, help="test images for the attacks beyond "

@@ -114,7 +114,7 @@ def test_adam_gets_the_sum_of_both_gradients():
 
 def test_without_lr_each_optimiser_has_its_own():
     assert exercise().s.lr == 0.001
-    assert exercise("--optimizer", "sgd").s.lr == 0.1
+    assert exercise("--optimizer", "sgd").s.lr == 0.05
     assert exercise("--optimizer", "sgd", "--lr", "0").s.lr == 0
 
 

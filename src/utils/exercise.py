@@ -21,7 +21,7 @@ class Optimizer:
     lr: float
 
 
-OPTIMIZERS = {"adam": Optimizer(torch.optim.Adam, 1e-3), "sgd": Optimizer(torch.optim.SGD, 0.1)}
+OPTIMIZERS = {"adam": Optimizer(torch.optim.Adam, 1e-3), "sgd": Optimizer(torch.optim.SGD, 0.05)}
 
 
 def settle(args):
