@@ -27,7 +27,7 @@ measure() {  # measure WEIGHTS DEFENSE FLAG...: the table, with those of the fla
         shift
         case $flag in
         --overwrite) set -- "$@" "$flag" ;;
-        --[a-z]*=*)  # as --flag value
+        --[a-z]*=*)  # flag and value in one word
             value=${flag#*=}
             flag=${flag%%=*} ;;
         --*)

@@ -506,7 +506,7 @@ def test_the_sweep_shows_from_which_w_on_a_naive_attacker_fails(run_here, tmp_pa
     assert left["naive", 1e2] == left["adaptive", 1e2] < 0.2
     assert left["naive", 1e20] > 0.7 and left["adaptive", 1e20] < 0.2
     assert (folder / "w_sweep.png").read_bytes().startswith(b"\x89PNG")
-    drawn = run_here("figures.py", "--w_sweep", folder, folder, "--out", "w.png")
+    drawn = run_here("figures.py", "--w_sweep", folder, "--out", "w.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
 
