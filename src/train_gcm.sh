@@ -26,7 +26,6 @@ measure() {  # measure WEIGHTS DEFENSE FLAG...: the table, with those of the fla
         flag=$1 left=$((left - 1))
         shift
         case $flag in
-        --overwrite) set -- "$@" "$flag" ;;
         --[a-z]*=*)  # flag and value in one word
             value=${flag#*=}
             flag=${flag%%=*} ;;
@@ -42,13 +41,18 @@ measure() {  # measure WEIGHTS DEFENSE FLAG...: the table, with those of the fla
     done
     "$PYTHON" $torchrun "$root/src/gcm.py" --data_dir "$DATA" --weights "$weights" \
         --model_name "$model" --defense "$defense" \
-        --save "$RUNS/stage$stage/gcm" ${ATTACKED:+--num_images "$ATTACKED"} "$@"
+        --save "$RUNS/stage$stage/gcm" ${ATTACKED:+--num_images "$ATTACKED"} $again "$@"
+}
+digest() {  # of the stage's network, if there is one
+    cat "$RUNS/stage$stage"/stage"$stage"_*.pth 2>/dev/null | cksum
 }
 weights= epochs= defense=gcm
 for stage in 1 2; do
+    before=$(digest)
     "$PYTHON" $torchrun "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
         ${MODEL:+--model_name "$MODEL"} --save "$RUNS/stage$stage" "$@" \
         ${epochs:+--epochs "$epochs"} ${weights:+--pretrained "$weights"}
+    [ "$before" = "$(digest)" ] || again=--overwrite  # tables of the old network are of no use
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
         measure "$weights" "$defense" "$@"
     done

@@ -794,6 +794,23 @@ def test_a_training_that_starts_again_is_measured_again(tmp_path, script):
             assert "gcm.py" in table and ("--overwrite" in table.split()) == again
 
 
+def test_the_tables_of_the_challenge_are_made_again_where_the_network_has_changed(tmp_path):
+    """As by --resume --epochs MORE; a finished training that is started again changes nothing."""
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$@" >> said\n'
+        'case $1 in *train_gcm.py) mkdir -p runs/challenge/stage$3\n'
+        'echo "$MADE" > runs/challenge/stage$3/stage$3_cnn.pth ;; esac\n')
+    (tmp_path / "python").chmod(0o755)
+    for made, again in (("a", True), ("a", False), ("b", True)):
+        (tmp_path / "said").unlink(missing_ok=True)
+        subprocess.run(["sh", str(SRC / "train_gcm.sh"), "--resume"], cwd=tmp_path, check=True,
+                       capture_output=True,
+                       env={**os.environ, "PYTHON": str(tmp_path / "python"), "MADE": made})
+        tables = [line.split() for line in (tmp_path / "said").read_text().splitlines()
+                  if "/gcm.py" in line or "/eval_net.py" in line]
+        assert len(tables) == 3 and all(("--overwrite" in line) is again for line in tables), tables
+
+
 def test_the_tables_of_the_challenge_are_made_with_the_flags_of_its_trainings(tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\nfor a; do printf "%s|" "$a"; done >> said\n'
                                      'echo >> said\n')

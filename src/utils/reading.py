@@ -130,7 +130,7 @@ def load(images, *, workers, aloud=True):
         return _mapped(images, aloud)
     needed = len(images) * 3 * images.size ** 2
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > MOST * there:
+    if 0 < MOST * there < needed:  # -1 where the system does not say
         raise UserError(f"{len(images)} images of {images.size} pixels take {needed / 1e9:.3g} GB, "
                         f"of {there / 1e9:.3g} GB of memory; type --cache DIR, which keeps them on "
                         "disk, or a smaller --num_images")
