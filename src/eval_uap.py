@@ -106,8 +106,8 @@ def get_args():
         ".png files, or folders, of which those made on this kind of data are taken")
     add("--eps", type=radius, help="no perturbation may be larger, in [0, 1] pixels; None: the "
         "data set's preset, 10/255 on ImageNet")
-    add("--scale", choices=("auto", "1", "255"), default="auto", help="scale of the files' values; "
-        "auto: from their facts or their size, refused when unclear")
+    add("--scale", choices=("auto", "1", "255"), default="auto", help="scale of the values of "
+        "files whose NAME.json does not say it; auto: from their size, refused when unclear")
     add("--resize", action="store_true", help="scale a perturbation of another size to the target")
     add("--save", "--results", type=Path, default=Path("runs/eval"), help="folder for tables and "
         "pictures")

@@ -30,6 +30,7 @@ from utils.measure import share
 from utils.report import percent
 from utils.report_mnist import called, read_examples
 from utils.run import load_json, make_generator, refuse_bomb, write_atomic
+from utils.sources import label_of
 from utils.uaps import read_uap
 
 OVER = {"gradients": "image gradients", "num_images": "images"}  # facts of a perturbation
@@ -105,7 +106,7 @@ def examples_picture(args):
 def curves_picture(args):
     """Fooling ratios over the gradients or the images that the perturbations took."""
     results = _results(args.curves, "--curves", "eval_uap.py")
-    networks, curves = list(results["protocol"]["targets"]), {}
+    about, curves = results["protocol"]["targets"], {}  # about: the weights
     for pattern, _, label in (row.partition(":") for row in args.rows or ["*"]):
         names = fnmatch.filter(results["uaps"], pattern)
         if not names:
@@ -116,10 +117,17 @@ def curves_picture(args):
             if args.over not in facts:
                 raise UserError(f"--curves {args.curves}: {name} has no facts; leave it out with "
                                 "--rows")
-            shares = {row["target"]: (row["fooling_ratio"], row["target"] in facts["model_name"])
+            own = {target for target in about if _made_on(target, facts, about)}
+            shares = {row["target"]: (row["fooling_ratio"], row["target"] in own)
                       for row in results["rows"] if row["uap"] == name}
             curves.setdefault(label or pattern, {}).setdefault(facts[args.over], []).append(shares)
-    return draw.against(curves, networks, OVER[args.over])
+    return draw.against(curves, list(about), OVER[args.over])
+
+
+def _made_on(target, facts, about):
+    """Whether the perturbation was made on this target with these weights."""
+    return about[target] in facts.get("weights", about.values()) and target in {
+        *map(label_of, facts.get("model_name", ())), *facts.get("on_training_images", ())}
 
 
 def w_sweep_picture(args):
@@ -252,12 +260,18 @@ PICTURES = {  # flag: how it is drawn, its name in imgs/, the script whose files
     "curves": (curves_picture, "uap_gradients", "eval_uap.py"),
     "uaps": (uaps_picture, "uaps", "eval_uap.py"),
     "examples": (examples_picture, "digits", "eval_uap.py")}
+OF = {"rows": ("uaps", "curves", "eps_curves", "corruptions"), "credit": ("uaps",),
+      "image": ("augmentations",)}
 
 
 def main(args):
     asked = [flag for flag in PICTURES if getattr(args, flag)] or ["uaps"]
     if len(asked) > 1 and asked != ["uaps", "examples"]:
         raise UserError(f"--{asked[0]} and --{asked[1]}: one picture at a time")
+    for flag, pictures in OF.items():
+        if getattr(args, flag) and asked[0] not in pictures:
+            raise UserError(f"--{flag} --{asked[0]}: wanted with --{' or --'.join(pictures)}; "
+                            f"leave out --{flag}")
     picture, name, script = PICTURES[asked[0]]
     out = args.out or Path("imgs") / f"{name}.png"
     if out.suffix.lower() != ".png":

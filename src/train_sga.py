@@ -6,7 +6,7 @@
     inner pre-search, gradient aggregation  sga_gradient: `inner`, `total`; SPGD: spgd_gradient
     outer update of delta                   update, or universal.adam_step
 
-    python train_sga.py                                            # digits, offline, seconds
+    python train_sga.py                                            # digits, offline, a minute
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
     python train_sga.py --preset few_images ...      # ours, as is transfer: docs/uap.md
     python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
@@ -30,10 +30,10 @@ from utils.attack.universal import draw_maps, make_loss
 from utils.cli import at_least, radius
 from utils.graphs import Graphed
 from utils.loop import Trainer, loop
+from utils.sga_team import SPGD_CHUNK
 from utils.team import Team, join_team
 
 ALONE = Team()    # one process
-SPGD_CHUNK = 50   # images per backward pass of SPGD: 250 at once need 27 GB on VGG16
 HELD = ("delta", "v", "labels", "amp", "layout")  # by a checkpoint, besides the generator
 
 
@@ -116,6 +116,7 @@ def index_draws(s, n, generator):
 class SgaTraining(Trainer):
     """The epochs of SGA or SPGD with settings s; models: the surrogates without their defence."""
     advice = "the last checkpoint is kept; look at the weights, or try --amp off"
+    asked = 1  # a large batch of SGA is a thousand gradients
 
     def __init__(self, s, models, images, generator, device, team=ALONE):
         parts = torch.arange(len(images)).split(s.batch_size)
@@ -263,7 +264,7 @@ def get_args():
     add("--batch_size", type=at_least(1), help="images of an outer step; None: preset, 250")
     add("--minibatch", type=at_least(1), help="images of an inner step of sga; None: 10")
     add("--iter", type=at_least(1), help="K of sga: mean uses of an image per epoch; None: 4")
-    add("--momentum", type=at_least(0, float), help="mu; None: 0 (the paper's), 0.9 with --augment")
+    add("--momentum", type=at_least(0, float), help="mu; None: preset, 0; 0.9 with --augment")
     add("--target", type=cli.numbers, help="class to steer all images to; 3,5: one run each")
     add("--augment", action=BooleanOptionalAction, help="ours, for few images: flip, scale, shift "
         "them; None: preset, no")
@@ -290,7 +291,7 @@ def main(args):
         one.begin(training)
         loop(training, s.epochs, one.folder, one.flags, deterministic=s.deterministic,
              desc=one.desc, minutes=s.checkpoint_minutes)
-        sga_run.save_perturbation(training, one.folder, one.name)
+        sga_run.save_perturbation(training, job, one)
     team.leave()
 
 

@@ -102,7 +102,7 @@ def test_several_processes_ask_the_first_one_now_and_then(folder, saved, monkeyp
     asked = []
     monkeypatch.setattr(Team, "everyone", lambda self, value: [value] * 2)
     monkeypatch.setattr(Team, "first_says", lambda self, flag: asked.append(flag) or flag)
-    monkeypatch.setattr(loop, "ASKED", 4)
+    monkeypatch.setattr(Walk, "asked", 4)
     walked(Walk(team=Team(0, 2)), folder)
     assert asked == [True] * 4 and saved == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
 
@@ -110,7 +110,7 @@ def test_several_processes_ask_the_first_one_now_and_then(folder, saved, monkeyp
 def test_the_clock_of_another_process_decides_nothing(folder, saved, monkeypatch):
     monkeypatch.setattr(Team, "everyone", lambda self, value: [value] * 2)
     monkeypatch.setattr(Team, "first_says", lambda self, flag: False)
-    monkeypatch.setattr(loop, "ASKED", 1)
+    monkeypatch.setattr(Walk, "asked", 1)
     walked(Walk(team=Team(0, 2)), folder)
     assert saved == [(1, 0), (2, 0)]
 
@@ -396,7 +396,7 @@ from utils.team import Team, join_team
 
 team, cpu = join_team(torch.device("cpu"))
 leave, Team.leave = Team.leave, lambda self: None  # one group of processes for all runs
-loop.ASKED, real, kept = 1, loop.Between.__call__, []
+loop.Trainer.asked, real, kept = 1, loop.Between.__call__, []
 
 
 def train(script, *flags):

@@ -142,6 +142,23 @@ def test_fooling_ratios_over_what_was_spent(run_here, refused, tmp_path):
     refused(run_here("figures.py", "--curves", tmp_path), "signs has no facts")
 
 
+@pytest.mark.parametrize(("facts", "made"), [
+    ({"model_name": ["timm/a.b"], "weights": ["V1"]}, True),
+    ({"model_name": ["timm/a.b"], "weights": ["random"]}, False),
+    ({"model_name": ["b"], "weights": ["V1"]}, False),
+    ({"model_name": ["mlp"], "weights": ["V1"], "on_training_images": {"a.b": {}}}, True)])
+def test_a_curve_is_solid_for_the_network_and_weights_that_it_was_made_on(facts, made):
+    assert figures._made_on("a.b", facts, {"a.b": "V1"}) == made
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--w_sweep", "x", "--rows", "a"), "--rows --w_sweep"),
+    (("--examples", "x", "--credit", "me"), "--credit --examples"),
+    (("--curves", "x", "--image", "a.png"), "--image --curves")])
+def test_a_flag_of_another_picture_is_refused(run_here, refused, flags, words):
+    refused(run_here("figures.py", *flags), words)
+
+
 def test_examples_are_three_rows(run_here, refused, evaluated, tmp_path):
     drew(run_here("figures.py", "--examples", evaluated), tmp_path / "imgs" / "digits.png")
     refused(run_here("figures.py", "--examples", tmp_path), "examples.npz", "eval_uap.py")

@@ -299,7 +299,9 @@ def test_the_facts_decide_the_scale_where_the_values_are_unclear(tmp_path):
         uaps.read_uap(tmp_path / "u.pth", **READ)
     assert uaps.read_uap(tmp_path / "u.pth", scale="255", eps=1).largest == pytest.approx(1)
     save_json(tmp_path / "u.json", {"scale": 255})
-    assert uaps.read_uap(tmp_path / "u.pth", **READ).largest == pytest.approx(1)
+    for scale in ("auto", "1", "255"):  # typed for other files
+        found = uaps.read_uap(tmp_path / "u.pth", scale=scale, eps=10 / 255)
+        assert found.largest == pytest.approx(1)
 
 
 class Dangerous:
@@ -390,6 +392,11 @@ def test_a_folder_stands_for_its_perturbations_that_were_made_on_this_kind_of_da
     (tmp_path / "ready" / "sga.png").write_bytes(draw.encode_delta(deltas["grid"]))
     save_json(tmp_path / "ready" / "sga.json", {"kind": "digits", "scale": 1})
     assert uaps.find_uaps([tmp_path / "ready"], "digits") == [tmp_path / "ready" / "sga.png"]
+    for end in ("npy", "pt"):
+        (tmp_path / end).mkdir()
+        (tmp_path / end / f"other.{end}").write_bytes(b"")
+        save_json(tmp_path / end / "other.json", {"kind": "digits", "scale": 1})
+        assert uaps.find_uaps([tmp_path / end], "digits") == [tmp_path / end / f"other.{end}"]
     both = uaps.read_uaps([tmp_path / k / "sga.pth" for k in ("digits", "imagenet")],
                           scale="auto", eps=EPS)
     np.save(tmp_path / "digits" / "sga.npy", deltas["free"].numpy())

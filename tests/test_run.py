@@ -18,12 +18,13 @@ import pytest
 import torch
 from conftest import SRC
 
+import train_sga
 from utils import draw, sga_run
 from utils.data import PRESETS, open_images
 from utils.errors import UserError
 from utils.models import load_model
 from utils.nets import build_small
-from utils.run import RunFolder, load_pth, save_pth, write_atomic
+from utils.run import RunFolder, load_pth, save_json, save_pth, write_atomic
 
 SCRIPT = "train_sga.py"
 TINY = ("--num_images", 60, "--epochs", 2, "--weights", "random", "--model_name", "mlp",
@@ -249,6 +250,24 @@ def test_a_second_run_without_resume_is_refused_and_overwrite_starts_again(made,
     assert (made / "sga_mlp.pth").read_bytes() == before
 
 
+def test_overwrite_leaves_no_other_perturbation_behind(made, run_here, refused):
+    kept = {path.name: path.read_bytes() for path in made.iterdir()}
+    refused(run_here(SCRIPT, *TINY, "--augment", "--overwrite"), "another perturbation", "sga_mlp")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == kept
+
+
+def test_a_finished_run_stays_as_it_is(made, run_here):
+    facts = json.loads((made / "sga_mlp.json").read_text()) | {"commit": "of then"}
+    save_json(made / "sga_mlp.json", facts)
+    kept = {path.name: path.read_bytes() for path in made.iterdir()}
+    result = run_here(SCRIPT, *TINY, "--resume")
+    assert result.returncode == 0 and "fooling_ratio" in result.stdout, result.stderr
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == kept
+    assert run_here(SCRIPT, *changed(TINY, epochs=3), "--resume").returncode == 0
+    facts = json.loads((made / "sga_mlp.json").read_text())
+    assert facts["epochs"] == 3 and facts["commit"] != "of then"
+
+
 def test_a_killed_run_that_was_overwriting_another_resumes_as_itself(made, run_here,
                                                                            tmp_path, monkeypatch):
     other = changed(TINY, seed=5)
@@ -433,11 +452,14 @@ def test_the_targeted_success_counts_images_that_were_not_the_target_before(run_
     assert shares["fooling_ratio"]["n"] == 60
 
 
-def test_augment_sets_momentum_unless_another_is_typed(run_here, tmp_path):
-    for folder, args, mu in (("a", ["--augment"], 0.9), ("b", ["--augment", "--momentum", 0], 0.0)):
-        assert run_here(SCRIPT, *changed(TINY, save=folder, epochs=1), *args).returncode == 0
-        facts = json.loads((tmp_path / folder / "sga_mlp_augment.json").read_text())
-        assert (facts["momentum"], facts["augment"]) == (mu, True)
+@pytest.mark.parametrize(("typed", "augment", "mu"), [
+    ("", False, 0), ("--augment", True, 0.9), ("--augment --momentum 0", True, 0),
+    ("--preset few_images", True, 0.9), ("--preset transfer --no-augment", False, 0.9),
+    ("--preset transfer --momentum 0", True, 0), ("--preset transfer --method adam", True, 0)])
+def test_a_preset_or_augment_sets_the_momentum_that_is_not_typed(typed, augment, mu, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_sga.py", "--model_name", "mlp", *typed.split()])
+    (s, _, _), = sga_run.plans(train_sga.get_args())
+    assert (s.momentum, s.augment) == (mu, augment)
 
 
 def test_the_perturbation_is_a_plain_tensor_within_eps_that_anybody_can_load(made):

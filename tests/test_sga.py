@@ -4,6 +4,7 @@ each image, weights that require gradients, Python loops; on a curved model, wit
 
 import argparse
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -534,3 +535,5 @@ def test_the_surrogates_may_be_one_network_with_two_files_of_weights(run_here, t
     assert result.returncode == 0, result.stderr
     labels = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["labels"]
     assert len(labels) == 2 and not torch.equal(*labels)
+    facts = json.loads((tmp_path / "run" / "sga_mlp+mlp.json").read_text())
+    assert list(facts["on_training_images"]) == ["mlp_0", "mlp_1"]

@@ -216,6 +216,16 @@ def test_what_processes_cannot_share_is_refused(names, method, size, words):
     assert job.s.seed == 3 and job.s.target is None and job.team.size == 1 and job.apart == {}
 
 
+@pytest.mark.parametrize(("batch_size", "images", "size"), [(50, 400, 2), (250, 100, 3)])
+def test_a_process_without_a_chunk_of_spgd_is_refused(batch_size, images, size):
+    s = settled(type("Args", (), {})(), seed=[3], target=None, model_name=["a"], method="spgd",
+                batch_size=batch_size)
+    plan = (s, range(images), [])
+    with pytest.raises(UserError, match=f"{size} processes for batches of {size - 1} chunk"):
+        sga_team.jobs_of([plan], Team(0, size))
+    assert sga_team.jobs_of([plan], Team(0, size - 1))[0].team.size == size - 1
+
+
 @pytest.mark.parametrize("text", ["1,1", "-1", "a", "", "0,99999999999999999999"])
 def test_seeds_and_targets_are_different_whole_numbers(text):
     assert numbers("3") == [3] and numbers("3, 1") == [3, 1]

@@ -343,7 +343,7 @@ def against(curves, names, x):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("fooling ratio, %")
-    panels[-1].legend(fontsize=8, loc="lower right")
+    panels[-1].legend(fontsize=8, loc="best")
     return _png(figure)
 
 

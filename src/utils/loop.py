@@ -36,8 +36,6 @@ from utils.precision import measuring, out_of_memory, synchronize, training
 from utils.run import save_csv, save_pth
 from utils.team import Team
 
-ASKED = 10  # minibatches after which several processes ask the first one for the time
-
 
 class Trainer:
     """What lives between two epochs.
@@ -46,6 +44,7 @@ class Trainer:
     generator}: what a checkpoint holds, besides the rows of log.csv. `stopped` ends the loop.
     """
     advice = "the last checkpoint is kept; type a smaller --lr"  # when a loss is not finite
+    asked = 10  # minibatches after which several processes ask the first one for the time
 
     def __init__(self, device, *, steps, keep, team=None, unit="it"):
         self.device, self.team, self.steps, self.unit = device, team or Team(), steps, unit
@@ -219,7 +218,7 @@ class Between:
 
     def __call__(self):
         trainer, team = self.trainer, self.trainer.team
-        if trainer.at % (1 if team.size == 1 else ASKED):
+        if trainer.at % (1 if team.size == 1 else trainer.asked):
             return
         if not team.first_says(self.clock() - self.last >= 60 * self.minutes):
             return

@@ -259,18 +259,19 @@ class RunFolder:
     def __truediv__(self, name):
         return self.path / name
 
-    def load_checkpoint(self, flags, *, resume, overwrite, grows=False, name=None):
+    def load_checkpoint(self, flags, *, resume, overwrite, grows=False, name=None,
+                        what="network"):
         """The checkpoint to continue from, or None; refuses to lose a run or to mix two.
 
         flags: what decides the result (result_flags); with `resume` they must equal the saved ones.
         grows: but --epochs, as no step of this run depends on how many epochs there will be.
-        name: of the network that the run leaves, as NAME.pth, the only one of the folder.
+        name: of the network (`what`) that the run leaves, as NAME.pth, the only one of the folder.
         """
         path = self.path / "checkpoint.pth"
-        for other in self._networks() if name and overwrite and not resume else ():
+        for other in self._left(what) if name and overwrite and not resume else ():
             if other.removesuffix("_best") != name:
-                raise UserError(f"--overwrite: {self.path} also holds another network, {other}.pth;"
-                                f" remove it and its {other}.json, or choose another folder")
+                raise UserError(f"--overwrite: {self.path} also holds another {what}, {other}.pth; "
+                                f"remove it and its {other}.json, or choose another folder")
         if not path.exists() or (overwrite and not resume):
             return None  # the old checkpoint stays until the new run has one
         if not resume:
@@ -295,11 +296,12 @@ class RunFolder:
                                 f"{was}, given {now}; {why}give the same flags or another folder")
         return saved
 
-    def _networks(self):
-        """The NAMEs of networks NAME.pth that a script of ours left with NAME.json."""
+    def _left(self, what):
+        """The NAMEs of such NAME.pth that a script of ours left with their NAME.json."""
         for path in sorted(self.path.glob("*.json")):
             facts = load_json(path) if path.with_suffix(".pth").is_file() else None
-            if isinstance(facts, dict) and facts.get("name") == path.stem and "scale" not in facts:
+            if (isinstance(facts, dict) and facts.get("name") == path.stem
+                    and ("scale" in facts) == (what == "perturbation")):
                 yield path.stem
 
     def load_cells(self, settings, *, overwrite=False):

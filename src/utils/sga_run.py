@@ -15,6 +15,7 @@ from utils.models import num_classes, one_each, targets_of
 from utils.report import percent
 from utils.run import (
     RunFolder,
+    load_json,
     provenance,
     result_flags,
     save_json,
@@ -74,8 +75,13 @@ def settle(args):
                 model_name=chosen,
                 weights_are=[one.described for one in surrogates],
                 num_images=s.num_images or preset.num_images, image_size=surrogates[0].size,
-                momentum=0.9 * (s.augment and not adam) if s.momentum is None else s.momentum)
+                momentum=_momentum(s) if s.momentum is None else s.momentum)
     return s, images.prepared(s.image_size, s.num_images), surrogates
+
+
+def _momentum(s):
+    """Of the preset, 0.9 but for the paper's; with a typed --augment always, with Adam never."""
+    return 0.9 * ((s.augment or s.preset != "paper") and s.method not in ADAMS)
 
 
 def _check(s, kind, classes):
@@ -120,8 +126,10 @@ def surrogates_of(names, weights, images, image_size=None):
 
     A name may occur twice, with other weights. UserError: unknown ones, or sizes that differ.
     """
-    found = [targets_of([[name]], [[one]], (), images, image_size)[0]
-             for name, one in zip(names, one_each(names, weights), strict=True)]
+    found = targets_of([names], [weights], (), images, image_size)
+    if len(found) < len(names):
+        raise UserError(f"--model_name {','.join(names)}: the same network with the same weights "
+                        "twice; type it once, or with other --weights each")
     sizes = sorted({surrogate.size for surrogate in found})
     if len(sizes) > 1:
         raise UserError(f"--model_name {','.join(names)}: trained for images of {sizes} pixels; "
@@ -130,7 +138,9 @@ def surrogates_of(names, weights, images, image_size=None):
 
 
 def uap_name(s):
-    """What a perturbation is called, by all settings of its making that are not defaults."""
+    """What a perturbation is called: method, networks, and what else was typed of loss, random
+    transforms, defence and target. Runs that differ in other settings want a --save of their own.
+    """
     extra = {"augment": s.augment, s.loss: s.loss != "ce", s.defense: s.defense != "none",
              "bpda": s.bpda, f"target{s.target}": s.target is not None}
     networks = "+".join(map(label_of, s.model_name))
@@ -162,7 +172,8 @@ class Run:
                              data_dir=f"image list {digest}",
                              **({"processes": team.size} if team.size > 1 else {}))
         saved = team.from_first(lambda: folder.load_checkpoint(
-            flags, resume=s.resume, overwrite=s.overwrite, grows=s.method != "dm"))
+            flags, resume=s.resume, overwrite=s.overwrite, grows=s.method != "dm",
+            name=name, what="perturbation"))
         return cls(name, folder, flags, saved, " ".join([*job.apart.values(), "epoch"]),
                    f"{len(images)} images of {s.data_dir}, {s.image_size} pixels, list sha256 "
                    f"{digest}; surrogate {', '.join(s.model_name)}")
@@ -177,6 +188,7 @@ class Run:
             if training.team.first:
                 write_atomic(self.folder / "images.txt", training.images.listing().encode())
                 save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
+                (self.folder / f"{self.name}.json").unlink(missing_ok=True)  # of an overwritten run
         if training.layers:
             say(f"the loss compares the output of {', '.join(training.layers)}")
         say(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
@@ -231,13 +243,38 @@ def fooled(training, models, index=slice(None)):
     return found
 
 
-def save_perturbation(training, folder, name):
-    """Saves the perturbation, the facts of its run and the pictures; prints how well it fools."""
+def save_perturbation(training, job, one):
+    """Saves the perturbation of the Job and its Run, pictures and facts, the last ones last; prints
+    how well it fools. A run that was finished before is left as it is.
+    """
+    facts = training.team.from_first(lambda: _finished(one, job.s))
+    if not facts:
+        shares = fooled(training, training.measured)
+        facts = {"on_training_images": {
+            target.name: found for target, found in zip(job.surrogates, shares, strict=True)}}
+        if training.team.first:
+            _save(training, one.folder, one.name, facts)
+    for surrogate, found in facts["on_training_images"].items() if training.team.first else ():
+        for metric, value in found.items():
+            print(f"{metric} {percent(value)} on the training images, {surrogate}")
+    if training.team.first:
+        print(f"saved {one.folder / one.name}.pth (.json, .png), {training.seconds:.0f} s")
+
+
+def _finished(one, s):
+    """The facts that an earlier command saved after the last epoch, or {}."""
+    path = one.folder / f"{one.name}.json"
+    rows = one.saved["rows"] if one.saved else ()
+    facts = load_json(path) if len(rows) == s.epochs and path.is_file() else {}
+    there = isinstance(facts, dict) and isinstance(facts.get("on_training_images"), dict)
+    return facts if there and facts.get("epochs") == s.epochs else {}
+
+
+def _save(training, folder, name, shares):
     s, images, delta = training.s, training.images, training.delta[0].contiguous()
-    shares = fooled(training, training.measured)
-    if not training.team.first:
-        return
     save_pth(folder / f"{name}.pth", delta)
+    write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
+    write_atomic(folder / "curve.png", draw.curves(training.rows, name))
     save_json(folder / f"{name}.json", {
         "name": name, "scale": 1, "shape": list(delta.shape), "kind": images.kind,
         **{key: getattr(s, key) for key in MADE_BY}, "weights": s.weights_are,
@@ -245,13 +282,7 @@ def save_perturbation(training, folder, name):
         "data_dir": str(s.data_dir), "labels": getattr(s, "labels", None),
         "classes_are": getattr(s, "classes", None), "num_images": len(images),
         "skipped": list(images.skipped), "images_sha256": images.sha256(),
-        "on_training_images": dict(zip(s.model_name, shares, strict=True)),
+        **shares,
         "gradients": len(s.model_name) * sum(training.uses) * s.epochs,
         "amp": training.amp, "layout": training.layout, "seconds": round(training.seconds, 1),
         **provenance(training.device, s.deterministic)})
-    write_atomic(folder / f"{name}.png", draw.encode_delta(delta))
-    write_atomic(folder / "curve.png", draw.curves(training.rows, name))
-    for surrogate, found in zip(s.model_name, shares, strict=True):
-        for metric, value in found.items():
-            print(f"{metric} {percent(value)} on the training images, {surrogate}")
-    print(f"saved {folder / name}.pth (.json, .png), {training.seconds:.0f} s")

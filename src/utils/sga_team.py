@@ -17,11 +17,13 @@ import torch
 from utils.data import Images
 from utils.errors import UserError
 from utils.measure import predictions
+from utils.models import outputs
 from utils.run import settled
 from utils.sources import label_of
 from utils.team import Team
 
-BLOCK = 50  # images that are classified at a time
+BLOCK = 50       # images that are classified at a time
+SPGD_CHUNK = 50  # of a backward pass of SPGD: 250 at once need 27 GB on VGG16
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +38,16 @@ class Job:
     team: Team
 
     def models(self, device):
-        """The surrogates, without their defence."""
-        return [target.load(self.images, data_dir=self.s.data_dir, data_root=self.s.data_root,
-                            device=device) for target in self.surrogates]
+        """The surrogates, without their defence. UserError: one has no such class to steer to."""
+        found = [target.load(self.images, data_dir=self.s.data_dir, data_root=self.s.data_root,
+                             device=device) for target in self.surrogates]
+        for target, model in zip(self.surrogates, found, strict=True):
+            classes = self.s.target is not None and outputs(
+                model, self.images.channels, self.s.image_size, device, target.name)
+            if classes and self.s.target >= classes:
+                raise UserError(f"--target {self.s.target}: {target.name} has classes 0 to "
+                                f"{classes - 1}")
+        return found
 
 
 def jobs_of(plans, team):
@@ -61,6 +70,12 @@ def jobs_of(plans, team):
         raise UserError(f"{team.size} processes for one perturbation on {len(s.model_name)} "
                         "surrogate(s): the steps of sga and dm follow one another; start at most "
                         "one for each surrogate, or make several perturbations: --seed 0,1")
+    if team.size > 1 and len(s.model_name) == 1:
+        chunks = -(-min(s.batch_size, len(jobs[0].images)) // SPGD_CHUNK)
+        if team.size > chunks:
+            raise UserError(f"{team.size} processes for batches of {chunks} chunk(s) of "
+                            f"{SPGD_CHUNK} images: some would have nothing to do; start at most "
+                            "one for each chunk, or type a larger --batch_size")
     return [replace(jobs[0], team=team)]
 
 

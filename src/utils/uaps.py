@@ -84,7 +84,8 @@ def read_uaps(paths, *, scale, eps):
 
 
 def read_uap(path, *, scale, eps):
-    """One perturbation. scale: 'auto', '1' or '255'; eps in [0, 1].
+    """One perturbation. scale: 'auto', '1' or '255', of a file whose NAME.json does not say it;
+    eps in [0, 1].
 
     UserError: no file, truncated, holds code, wrong shape, NaN, unclear scale, over eps.
     """
@@ -98,7 +99,7 @@ def read_uap(path, *, scale, eps):
         if not marked and scale != "255":
             raise UserError(f"{path}: a PNG that does not say what its grey levels mean; type "
                             "--scale 255 if 128 is zero and one level is 1/255")
-        known, scale = "1", "auto"  # decoded to [0, 1] already
+        known = "1"  # decoded to [0, 1] already
     elif path.suffix in (".pth", ".pt"):
         values = _tensor_in(load_pth(path), path)
     else:
@@ -107,7 +108,7 @@ def read_uap(path, *, scale, eps):
     bad = int((~values.isfinite()).sum())
     if bad:
         raise UserError(f"{path}: {bad} of {values.numel()} values are NaN or infinite")
-    factor = _decide_scale(values, known if scale == "auto" else scale, path)
+    factor = _decide_scale(values, known or (None if scale == "auto" else scale), path)
     uap = Uap(path.stem, path, values / factor, facts)
     if uap.delta.abs().max() > eps + TOLERANCE:
         raise UserError(f"{path}: largest |delta| is {uap.largest:.2f}/255, over --eps "
@@ -116,8 +117,8 @@ def read_uap(path, *, scale, eps):
 
 
 def _beside(facts):
-    """The perturbation that a NAME.json describes: NAME.pth, else NAME.png; None if neither."""
-    files = (facts.with_suffix(suffix) for suffix in (".pth", ".png"))
+    """The perturbation that a NAME.json describes: NAME.pth, .pt, .npy or .png; None if none."""
+    files = (facts.with_suffix(suffix) for suffix in (".pth", ".pt", ".npy", ".png"))
     return next((file for file in files if file.is_file()), None)
 
 
