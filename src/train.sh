@@ -2,9 +2,9 @@
 # Makes a universal perturbation; flags of train_sga.py pass through.
 #   sh src/train.sh                                           digits, offline, one to two minutes
 #   DATA=/data/imagenet/train MODEL=vgg16 sh src/train.sh         the paper's setting
-#   DATA=imagenette sh src/train.sh --augment                     downloaded; ours, for few images
+#   DATA=imagenette sh src/train.sh --preset transfer             downloaded; to fool other networks
 #   PROCESSES=4 DATA=/data/imagenet/train sh src/train.sh --seed 0,1,2,3    a GPU for each seed
-#   MODEL="vgg16 resnet50" sh src/train.sh --target 3,5           a perturbation for each of the four
+#   MODEL="cnn mlp" sh src/train.sh --target 3,5                  a perturbation for each of the four
 set -eu
 DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder (docs/data.md)
 MODEL=${MODEL:-}         # surrogates, a run each; a,b: a run on both; empty: the data set's own; names
