@@ -129,7 +129,7 @@ def settle(args):
     targets = targets_of(s.model_name, s.weights, preset.targets, images, s.image_size,
                          s.geometry)
     images, note = finished.images_for(finished.named(targets, s.data_dir, s.data_root,
-                                                      *finished.labels_of(s)))
+                                                      s.labels, s.classes))
     uaps = read_uaps(find_uaps(s.uaps, images.kind), scale=s.scale, eps=s.eps)
     note = finished.said_of(uaps, images, s.num_images, note)
     images = images.prepared(images.size, s.num_images)

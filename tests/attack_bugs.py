@@ -699,7 +699,7 @@ def run_tests(folder, tests, log):
     os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]))
 
 
-def main(jobs, at_once=2):
+def main(jobs, at_once):
     """[(folder, tests, log)] -> the exit status of each pytest, in the same order."""
     status, running, waiting = {}, {}, list(enumerate(jobs))
     while waiting or running:
@@ -716,4 +716,4 @@ if __name__ == "__main__":
     import pytest
     import torchvision  # noqa: F401  # once for all forks, and torch with it
 
-    print(json.dumps(main(json.load(sys.stdin))))
+    print(json.dumps(main(json.load(sys.stdin), os.cpu_count())))

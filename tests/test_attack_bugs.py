@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from attack_bugs import BUGS
 from conftest import ROOT, SRC
+
+from utils.run import alone
 
 pytestmark = [pytest.mark.planted, pytest.mark.slow]
 WHOLE = "no bug"
@@ -27,8 +30,19 @@ def plant(bug, folder):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Name of a bug -> exit status and output of its tests; WHOLE -> those of all, without one."""
+def outcomes(tmp_path_factory, testrun_uid):
+    """Name of a bug -> exit status and output of its tests; WHOLE -> those of all, without one.
+
+    One process of pytest-xdist finds them out, the others wait.
+    """
+    path = Path(tempfile.gettempdir()) / f"planted_{testrun_uid}.json"
+    with alone(path):
+        if not path.exists():
+            path.write_text(json.dumps(found_out(tmp_path_factory)))
+    return json.loads(path.read_text())
+
+
+def found_out(tmp_path_factory):
     top, tests = tmp_path_factory.mktemp("planted"), [t for bug in BUGS for t in bug.tests]
     jobs = [(plant(None, top / "whole"), sorted(set(tests)), str(top / "whole.log"))]
     jobs += [(plant(bug, top / str(i)), bug.tests, str(top / f"{i}.log"))

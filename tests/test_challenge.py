@@ -935,10 +935,3 @@ def test_tensorboard_gets_every_column_of_the_log(run_here, monkeypatch, tmp_pat
     assert done.returncode == 0, done.stderr
     assert got[0] == "run/tensorboard" and got[-1] == "closed"
     assert {("loss", 1), ("val_aug_acc", 2), ("images_per_s", 2)} <= set(got[1:-1])
-
-
-def test_cross_entropy_of_soft_labels_is_their_weighted_mean():
-    logits, y = torch.randn(3, 4), torch.tensor([0, 3, 1])
-    soft = F.one_hot(y, 4) * 0.7 + F.one_hot(y.roll(1), 4) * 0.3
-    wanted = 0.7 * F.cross_entropy(logits, y) + 0.3 * F.cross_entropy(logits, y.roll(1))
-    assert torch.allclose(F.cross_entropy(logits, soft), wanted)

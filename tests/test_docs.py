@@ -168,14 +168,6 @@ def test_every_figure_of_the_readmes_findings_stands_in_a_table():
             assert any(wanted <= of_one for of_one in shown), row
 
 
-@each_folder
-def test_every_run_sh_is_posix_sh(folder):
-    path = folder / "run.sh"
-    assert subprocess.run(["sh", "-n", str(path)], check=False).returncode == 0
-    assert "\nset -eu\n" in path.read_text()
-    assert not re.search(r"\[\[|pipefail|\$\{\w+\[|<<<|\bfunction ", path.read_text())
-
-
 # ------------------------------------------------------------------------ commands
 
 @pytest.fixture

@@ -719,7 +719,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the script may catch it."""
 
 
-def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
+def test_killed_after_a_cell_the_same_command_gives_the_same_tables(
         run_here, leave, tmp_path, monkeypatch, two_operations):
     leave("free", FREE)
     leave("stage1", STAGE, defense="gcm+resizepad", low=20)
@@ -738,7 +738,7 @@ def test_killed_after_any_cell_the_same_command_gives_the_same_tables(
         if len(saved) == limit:
             raise Killed
     monkeypatch.setattr(eval_net.run, "save_json", watched)
-    for k in range(1, count + 1):
+    for k in (1, 2, 4, 8):  # after cells of four kinds
         limit, save = k, f"killed{k}"
         saved.clear()
         with pytest.raises(Killed):

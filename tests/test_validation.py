@@ -30,8 +30,8 @@ def rows(folder):
 
 def settings(**changed):
     return SimpleNamespace(**{"validate": None, "data_dir": "digits", "data_root": "data",
-                              "hold_out": None, "num_images": None, "classes_are": None,
-                              "classes": list("0123456789"), "image_size": 28,
+                              "hold_out": None, "num_images": None, "labels": None,
+                              "classes_are": None, "classes": list("0123456789"), "image_size": 28,
                               "workers": 0, "cache": None} | changed)
 
 

@@ -54,7 +54,7 @@ def settle(args, team, device):
     pretrained, head = _start(s, path)
     size = s.image_size or input_size(s.model_name, images.kind, images.size, pretrained)
     s = run.settled(s, save=path, pretrained=pretrained, head=head, image_size=size,
-                classes=list(images.classes), classes_are=getattr(args, "classes", None),
+                classes=list(images.classes), classes_are=args.classes,
                 chances=_chances(s, args.p is not None), amp=training_amp(s.amp, device))
     images = images.prepared(size, s.num_images)
     held = hold_out(images.labels, s.hold_out)

@@ -75,9 +75,9 @@ def open_images(data_dir, *, split, data_root="data", labels=None, classes=None)
 
 
 def opened(args, split):
-    """open_images with the flags of a command line, of which some may be missing."""
+    """open_images with the flags of a command line."""
     return open_images(args.data_dir, split=split, data_root=args.data_root or "data",
-                       labels=getattr(args, "labels", None), classes=getattr(args, "classes", None))
+                       labels=args.labels, classes=args.classes)
 
 
 def need_labels(images, data_dir):

@@ -108,7 +108,7 @@ def open_targets(args, *, imagenet):
     preset = imagenet if images.kind == "imagenet" else PRESETS[images.kind].targets
     targets = targets_of(args.model_name, args.weights, preset, images, args.image_size,
                          args.geometry)
-    networks = finished.named(targets, args.data_dir, args.data_root, *finished.labels_of(args))
+    networks = finished.named(targets, args.data_dir, args.data_root, args.labels, args.classes)
     images, note = finished.images_for(networks)
     finished.check_images(networks, images, args.num_images)
     for target in targets:

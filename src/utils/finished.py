@@ -174,11 +174,6 @@ def origin(path):
     return {key: facts[key] for key in kept if key in facts}
 
 
-def labels_of(args):
-    """--labels and --classes of a command, None where it lacks the flag."""
-    return getattr(args, "labels", None), getattr(args, "classes", None)
-
-
 def named(targets, *where):
     """What images_for takes, of networks that are given by name and --weights, [models.Target].
 

@@ -23,7 +23,7 @@ def validation(s, images, team):
         return None
     try:
         held, _ = unseen(s.data_dir, s.data_root, s.hold_out, s.num_images,
-                         getattr(s, "labels", None), s.classes_are)
+                         s.labels, s.classes_are)
         if not held.has_labels or held.kind != images.kind or (
                 list(held.classes) != s.classes[:len(held.classes)]):
             raise UserError("the test images have no labels, or other classes")

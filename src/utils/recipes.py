@@ -97,7 +97,7 @@ def settle(args, team, device):
     images = opened(args, "train")
     need_labels(images, args.data_dir)
     s = settled(args, **_filled(args, images.kind), amp=training_amp(args.amp, device),
-                classes=list(images.classes), classes_are=getattr(args, "classes", None))
+                classes=list(images.classes), classes_are=args.classes)
     if len(s.classes) < 2:
         raise UserError(f"--data_dir {args.data_dir}: one class, '{s.classes[0]}'; wanted a folder "
                         "for each class, or an image list")
@@ -159,7 +159,7 @@ def held_out(images, args):
     except UserError:  # there is one, which cannot be read yet
         return images, 0
     held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images,
-                         getattr(args, "labels", None), getattr(args, "classes", None))
+                         args.labels, args.classes)
     if apart and not len(held):
         raise UserError(f"--data_dir {args.data_dir}: no test split, and --hold_out "
                         f"{args.hold_out} is none of {len(images)} images; type more")
