@@ -19,7 +19,8 @@ SHELL = [*sorted(SRC.glob("*.sh")), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "ru
          *ROOT.glob("docs/results/**/*.sh")]
 MODULES = sorted(SRC.glob("utils/**/*.py"))
 FOREIGN = {"--system-site-packages", "--quiet", "--version", "--clear", "--always", "--dirty",
-           "--no-deps", "--nproc_per_node", "--standalone", "--maxprocesses", "--dist", "--help"}
+           "--no-deps", "--nproc_per_node", "--standalone", "--maxprocesses", "--dist", "--help",
+           "--durations"}
 
 
 @cache
