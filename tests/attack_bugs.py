@@ -134,7 +134,7 @@ BUGS = [
         "direction(g, who, x_adv), alpha=alpha)", "direction(g, who, x_adv), alpha=-alpha)",
         (form(f"{OPTIMUM}[bim-inside the box]"),)),
     Bug("no clamp to the box", BALLS,
-        "how)\n    return delta.add_(x).clamp_(0, 1)", "how)\n    return delta.add_(x)",
+        "else delta.add_(x).clamp_(0, 1)", "else delta.add_(x)",
         (rule(f"{BALL}[float32-bim]"),)),
     Bug("projection around the last iterate instead of the image", ATTACKS,
         "nearest(z, x, eps, norm.name, norm.p", "nearest(z, z, eps, norm.name, norm.p",

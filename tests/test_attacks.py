@@ -832,6 +832,18 @@ def test_the_python_of_the_documents_runs_as_it_stands(page, tmp_path, monkeypat
 
 # ------------------------------------------------- mistakes that a review of the attacks found
 
+@pytest.mark.parametrize("how", ["exact", "rescale"])
+@pytest.mark.parametrize("level", [0.3, 0.6, 0.9])
+def test_roundings_of_many_pixels_do_not_add_up_to_an_image_outside_the_l1_ball(how, level):
+    """Each pixel of the first image is rounded in the same direction; the second is at the box."""
+    x = torch.stack([torch.full((3, 64, 64), level), pictures(1, shape=(3, 64, 64))[0]])
+    for eps in torch.linspace(0.2, 0.3, 8).tolist():
+        moved = balls.nearest(x + eps / x[0].numel() * 1.01, x, eps, "l1", how)
+        length = [size(flat(a) - flat(b), "l1") for a, b in zip(moved, x, strict=True)]
+        assert max(length) <= eps * (1 + 1e-5) and length[0] > 0.99 * eps
+        assert moved.min() >= 0 and moved.max() <= 1
+
+
 class InPlace(torch.nn.Module):
     """Halves what is above 0.5, in the tensor that it is given."""
 

@@ -86,7 +86,7 @@ def project(delta, x, eps, norm, how="exact"):
     if how == "rescale":
         size = norm_of(delta, norm)
         delta = delta * column((eps / size.clamp_min(1e-12)).clamp_max(1), delta)
-        return (x + delta).clamp_(0, 1) - x
+        return (_inwards(x, delta, eps) if norm == "l1" else (x + delta).clamp_(0, 1)) - x
     size, side = delta.abs(), delta.sign()
     room = room_of(x, side)
     search = _scale_l2 if norm == "l2" else _shrink_l1
@@ -103,7 +103,17 @@ def nearest(x_adv, x, eps, norm, how="exact"):
     """The same for images: the allowed image nearest to x_adv, in [0, 1] to the last bit."""
     delta = x_adv - x
     delta = delta.clamp_(-eps, eps) if norm == "linf" else project(delta, x, eps, norm, how)
-    return delta.add_(x).clamp_(0, 1)
+    return _inwards(x, delta, eps) if norm == "l1" else delta.add_(x).clamp_(0, 1)
+
+
+def _inwards(x, delta, eps):
+    """x + delta in [0, 1]; where its roundings add up to more than the L1 ball, towards x."""
+    there = (x + delta).clamp_(0, 1)
+    outside = norm_of(there - x, "l1") > eps * (1 + 16 * torch.finfo(x.dtype).eps)
+    if free_to_ask(x) and not bool(outside.any()):
+        return there
+    beyond = column(outside, x) & ((there - x).abs_() > delta.abs())
+    return torch.where(beyond, there.nextafter(x), there)
 
 
 def _scale_l2(size, room, eps, outside):
