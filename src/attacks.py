@@ -65,6 +65,7 @@ from utils.attack.core import (
     gradient,
     is_fooled,
     margin,
+    mean_logits,
     measure,
     one_of,
 )
@@ -339,6 +340,8 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
         found, norm2 = torch.where(column(better, x), at, found), torch.where(better, at2, norm2)
         low, high = torch.where(success, low, c), torch.where(success, c, high)
         c = torch.where(high.isinf(), (c * 10).clamp_max(1e10), (low + high) / 2)
+    success = norm2.isfinite()
+    tally.nonzero |= success  # without any gradient: it needed no attack
     tally.fill(report)
     return found, norm2.isfinite()
 
@@ -355,18 +358,20 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         gap = -margin(logits, y) if targeted else margin(logits, y)
         return gap.clamp(max=confidence)
 
+    def adversarial(logits, y):
+        return is_fooled(logits, y, targeted) & (shortfall(logits, y) >= confidence)
+
     for step in range(1, steps + 1):
         x_adv, t, slope = space(w)
         logits, gap, g = gradient(model, x_adv, y, shortfall, tally, who)
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
-        hit = is_fooled(logits, y, targeted) & (gap >= confidence)
+        hit = adversarial(logits, y)  # not by `gap`: under eot, a mean of clamped margins
         hit_at[who], end_at[who] = torch.where(hit, step, hit_at[who]), torch.full_like(who, step)
         good = (hit & (size2 < norm2[who])).nonzero()[:, 0]
         if judge is not None and len(good):
-            gap_there, fooled = measure(judge, x_adv[good], y[good], shortfall, targeted,
-                                        index=who[good])
-            good = good[fooled & (gap_there >= confidence)]
+            judged = mean_logits(judge, x_adv[good], y[good], who[good])
+            good = good[adversarial(judged, y[good])]
         found[who[good]], norm2[who[good]] = x_adv[good], size2[good]
         best = torch.minimum(best, size2 - c * gap)
         if abort_early and step % every == 0:

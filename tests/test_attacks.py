@@ -282,10 +282,12 @@ def test_cw_on_a_constant_model_fails_without_a_change():
     assert not success.any() and torch.equal(x_adv, x)
 
 
-def test_cw_does_not_move_an_image_that_is_misclassified_already():
-    model, x = toy(), pictures(4)
-    x_adv, success = attacks.cw_l2(model, x, (predicted(model, x) + 1) % K, steps=20)
+def test_cw_does_not_move_an_image_that_is_misclassified_already_nor_reports_it():
+    model, x, report = toy(), pictures(4), {}
+    x_adv, success = attacks.cw_l2(model, x, (predicted(model, x) + 1) % K, steps=20,
+                                   report=report)
     assert success.all() and (x_adv - x).abs().max() < 1e-6
+    assert not report["zero_gradient"].any()
 
 
 # -------------------------------------------------------------- attacks and textbooks
@@ -842,6 +844,33 @@ def test_roundings_of_many_pixels_do_not_add_up_to_an_image_outside_the_l1_ball(
         length = [size(flat(a) - flat(b), "l1") for a, b in zip(moved, x, strict=True)]
         assert max(length) <= eps * (1 + 1e-5) and length[0] > 0.99 * eps
         assert moved.min() >= 0 and moved.max() <= 1
+
+
+class Swaying(nn.Module):
+    """A large bias, towards one class and the other in turn; none in the mean of two draws."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.sign = model, 1.0
+
+    def forward(self, x):
+        self.sign = -self.sign
+        return self.model(x) + self.sign * torch.tensor([3.0, -3.0])
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.5])
+def test_under_eot_cw_comes_near_the_nearest_image_that_fools_the_mean_logits(confidence):
+    """Not all draws must be fooled; the judge is asked in the same way."""
+    plain, x = linear(0.5 * random_weight(2, D, seed=2)), greys(3, shape=SMALL)
+    y, options = predicted(plain, x), {"steps": 60, "confidence": confidence}
+    model = attacks.eot(Swaying(plain), 2)
+    best = [ways_out(plain, image, label, confidence)[0]
+            for image, label in zip(x, y.tolist(), strict=True)]
+    for judge in (None, model):
+        x_adv, success = attacks.cw_l2(model, x, y, judge=judge, **options)
+        assert success.all() and (margins(plain, x_adv, y) >= confidence - 1e-5).all()
+        assert all(size(d, "l2") <= 1.1 * shortest
+                   for d, shortest in zip(x_adv - x, best, strict=True))
 
 
 class InPlace(torch.nn.Module):

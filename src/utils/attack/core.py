@@ -313,6 +313,13 @@ def gradient(model, x, y, loss, tally, index, left=None):
 
 
 @torch.no_grad()
+def mean_logits(model, x, y, index):
+    """Logits (n, K), averaged over an eot's draws."""
+    draws = draws_of(model)
+    return sum(forward(model, x, y, index=index) for _ in range(draws)) / draws
+
+
+@torch.no_grad()
 def measure(model, x, y, loss, targeted, tally=None, index=slice(None)):
     """Losses of final images, and which of them are fooled, (n,) each; tally, index: of forward."""
     draws, value, mean = draws_of(model), 0, 0
