@@ -89,8 +89,9 @@ def measure_cell(cell, network, s, progress):
     defended = network.behind(cell.defense, cell.w)
     seen = seen_by(cell.attacker, network.behind(cell.defense, cell.w, fast=True), network.fast,
                    s.draws)
+    judge = seen_by(cell.attacker, defended, network.model, s.draws) if s.amp != "off" else None
     eps = radii(network.images, network.size, s.eps, s.eps_l2, s.eps_l1)
-    attack = robustart_attacks(eps, s.queries, network.classes,
+    attack = robustart_attacks(eps, s.queries, network.classes, judge=judge,
                                draws=defenses.is_random(cell.defense) * adaptive.draws_of(seen),
                                stop_early=s.stop_early or cell.attacker != "naive")[cell.attack]
     counts = measure.run_cell(
@@ -107,12 +108,13 @@ FARTHER = (4, 8)              # times eps, in the audit: robustness should fall 
 MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest_quick", "autoattack")  # our columns
 
 
-def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0):
+def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0, judge=None):
     """{name: Attack}; eps {norm: radius}; classes: how many the network tells apart.
 
     draws: that the attacker of a random defence averages; 0: it is not random. stop_early: fooled
     images leave PGD. At the larger radii they always do; behind a random defence they never do.
-    The loss of pgd_linf is kept where all images take all steps.
+    The loss of pgd_linf is kept where all images take all steps. judge: of cw_l2, whose images
+    end on the border of the network that it is shown.
     """
     def steps(title, norm, scale=1, early=stop_early and not draws, follow=False, **settings):
         """RobustART's PGD with these settings; scale: times eps."""
@@ -131,7 +133,7 @@ def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0):
         "cw_pgd_l2": steps("C&W L2", "l2", loss="margin"),
         "pgd_l1_exact": steps("PGD sparse L1", "l1", step="sparse", projection="exact"),
         "cw_l2": measure.Attack(f"C&W (search) L2={report.eps_text(l2, 'l2')}", "l2", l2,
-                                partial(cw_within, eps=l2)),
+                                partial(cw_within, eps=l2, judge=judge)),
         "apgd": measure.Attack(f"APGD {shown}", "linf", linf, partial(apgd, eps=linf)),
         "square": measure.Attack(f"Square {shown}", "linf", linf,
                                  partial(square, eps=linf, queries=queries)),
@@ -144,10 +146,10 @@ def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0):
         **{f"pgd_linf x{k}": steps("PGD Linf", "linf", k, early=not draws) for k in FARTHER}}
 
 
-def cw_within(model, x, y, *, eps, generator, report):
+def cw_within(model, x, y, *, eps, generator, report, judge=None):
     """C&W's images where their L2 norm is at most eps, and the clean ones elsewhere."""
-    x_adv, _ = cw_l2(model, x, y, binary_steps=5, steps=40, c=0.01, generator=generator,
-                     report=report)
+    x_adv, _ = cw_l2(model, x, y, binary_steps=5, steps=40, c=0.01, judge=judge,
+                     generator=generator, report=report)
     return torch.where(balls.column(balls.norm_of(x_adv - x, "l2") <= eps, x), x_adv, x)
 
 
@@ -174,11 +176,9 @@ def cells_of(s, model):
         return [Cell(model, s.defense, attacker, "pgd_linf", w) for w in SWEEP
                 for attacker in ("naive", "adaptive")]
     if s.audit:
-        cells = [Cell(model, s.defense, "naive", attack, s.w) for attack in AUDITED]
-        if s.defense != "none":
-            cells += [Cell(model, s.defense, attacker, "pgd_linf", s.w)
-                      for attacker in ("vanilla", "adaptive")]
-        return cells
+        return [Cell(model, s.defense, "naive", attack, s.w) for attack in AUDITED] + [
+            Cell(model, s.defense, attacker, "pgd_linf", s.w)
+            for attacker in ("vanilla", "adaptive") if s.defense != "none"]
     rows = [("none", "naive")]
     if s.defense != "none":
         rows += [(s.defense, "naive"), (s.defense, "adaptive")]

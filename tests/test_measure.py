@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 
 from attack_toys import K, chances, pictures, predicted, toy
 from attacks import pgd
-from gcm import cw_within, radii, robustart_attacks
+from gcm import Cell, cw_within, measure_cell, radii, robustart_attacks
 from utils import audit
 from utils.attack.telling import told
 from utils.data import open_images
+from utils.defended import Network
 from utils.defenses import GradientConcealment, ResizePad, adaptive
 from utils.measure import Attack, figures, in_ball, run_cell, times_right_on, worst_of
 
@@ -225,6 +227,22 @@ def test_images_of_cw_count_only_within_the_radius():
             for eps in (100.0, 1e-4)}
     assert (runs[100.0] != x).flatten(1).any(1).sum() > 3
     assert torch.equal(runs[1e-4], x)
+
+
+def test_the_float32_network_judges_the_search_of_cw_if_gradients_are_in_bf16():
+    """Which ends on the border of the bf16 copy, where the float32 network often is still right."""
+    net = toy()
+    images = Listed([0] * 32, [0] * 32)
+    images.pixels = (pictures(32) * 255).to(torch.uint8)
+    images.labels, images.channels, images.kind = predicted(net, images.pixels / 255), 3, "digits"
+    robust = []
+    for amp in ("off", "bf16"):
+        s = SimpleNamespace(amp=amp, seed=0, w=1e20, epsilon=1e-8, low=None, draws=1, queries=1,
+                            eps=None, eps_l2=0.6, eps_l1=None, stop_early=False, batch_size=32,
+                            workers=0)
+        robust.append(sum(measure_cell(Cell("toy", "none", "naive", "cw_l2", s.w),
+                                       Network("toy", net, images, 8, s, CPU), s, None)["after"]))
+    assert 0 < robust[0] < 28 and robust[1] <= robust[0] + 3
 
 
 # ------------------------------------------------------------------- the audit
