@@ -41,6 +41,7 @@ line.
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -204,9 +205,16 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, diverse=0.0, blur=0, targeted
     image is scaled and padded in a step, 0.5 as published; blur, the odd side of TI's kernel, by
     which gradients are convolved, 15 as published for 299 pixels. 0: neither.
     """
-    if blur not in (0, *range(1, 1000, 2)) or not 0 <= diverse <= 1:
+    if not isinstance(blur, Integral) or blur not in (0, *range(1, 1000, 2)) or not (
+            0 <= diverse <= 1):
         raise UserError(f"diverse={diverse}, blur={blur}; wanted a probability, and 0 or an odd "
-                        "number of pixels")
+                        "whole number of pixels")
+    if (diverse or blur) and x.dim() != 4:
+        raise UserError(f"diverse={diverse}, blur={blur}: wanted images (N, C, H, W), or 0 for both"
+                        f"; given {tuple(x.shape)}")
+    if diverse and stop_early:
+        raise UserError(f"diverse={diverse}, stop_early=True: an image would leave that is fooled "
+                        "in one random size alone; leave out stop_early")
     tally, v = Tally(x), torch.zeros_like(x)
     model = Diverse(model, diverse) if diverse else model
 

@@ -402,7 +402,7 @@ BUGS = [
         "is_fooled(mean, y, targeted)", "is_fooled(logits, y, targeted)",
         (form("an_image_is_fooled_if_the_mean_over_the_draws_is_and_not_one_lucky_draw"),)),
     Bug("a model may change the image", CORE,
-        "if x._version != version:", "if False:",
+        "x._version != version\n", "False\n",
         (form("a_model_that_works_in_place_on_its_input_is_refused"),)),
     Bug("eot sees its last draw only", CORE,
         "one if total is None else [a + b for a, b in zip(total, one, strict=True)]", "one",

@@ -889,8 +889,16 @@ class InPlace(torch.nn.Module):
 def test_a_model_that_works_in_place_on_its_input_is_refused():
     model = toy()
     x = pictures(4)
+    y = predicted(model, x)
     with pytest.raises(UserError, match="in place"):
-        attacks.square(InPlace(model), x, predicted(model, x), eps=0.05, queries=5)
+        attacks.square(InPlace(model), x, y, eps=0.05, queries=5)
+    for run in (attacks.fgsm, attacks.apgd):  # torch itself refuses it, in words of its own
+        with pytest.raises(UserError, match="in place"):
+            run(lambda x: model(x.sub_(0.5)), x, y, eps=0.05)
+    with pytest.raises(UserError, match="in place"):
+        attacks.cw_l2(lambda x: model(x.sub_(0.5)), x, y, steps=2)
+    with pytest.raises(RuntimeError, match="mat1"):
+        attacks.fgsm(lambda x: model(x) @ torch.ones(2, 3), x, y, eps=0.05)
 
 
 def test_bpda_gives_the_same_for_a_layer_that_works_in_place():

@@ -489,6 +489,37 @@ def test_bad_images_and_labels_are_refused_in_one_line(name, word, spoil, world)
     refused(word, CASES[name], model, *spoil(x, y))
 
 
+@pytest.mark.parametrize("name", ["fgsm", "square linf"])
+def test_only_whole_numbers_are_to_be_divided_by_255(name, world):
+    model, x, y = world
+    for dtype, advice in ((torch.uint8, " / 255"), (torch.float16, ""), (torch.bfloat16, "")):
+        with pytest.raises(UserError) as error:
+            CASES[name](model, x.to(dtype), y)
+        assert str(error.value).endswith(f"type x.float(){advice}")
+
+
+def test_attacks_that_end_with_square_refuse_vectors_before_they_begin(world):
+    model, x, y = world
+    seen, flat_x = [], x.flatten(1)
+
+    def watched(z):
+        seen.append(len(z))
+        return model(z.view(-1, 3, 8, 8))
+    for attack in (attacks.strongest_quick, attacks.autoattack):
+        refused("(N, C, H, W)", attack, watched, flat_x, y, eps=0.1)
+    assert not seen
+    autoattack(watched, flat_x, y, eps=0.1, version="rand")  # without Square
+
+
+def test_mim_refuses_what_its_options_for_transfer_cannot_do(world):
+    model, x, y = world
+    for options in ({"blur": 3}, {"diverse": 0.5}):
+        refused("(N, C, H, W)", CASES["mim"], lambda z: model(z.view(-1, 3, 8, 8)), x.flatten(1), y,
+                **options)
+    refused("leave out stop_early", CASES["mim"], model, x, y, diverse=0.5, stop_early=True)
+    CASES["mim"](model, x, y, blur=3, stop_early=True)
+
+
 OPTIONS = [
     ("eps", [-0.1, float("inf"), float("nan"), "inf"], ["fgsm", "bim", "mim", "pgd linf sign exact",
                                                         "apgd linf ce", "square linf",
@@ -504,7 +535,7 @@ OPTIONS = [
     ("q", [0.0, -0.5, 1.5], ["pgd l1 sparse exact"]),
     ("mu", [-1.0, float("nan")], ["mim"]),
     ("diverse", [-0.1, 1.5], ["mim"]),
-    ("blur", [-1, 2, 2.5], ["mim"]),
+    ("blur", [-1, 2, 2.5, 3.0], ["mim"]),
     ("binary_steps", [0], ["cw_l2"]),
     ("c", [-1.0], ["cw_l2"]),
     ("lr", [-0.01], ["cw_l2"]),

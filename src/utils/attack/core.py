@@ -69,7 +69,8 @@ def _check(x, y, options):
         raise UserError(f"images and labels are {type(x).__name__} and {type(y).__name__}; wanted "
                         "tensors: type torch.as_tensor(x)")
     if x.dtype not in (torch.float32, torch.float64):
-        raise UserError(f"images are {x.dtype}; wanted float32 in [0, 1]: type x.float() / 255")
+        scale = "" if x.is_floating_point() else " / 255"
+        raise UserError(f"images are {x.dtype}; wanted float32 in [0, 1]: type x.float(){scale}")
     lowest, highest = x.aminmax() if x.numel() else (0, 0)
     if not (lowest >= 0) & (highest <= 1):  # NaN is neither
         raise UserError("images hold pixels outside [0, 1] or NaN; attacks work on pixels: put "
@@ -266,8 +267,12 @@ def forward(model, x, y, tally=None, index=slice(None)):
     """
     tally, version = tally or Tally(x), x._version
     with passing(index):
-        logits = model(x).to(x.dtype)
-    if x._version != version:
+        try:
+            logits, changed = model(x).to(x.dtype), x._version != version
+        except RuntimeError:
+            if not (changed := _changes(model, x)):
+                raise
+    if changed:
         raise UserError("the model changes its input, the attacked image, in place; type "
                         "inplace=False in its first layer")
     if logits.dim() != 2 or len(logits) != len(x):
@@ -280,6 +285,14 @@ def forward(model, x, y, tally=None, index=slice(None)):
     tally.refuse(logits.isfinite(), "the model's logits are not finite: broken weights, or an "
                  "overflow in half precision; run it in float32")
     return logits
+
+
+@torch.no_grad()
+def _changes(model, x):
+    """Whether the model changes its input in place; torch refuses it where x has a gradient."""
+    given = x.detach().clone()
+    model(given)
+    return given._version > 0
 
 
 def per_image(loss, logits, y):

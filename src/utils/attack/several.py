@@ -17,7 +17,7 @@ from utils.attack.balls import NORMS
 from utils.attack.chance import chance_of
 from utils.attack.core import attack, forward, margin, measure, one_of, two_or_more
 from utils.attack.fab import fab
-from utils.attack.square import square
+from utils.attack.square import images_only, square
 from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
@@ -98,6 +98,7 @@ def strongest_quick(model, x, y, *, eps, queries=1000, targeted=False, generator
     all if there are fewer; with two and three classes, for which it is not defined, on the
     margin loss. quick_title says what is run. The report has worst_case's, and the totals.
     """
+    images_only(x)
     result, found, blind = _nothing(x)
     if len(x):
         result, found, blind = _in_turn(model, x, y, _quick(_classes(model, x, y), eps, queries),
@@ -153,6 +154,8 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     """
     one_of("norm", norm, NORMS)
     one_of("version", version, VERSIONS)
+    if version != "rand":
+        images_only(x)
     result, found, blind = _nothing(x)
     changed = 0
     if len(x):

@@ -37,8 +37,7 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, re
     if targeted, it always climbs the margin.
     """
     one_of("norm", norm, NORMS)
-    if x.dim() != 4:
-        raise UserError(f"square works on images (N, C, H, W); given {tuple(x.shape)}")
+    images_only(x)
     tally, own = Tally(x), chance_of(generator, x)
     climbed, result, alive = ascend("margin", targeted), x.clone(), torch.zeros(0)
     planned = queries if rescale else PUBLISHED
@@ -56,6 +55,12 @@ def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, re
         alive[who[fooled]] = False
     tally.fill(report)
     return result
+
+
+def images_only(x):
+    """UserError unless x is (N, C, H, W)."""
+    if x.dim() != 4:
+        raise UserError(f"square works on images (N, C, H, W); given {tuple(x.shape)}")
 
 
 def _run(model, x, y, own, eps, norm, queries, p, planned, climbed, targeted, tally, who):
