@@ -113,7 +113,7 @@ class Mixed:
         self.scaler.update()
 
     def attack_loss(self, logits, y):
-        """Cross-entropy (n,) for signed attacks under autocast(); see level_cross_entropy."""
+        """The loss (n,) that signed attacks climb under autocast(): cross-entropy, or level."""
         if self.amp == "fp16":
             return level_cross_entropy(logits, y)
         return F.cross_entropy(logits.float(), y, reduction="none")
@@ -129,13 +129,15 @@ LEVEL = 256.0  # far from fp16's largest, 65504, and from its smallest, 6e-8
 
 
 def level_cross_entropy(logits, y):
-    """Cross-entropy (n,), of each image times a constant that makes its gradient as large as any
-    other's: that of an image which the network is sure of would be zero in fp16. The sign of the
-    gradient is that of the cross-entropy.
+    """A loss (n,) whose gradient is that of the cross-entropy, of each image times a constant that
+    makes it as large as any other's: that of an image which the network is sure of would be zero in
+    fp16. The value itself means nothing.
     """
     logits = logits.float()
-    wrong = logits.detach().softmax(1).scatter(1, y[:, None], 0).sum(1)  # 1 - p_y, not rounded
-    return F.cross_entropy(logits, y, reduction="none") * (LEVEL / wrong.clamp_min(1e-36))
+    p = logits.detach().softmax(1).scatter(1, y[:, None], 0)
+    wrong = p.sum(1, keepdim=True)  # 1 - p_y, not rounded
+    slope = p.scatter(1, y[:, None], -wrong) * (LEVEL / wrong.clamp_min(1e-36))
+    return (slope * logits).sum(1)
 
 
 # ------------------------------------------------------------- frozen models
