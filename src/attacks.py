@@ -31,7 +31,7 @@ plain function, modes and eots inside it are not seen.
 `report`, a dict, is filled with what the result alone does not show: `zero_gradient` (N,), True
 where every gradient was zero in all entries (such an image was not attacked, it is returned at its
 start), how many gradients of one image (`gradients`) and how many queries (`queries`) were taken,
-and `losses`, one (N,) per step, of gradient attacks in which all images took all steps. Bad input
+and `losses`, one (N,) per step, of pgd, bim, fgsm and mim if all images took all steps. Bad input
 and NaN gradients are a UserError; on a GPU, where no step after the first waits for an answer (but
 those of cw_l2 and stop_early), one that appears on the way is raised at the end
 (utils/attack/waits.py). With too few classes for DLR
@@ -240,9 +240,9 @@ def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=Tru
     norm: 'linf', 'l2', 'l1', or a Norm, which has the step and the projection; these can also be
     typed here, as `choices`: norm="l1", step="dense" is norm=Norm("l1", step="dense"). loss: 'ce',
     'margin' (with l2: what tables call C&W L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to
-    be climbed. restarts: per image, the one that fools is kept, or else that of the highest loss.
-    stop_early: fooled images leave the batch and are not restarted, which saves time; the textbook
-    attack takes all steps.
+    be climbed, or with targeted=True descended. restarts: per image, the one that fools is kept, or
+    else that of the highest loss. stop_early: fooled images leave the batch and are not restarted,
+    which saves time; the textbook attack takes all steps.
     """
     if unknown := choices.keys() - {"step", "q", "projection"}:
         raise TypeError(f"pgd() got an unexpected keyword argument {min(unknown)!r}")
@@ -351,7 +351,7 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
     success = norm2.isfinite()
     tally.nonzero |= success  # without any gradient: it needed no attack
     tally.fill(report)
-    return found, norm2.isfinite()
+    return found, success
 
 
 def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early, tally):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torch.nn import functional as F
 
 import attacks
 from attack_toys import (
@@ -819,8 +820,7 @@ def test_square_never_gets_worse_with_more_queries_and_counts_them():
 def test_the_python_of_the_documents_runs_as_it_stands(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, x = toy(), pictures(4)
-    known = {"torch": torch, "model": model, "x": x, "y": predicted(model, x), "report": {},
-             "generator": seeded()}
+    known = {"torch": torch, "model": model, "x": x, "y": predicted(model, x)}
     for lines in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
         for path in re.findall(r'"([\w./]+\.pth)"', lines):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -844,6 +844,15 @@ def test_roundings_of_many_pixels_do_not_add_up_to_an_image_outside_the_l1_ball(
         length = [size(flat(a) - flat(b), "l1") for a, b in zip(moved, x, strict=True)]
         assert max(length) <= eps * (1 + 1e-5) and length[0] > 0.99 * eps
         assert moved.min() >= 0 and moved.max() <= 1
+
+
+def test_a_loss_of_ones_own_is_climbed_and_towards_a_target_descended():
+    model, x = toy(), pictures(4)
+    y = (predicted(model, x) + 1) % K
+    for targeted in (False, True):
+        mine, named = (attacks.pgd(model, x, y, eps=0.05, steps=4, targeted=targeted, loss=loss)
+                       for loss in (functools.partial(F.cross_entropy, reduction="none"), "ce"))
+        assert torch.equal(mine, named)
 
 
 class Swaying(nn.Module):

@@ -241,7 +241,7 @@ LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 def ascend(loss, targeted):
-    """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,)."""
+    """The loss that the attack climbs: loss(logits (n, K), y (n,)) -> (n,), negated if targeted."""
     function = loss if callable(loss) else LOSSES[one_of("loss", loss, LOSSES)]
     if targeted and loss == "dlr":
         return _dlr_to

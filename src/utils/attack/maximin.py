@@ -27,9 +27,9 @@ GRADIENTS = 2 * STEPS + 1                           # of one image in an outer s
 def maximin_gradient(outer, model, share, gradient, x, y, delta, draws, *, augment=None, **options):
     """What `outer`, train_sga.spgd_gradient, gives at surer weights and images.
 
-    model: the surrogate that `gradient` differentiates, x (N, C, H, W) -> (N, K); it is as before
-    afterwards. share: of both radii, in (0, 1]; that of the images is one of 224 pixels, and as far
-    for each pixel of others.
+    model: the surrogate that `gradient` differentiates, x (N, C, H, W) -> (N, K), with frozen
+    weights; it is as before afterwards. share: of both radii, in (0, 1]; that of the images is one
+    of 224 pixels, and as far for each pixel of others.
     """
     radius = share * RADIUS * math.sqrt(x[0].numel() / PIXELS)
     if augment is not None:  # draws partition the batch in its order
