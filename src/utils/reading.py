@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
@@ -34,13 +35,23 @@ def read_image(path, *modes):
             warnings.simplefilter("ignore")  # Pillow's, of large pictures and of damaged EXIF data
             opened = io.BytesIO(parquet.image_bytes(path)) if row else path
             with Image.open(opened, formats=FORMATS) as file:
-                image = file.convert(file.mode if file.mode in modes else "RGB")
+                image = _eight_bit(file)
+                image = image.convert(image.mode if image.mode in modes else "RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise UserError(f"{path}: truncated, or no image ({error})") from None
     if max(image.size) > THINNEST * min(image.size):  # resized, it could fill the memory
         raise UserError(f"{path}: {image.width} x {image.height} pixels; wanted a picture, not a "
                         "line")
     return image
+
+
+def _eight_bit(file):
+    """An opened image without more than 8 bits a channel, of which convert() clips the rest."""
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))  # as Pillow does in colour
+    if file.mode in ("I", "F"):
+        raise ValueError(f"pixels of Pillow's mode {file.mode}; wanted 8 or 16 bits a channel")
+    return file
 
 
 def read_rgb(path):
