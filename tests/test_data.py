@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from utils.data import (
     open_both,
     open_images,
     paper_geometry,
+    read_image,
     spread,
     to_float,
 )
 from utils.errors import UserError
+from utils.named import imagenette_folder
 
 # the first, the second, one in the middle and the last of ImageNet's classes
 WNIDS = {"n01440764": 0, "n01443537": 1, "n02504458": 386, "n15075141": 999}
@@ -243,6 +246,21 @@ def test_pictures_of_every_colour_mode_become_rgb(tmp_path, picture, mode):
     assert decode(name, paper_geometry(32)).shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_16_bit_grey_keeps_its_high_byte(tmp_path, name):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 200
+    Image.fromarray(grey).save(tmp_path / name)
+    assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.stack([grey >> 8] * 3, 2))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_pixels_without_a_known_range_cannot_be_decoded(tmp_path, kind):
+    Image.fromarray(np.full((16, 16), 100, kind)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match="x.tif: .*no image .*wanted 8 or 16 bits"):
+        read_image(tmp_path / "x.tif")
+    assert decode(tmp_path / "x.tif", paper_geometry(16)) is None
+
+
 def test_to_float_is_exactly_k_255():
     k = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_float(k), torch.arange(256).float() / 255)
@@ -347,7 +365,9 @@ def test_a_run_on_photographs_skips_the_broken_ones_and_says_so_in_its_facts(
     assert listing.startswith(b"# 32 pixels\n") and len(listing.splitlines()) == 1 + 67
 
 
-def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_path, picture):
+def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_path, picture,
+                                                                         monkeypatch):
+    monkeypatch.setattr("utils.named.IMAGENETTE", {"train": 2, "val": 2})
     root = tmp_path / "imagenette2-320"
     for split in ("train", "val"):
         for wnid in ("n01440764", "n03888257"):  # tench 0, parachute 701
@@ -355,6 +375,42 @@ def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_pat
     images = open_images("imagenette", split="test", data_root=tmp_path)
     assert images.kind == "imagenet" and images.labels.tolist() == [0, 701]
     assert images.names[0] == "n01440764/val_0.JPEG"
+
+
+def test_half_an_imagenette_is_refused(tmp_path, picture):
+    picture(tmp_path / "imagenette2-320" / "train" / "n01440764" / "a.JPEG")
+    for split in ("train", "test"):  # there is no val/ yet
+        with pytest.raises(UserError, match="imagenette2-320' is damaged .*; remove it"):
+            open_images("imagenette", split=split, data_root=tmp_path)
+
+
+def test_a_second_process_waits_for_the_one_that_downloads(tmp_path, monkeypatch):
+    there = []
+
+    @contextmanager
+    def waits(path):
+        assert path == tmp_path / "Imagenette"
+        there.append("by another process")
+        yield
+
+    class Imagenette(list):
+        def __init__(self, root, *, download, size, split):
+            assert not download
+            if not there:
+                raise RuntimeError("Dataset not found.")
+            super().__init__(range(9469))
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", Imagenette)
+    monkeypatch.setattr("utils.named.alone", waits)
+    assert imagenette_folder("train", tmp_path) == tmp_path / "imagenette2-320"
+
+
+def test_an_old_file_of_mnist_without_tensors_is_refused(tmp_path):
+    for name in ("training.pt", "test.pt"):
+        path = tmp_path / "MNIST" / "processed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(([[0]], [1]), path)
+    with pytest.raises(UserError, match="MNIST in .* is damaged"):
+        open_images("mnist", split="train", data_root=tmp_path)
 
 
 def test_a_failed_imagenette_download_gives_one_line_that_says_what_to_type(tmp_path, monkeypatch):

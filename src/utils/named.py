@@ -9,11 +9,13 @@ import torchvision
 
 from utils.errors import UserError
 from utils.images import Images, paper_geometry
+from utils.run import alone
 
 NAMED = ("digits", "mnist", "cifar10", "cifar100", "imagenette")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
            "truck")
 DIGITS = tuple("0123456789")
+IMAGENETTE = {"train": 9469, "val": 3925}  # images
 IN_FOLDERS = {"MNIST/raw": "mnist", "cifar-10-batches-py": "cifar10",
               "cifar-100-python": "cifar100"}  # as torchvision keeps them
 
@@ -30,11 +32,14 @@ def open_arrays(name, split, root):
         return _digits(split)
     if name == "mnist":
         data = _torchvision(torchvision.datasets.MNIST, root, train=train)
-        if data.data.shape != (len(data.targets), 28, 28) or not 0 <= data.targets.max() < 10:
-            raise UserError(f"MNIST in '{root}': {tuple(data.data.shape)} images, "
-                            f"{len(data.targets)} labels up to {data.targets.max()}; wanted "
-                            "digits of 28 pixels, a label for each")
-        return _arrays("mnist", data.data.unsqueeze(1), data.targets, DIGITS, split)
+        x, y = data.data, data.targets
+        if not torch.is_tensor(x) or not torch.is_tensor(y) or not len(y):  # of a processed/*.pt
+            raise UserError(f"MNIST in '{root}' is damaged: no tensors of images and labels; "
+                            "remove it, or type --data_root FOLDER of a whole one")
+        if x.shape != (len(y), 28, 28) or not 0 <= y.max() < 10:
+            raise UserError(f"MNIST in '{root}': {tuple(x.shape)} images, {len(y)} labels up to "
+                            f"{y.max()}; wanted digits of 28 pixels, a label for each")
+        return _arrays("mnist", x.unsqueeze(1), y, DIGITS, split)
     dataset = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}[name]
     data = _torchvision(getattr(torchvision.datasets, dataset), root, train=train)
     x = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
@@ -44,25 +49,47 @@ def open_arrays(name, split, root):
 
 def imagenette_folder(split, root):
     """Downloads Imagenette if it is not there. -> its folder"""
-    _torchvision(torchvision.datasets.Imagenette, root, size="320px",
-                 split="train" if split == "train" else "val")
+    split = "train" if split == "train" else "val"
+    _torchvision(torchvision.datasets.Imagenette, root, "imagenette2-320", IMAGENETTE[split],
+                 size="320px", split=split)
     return Path(root) / "imagenette2-320"
 
 
-def _torchvision(dataset, root, **kwargs):
-    """A torchvision data set, downloaded into `root` if it is not there."""
+def _torchvision(dataset, root, folder="", images=None, **kwargs):
+    """A torchvision data set, downloaded into `root` if it is not there, by one process at a time.
+
+    folder: where it is in `root`; images: how many it has, where half a set can be opened.
+    """
     try:
-        return dataset(root, download=False, **kwargs)
-    except Exception as error:  # torchvision's readers raise nearly anything on a damaged file
-        if "not found" not in str(error):
-            raise UserError(f"{dataset.__name__} in '{root}' is damaged ({type(error).__name__} "
-                            f"{error}); remove it, or type --data_root FOLDER of a whole one"
-                            ) from None
+        data = _kept(dataset, root, folder, images, **kwargs)
+    except UserError:
+        if not images:
+            raise
+        data = None  # perhaps another process is unpacking it
+    if data is not None:
+        return data
     try:
-        return dataset(root, download=True, **kwargs)
+        with alone(Path(root) / dataset.__name__):
+            data = _kept(dataset, root, folder, images, **kwargs)
+            return dataset(root, download=True, **kwargs) if data is None else data
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset.__name__} is not in '{root}' and its download failed ({error});"
                         " type --data_root FOLDER that holds it, or --data_dir digits") from None
+
+
+def _kept(dataset, root, folder, images, **kwargs):
+    """The data set in `root`, None if it is not there. UserError: it is damaged."""
+    try:
+        data = dataset(root, download=False, **kwargs)
+        if images not in (None, len(data)):
+            raise ValueError(f"{len(data)} of {images} images")
+    except Exception as error:  # torchvision's readers raise nearly anything on a damaged file
+        if "not found" in str(error):
+            return None
+        raise UserError(f"{dataset.__name__} in '{Path(root, folder)}' is damaged "
+                        f"({type(error).__name__} {error}); remove it, or type --data_root FOLDER "
+                        "of a whole one") from None
+    return data
 
 
 @cache
