@@ -77,7 +77,8 @@ def get_args():
     parser.shared("labels", "classes", "defense", "low", defense={
         "help": "layers in front of every network of --model_name; a run says its own"})
     add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files that "
-        "free_at.py, train_gcm.py or fgsm_mnist.py left")
+        "free_at.py, train_gcm.py or fgsm_mnist.py left; one of a FILE.py:FUNCTION, whose code is "
+        "run, only if --model_name names it too")
     parser.shared("model_name", "geometry", "weights", weights={"default": None, "help":
         "of --model_name: V1, V2, random, a state dict (.pth, .safetensors) or a folder with "
         "NAME.pth; one for all or for each; None: V1"})
@@ -116,9 +117,8 @@ def settle(args, device):
     """The flags, filled in. UserError: flags that contradict each other."""
     asked = args.attacks or [one for one in QUICK if args.norm == "linf" or one not in LINF_ONLY]
     _check_norm(args, asked)
-    if args.runs and (args.model_name or args.weights):
-        raise UserError("--runs with --model_name or --weights: type --runs alone, or networks by "
-                        "name alone")
+    if args.runs and args.weights:
+        raise UserError("--runs with --weights: type --runs alone, or networks by name alone")
     if args.runs and (args.defense != "none" or args.low):
         raise UserError("--runs with --defense or --low: a run says its own; leave them out")
     if args.predict and (args.corruptions or args.uaps or args.eps_curve or args.transfer

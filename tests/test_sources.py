@@ -5,6 +5,7 @@ libraries are not needed, and nothing is downloaded.
 """
 
 import json
+import os
 import re
 import sys
 import types
@@ -45,6 +46,12 @@ def small(classes=10):
     torch.manual_seed(3)
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+class Runs:
+    """What makes a folder when it is unpickled."""
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
 @pytest.fixture
@@ -107,6 +114,25 @@ def test_two_networks_of_one_label_are_refused_in_one_table(factory, folders):
     with pytest.raises(UserError) as error:
         models.targets_of([[first, second]], [["V1"]], None, folders(3))
     one_line(error, "mine.py:net", "other.py:net", "one at a time")
+
+
+# ------------------------------------------------------------------------ torchvision
+
+@pytest.mark.parametrize("content", ["junk", "code", "other tensors"])
+def test_damaged_weights_in_the_cache_are_one_line_and_no_code_is_run(content, tmp_path,
+                                                                    monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cached = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    cached.parent.mkdir()
+    if content == "junk":
+        cached.write_bytes(b"<html>not found</html>")
+    else:
+        torch.save({"x": torch.zeros(1) if content == "other tensors" else Runs()}, cached)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        source("squeezenet1_1", "imagenet").pretrained("V1")
+    one_line(error, "squeezenet1_1", "damaged", f"remove {cached}")
+    assert not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------------- timm
@@ -487,8 +513,28 @@ def test_every_script_takes_a_function_and_names_its_files_by_it(factory, run_he
                        "--batch_size", 10, "--save", "f")
     assert started.returncode == 0, started.stderr
     assert (tmp_path / "f" / "natural_net.pth").is_file()
-    again = run_here("eval_net.py", "--runs", "f", "--attacks", "fgsm", "--save", "r")
+    again = run_here("eval_net.py", "--runs", "f", "--attacks", "fgsm", "--save", "r",
+                     "--model_name", name)
     assert again.returncode == 0, again.stderr
+
+
+def test_the_code_that_a_run_names_is_run_only_if_it_is_typed(run_here, refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evil.py").write_text("open('ran', 'w')\n")
+    (tmp_path / "run" / "net.json").write_text(json.dumps({
+        "kind": "digits", "data_dir": "digits", "model_name": "run/evil.py:net", "seconds": 1,
+        "alpha_fgs": 0.3}))
+    save_pth(tmp_path / "run" / "net.pth", {"w": torch.zeros(1)})
+    for more in ((), ("--predict",)):
+        refused(run_here("eval_net.py", "--runs", "run", *more), "run/net.json",
+                "type --model_name run/evil.py:net beside --runs")
+    refused(run_here("eval_net.py", "--runs", "run", "--model_name", "run/evil.py:net", "mlp"),
+            "--runs with --model_name mlp")
+    for script in ("gcm.py", "eval_net.py", "eval_uap.py", "train_sga.py"):
+        assert run_here(script, "--model_name", "net", "--weights", "run").returncode == 2
+        assert run_here(script, "--model_name", "mlp", "--weights", "run/net.pth",
+                        "--uaps" * (script == "eval_uap.py") or "--seed", 0).returncode == 2
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", [*SMALL, *NETWORKS])

@@ -31,6 +31,7 @@ from utils import factory
 from utils.data import PRESETS, SMALL, Geometry, paper_geometry
 from utils.errors import UserError
 from utils.nets import NETWORKS, RECIPE_VERSION, RECIPES, Normalize, Standardize, build_small
+from utils.run import load_pth
 
 OURS = (*SMALL, *NETWORKS)
 GREY = ("digits", "mnist")
@@ -41,7 +42,7 @@ def source(name, kind):
     """The network `name` for this kind of data. UserError: there is none; runs FILE.py."""
     if name.startswith("timm/"):
         return Timm(name, kind)
-    if _in_file(name):
+    if in_file(name):
         return Factory(name, kind)
     if name in OURS:
         return Ours(name, kind)
@@ -59,7 +60,7 @@ def label_of(name):
     """What tables and files call a network; no slash, no colon."""
     if name.startswith("timm/"):
         stem, label = "timm", name.removeprefix("timm/")
-    elif _in_file(name):
+    elif in_file(name):
         stem, label = Path(name.rpartition(":")[0]).stem, name.rpartition(":")[2]
     else:
         return name
@@ -67,7 +68,8 @@ def label_of(name):
     return f"{stem}_{label}" if label in (*OURS, *zoo.list_models(module=zoo)) else label
 
 
-def _in_file(name):
+def in_file(name):
+    """Whether a network's name is FILE.py:FUNCTION."""
     return name.endswith(".py") or ".py:" in name
 
 
@@ -137,13 +139,20 @@ class Torchvision(Source):
 
     def pretrained(self, weights, classes=None):
         enum = self.enum(weights)
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(enum.url).name)
         try:
+            if cached.is_file():
+                load_pth(cached)  # torchvision would run the code that a pickle can hold
             return zoo.get_model(self.name, weights=enum, progress=sys.stderr.isatty(),
                                  **self.no_auxiliary)
-        except (OSError, RuntimeError, EOFError) as error:  # no connection, half a file
+        except Exception as error:  # no connection, other tensors: torch raises nearly anything
+            reason = " ".join(str(error).split())[:200]
+            if cached.is_file():
+                raise UserError(f"{self.name}: its weights in the cache are damaged ({reason}); "
+                                f"remove {cached}") from None
             raise UserError(
                 f"{self.name}: its weights {enum.name} are not in the cache and cannot be "
-                f"downloaded ({error}); type --weights PATH of a state dict, or --weights random; "
+                f"downloaded ({reason}); type --weights PATH of a state dict, or --weights random; "
                 f"downloads are kept in {torch.hub.get_dir()}") from None
 
     def described(self, weights):

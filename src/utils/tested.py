@@ -1,5 +1,6 @@
 """The networks of eval_net.py: opened, behind their defences, and the cells that are missing."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from utils.defenses import adaptive, defend, describe, is_random
 from utils.errors import UserError
 from utils.halving import Halving
 from utils.saved import Kept, saved_cells
+from utils.sources import in_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +121,30 @@ def named_networks(s):
     """[(name, network's name, weights, NAME.json, folder)] of --runs, or of networks by name."""
     if s.runs:
         return [(name, facts["model_name"], str(path), facts, path.parent)
-                for name, path, facts in finished.read_runs(s.runs)]
+                for name, path, facts in _runs(s)]
     images = data.opened(s, "test")
     found = []
     for target in models.targets_of(s.model_name, s.weights or [["V1"]],
                                     data.PRESETS[images.kind].targets, images):
         found.append((target.name, target.typed, target.weights, finished.facts_of(target), None))
     return found
+
+
+def _runs(s):
+    """finished.read_runs of --runs. UserError: NAME.json names code that the user did not type."""
+    runs, typed = finished.read_runs(s.runs), sum(s.model_name or [], [])
+    files = [facts["model_name"] for *_, facts in runs if in_file(facts["model_name"])]
+    for (_, path, facts) in runs:
+        name = facts["model_name"]
+        if name in files and name not in typed:
+            more = " ".join(map(shlex.quote, dict.fromkeys(files)))
+            raise UserError(f"{path.with_suffix('.json')}: its network is {name}, code that would "
+                            f"be run; if you trust it, type --model_name {more} beside --runs")
+    other = next((name for name in typed if name not in files), None)
+    if other:
+        raise UserError(f"--runs with --model_name {other}: no FILE.py:FUNCTION that a run names; "
+                        "type --runs alone, or networks by name alone")
+    return runs
 
 
 def where(facts, s):

@@ -9,7 +9,8 @@ RUNS=${RUNS:-runs/eps_curves}
 FREE=${FREE:-runs/free_cifar10}
 
 "$PYTHON" src/eval_net.py --runs "$FREE/natural" "$FREE/free8" "$FREE/pgd" --num_images 200 \
-    --attacks none --eps_curve --save "$RUNS/trainings"
+    --model_name docs/results/free_cifar10/net.py:small --attacks none --eps_curve \
+    --save "$RUNS/trainings"
 "$PYTHON" src/eval_net.py --data_dir "$DATA" --model_name docs/results/free_cifar10/net.py:small \
     --weights "$FREE/natural/natural_small.pth" --defense gcm --num_images 200 --attacks none \
     --eps_curve --save "$RUNS/gcm"

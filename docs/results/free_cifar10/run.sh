@@ -26,4 +26,4 @@ for name in $METHODS; do
     runs="$runs $RUNS/$name"
 done
 [ "$N" = 0 ] || "$PYTHON" src/eval_net.py --runs $runs --num_images "$N" --save "$RUNS/eval" \
-    --attacks fgsm pgd20 pgd50x10 cw50 autoattack
+    --model_name docs/results/free_cifar10/net.py:small --attacks fgsm pgd20 pgd50x10 cw50 autoattack
