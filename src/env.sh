@@ -2,8 +2,12 @@
 # words after it that start PROCESSES processes, none for one process.
 # The caller's Python if it has torch, torchvision and the rest; else .venv beside src/, made once
 # from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that is 2.4 or
-# newer.
+# newer and not in a virtual environment of its own.
 
+case ${PYTHON:-} in  # some scripts change the folder
+/*) ;;
+*/*) PYTHON=$PWD/$PYTHON ;;
+esac
 root=$(CDPATH='' cd -- "$(dirname "$0")/.." && pwd)
 case ${PROCESSES:-1} in
 1) torchrun= ;;
@@ -39,14 +43,21 @@ choose_python() {
         exit 2
     fi
     echo "$base lacks one of: $modules; installing them into $root/.venv (once)" >&2
-    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+    list=$root/${REQUIREMENTS:-requirements.txt}
+    if [ -e "$root/.venv/pyvenv.cfg" ]; then  # perhaps uv's, without pip
+        if ! "$PYTHON" -m pip --version >/dev/null 2>&1 &&
+            ! "$PYTHON" -m ensurepip >/dev/null 2>&1; then
+            echo "error: $root/.venv has no pip; install $list into it, or remove it;" \
+                "on Debian: apt install python3-venv" >&2
+            exit 2
+        fi
+    else
         if has "$base" torch torchvision; then site=--system-site-packages; else site=; fi
-        if ! "$base" -m venv --clear $site "$root/.venv"; then
+        if ! "$base" -m venv $site "$root/.venv"; then
             echo "error: $base cannot make an environment; on Debian: apt install python3-venv" >&2
             exit 2
         fi
     fi
-    list=$root/${REQUIREMENTS:-requirements.txt}
     "$PYTHON" -m pip install --quiet -r "$list"
     sed -n 's/^# --no-deps //p' "$list" | while read -r package; do
         "$PYTHON" -m pip install --quiet --no-deps "$package"

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -146,6 +147,55 @@ def test_all_python_commands_of_a_shell_script_run_in_so_many_processes(name, tm
         assert done.returncode == 0, done.stderr
         lines = record.read_text().splitlines()
         assert lines and all(line.startswith(f"{start}{SRC}") for line in lines)
+
+
+@pytest.mark.parametrize("script", ["tests/run.sh", ".ci/run"])
+def test_a_relative_python_is_relative_to_the_caller(script, tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$0 $*"\n')
+    python.chmod(0o755)
+    done = shell(ROOT / script, cwd=tmp_path, PYTHON="bin/python")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{python} -m pytest")
+
+
+FAKE = """#!/bin/sh
+echo "$*" >>"$RECORD"
+case $* in
+*find_spec*) exit 1 ;;
+"-m pip --version") [ "$LACKING" = "" ] ;;
+"-m ensurepip") [ "$LACKING" != "pip, ensurepip" ] ;;
+"-m venv "*) mkdir -p "${0%/*}/../.venv/bin"; cp "$0" "${0%/*}/../.venv/bin/python" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("lacking", [None, "", "pip", "pip, ensurepip"])
+def test_an_environment_that_is_there_is_never_wiped(lacking, tmp_path):
+    source, base, venv = tmp_path / "src", tmp_path / "bin" / "base", tmp_path / ".venv"
+    for folder in (source, base.parent, venv / "bin"):
+        folder.mkdir(parents=True)
+    shutil.copy(SRC / "env.sh", source)
+    (source / "x.sh").write_text('. "$(dirname "$0")/env.sh"\n')
+    (tmp_path / "requirements.txt").write_text("")
+    for path in (base, venv / "bin" / "python"):
+        path.write_text(FAKE)
+        path.chmod(0o755)
+    if lacking is None:
+        shutil.rmtree(venv)
+    else:
+        (venv / "pyvenv.cfg").write_text("")
+        (venv / "mine").write_text("")
+    done = shell(source / "x.sh", cwd=tmp_path, PYTHON=str(base), RECORD=str(tmp_path / "record"),
+                 LACKING=lacking or "")
+    ran = (tmp_path / "record").read_text()
+    assert ("-m venv" in ran) == (lacking is None) and "--clear" not in ran
+    if lacking == "pip, ensurepip":
+        assert done.returncode == 2 and "/.venv has no pip; " in done.stderr.splitlines()[-1]
+    else:
+        assert done.returncode == 0 and "-m pip install" in ran, done.stderr
+    assert lacking is None or (venv / "mine").is_file()
 
 
 @pytest.mark.slow
