@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import attacks
@@ -141,6 +142,13 @@ def test_rounded_images_are_levels_inside_the_ball(images, norm, eps):
         assert (moved != 0).any()
 
 
+def test_images_are_rounded_on_the_cpu_as_some_gpus_have_no_float64():
+    class OnGpu:
+        def cpu(self):
+            return torch.full((1, 1, 2, 2), 0.5)
+    assert (saved.rounded(OnGpu(), OnGpu(), 0.1, "linf") == 128).all()
+
+
 def test_saved_images_are_measured_again_and_as_from_images(images, s):
     net, attack = network("a/b"), measure.Attack("PGD (5)", "linf", 0.06, partial(
         attacks.pgd, eps=0.06, steps=5))
@@ -177,7 +185,7 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
             saved.check_folders([net], lambda _, other=other: other, s, Team())
 
 
-def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
+def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path, monkeypatch):
     attack = measure.Attack("FGSM", "linf", 0.1, None)
     s.save_images = tmp_path
     keep = saved.Kept(network("a"), attack, images, s)
@@ -192,6 +200,13 @@ def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path):
     (folder / "000000.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot be read"):
         saved.read_png(folder / "000000.png", images.pixels[0])
+    (folder / "000000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        saved.read_png(folder / "000000.png", images.pixels[0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    with pytest.raises(UserError, match="cannot be read"):
+        saved.read_png(folder / "000001.png", images.pixels[0])
+    monkeypatch.undo()
     with pytest.raises(UserError, match="of shape"):
         saved.read_png(folder / "000001.png", torch.zeros(1, 8, 8))
     (folder / "about.json").write_text(json.dumps({"attack": "FGSM"}))

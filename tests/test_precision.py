@@ -16,6 +16,7 @@ import train_gcm
 import train_sga
 from utils import loop as loops
 from utils import precision, run
+from utils.cli import run_script
 from utils.data import SMALL
 from utils.errors import UserError
 from utils.loop import Trainer, loop
@@ -310,6 +311,25 @@ def test_running_out_of_memory_is_not_a_damaged_checkpoint(tmp_path):
 
     with pytest.raises(torch.OutOfMemoryError):
         Large(CPU).resume({"rows": []}, tmp_path)
+
+
+@pytest.mark.parametrize(("words", "wanted"), [
+    ("The operator 'aten::x' is not currently implemented for the MPS device. Please open", True),
+    ("a method of a subclass", False)])
+def test_a_device_that_lacks_an_operation_is_one_line(words, wanted, capsys):
+    def main(_):
+        raise NotImplementedError(words)
+
+    with pytest.raises(SystemExit if wanted else NotImplementedError):
+        run_script(lambda: None, main)
+    assert ("error: this device lacks an operation (The operator 'aten::x'...); type --device cpu"
+            in capsys.readouterr().err) == wanted
+
+
+def test_without_half_precision_a_device_needs_no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: pytest.fail("no autocast for it"))
+    with precision.Mixed("off", torch.device("mps")).autocast():
+        pass
 
 
 def test_another_runtime_error_keeps_its_traceback(run_here, monkeypatch):

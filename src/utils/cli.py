@@ -19,6 +19,8 @@ from utils.defenses import DEFENSES
 from utils.errors import UserError
 from utils.precision import out_of_memory
 
+LACKS = " is not currently implemented for the "  # torch: The operator 'x' ... MPS device
+
 
 def run_script(get_args, main):
     """main(get_args()), where bad input or a full disk is one line on stderr and exit status 2."""
@@ -27,6 +29,9 @@ def run_script(get_args, main):
     except UserError as error:
         sys.exit(_complain(error))
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error, NotImplementedError) and LACKS in str(error):
+            sys.exit(_complain(f"this device lacks an operation ({str(error).split(LACKS)[0]}...); "
+                               "type --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1"))
         if not out_of_memory(error):
             raise
         sys.exit(_complain("out of memory on the device; type a smaller --batch_size, --minibatch"))

@@ -9,7 +9,7 @@
 
 import copy
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -101,8 +101,8 @@ class Mixed:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast(self):
-        return torch.autocast(self.device.type, DTYPES.get(self.amp, torch.bfloat16),
-                              enabled=self.amp != "off")
+        return (nullcontext() if self.amp == "off" else  # not every device has autocast
+                torch.autocast(self.device.type, DTYPES[self.amp]))
 
     def backward(self, loss):
         """Adds the gradients of the loss to the weights', times the scale until step()."""

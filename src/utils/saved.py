@@ -17,7 +17,7 @@ from PIL import Image
 from utils import measure
 from utils.attack.balls import norm_of
 from utils.attack.chance import numbered
-from utils.data import to_float
+from utils.data import read_image, to_float
 from utils.errors import DAMAGE, UserError
 from utils.run import load_json, save_csv, save_json, write_atomic
 from utils.uaps import digest
@@ -27,12 +27,14 @@ FACTS = {"attack": str, "network": str, "model": str, "norm": str, "eps": float,
 
 
 def rounded(x, x_adv, eps, norm):
-    """uint8 images (n, C, H, W) near x_adv, within eps of x, whose pixels are multiples of 1/255.
+    """uint8 images (n, C, H, W) near x_adv, within eps of x, whose pixels are multiples of 1/255;
+    on the CPU.
 
     To the nearest level; in Linf of those inside the ball, in L2 and L1 towards x where the nearest
     levels lie outside.
     """
-    clean, delta = (255 * x.double()).round(), 255 * (x_adv.double() - x.double())
+    x, x_adv = x.cpu().double(), x_adv.cpu().double()  # Apple's GPUs have no float64
+    clean, delta = (255 * x).round(), 255 * (x_adv - x)
     near = delta.round()
     if norm == "linf":
         most = int(255 * eps + 1e-4)  # 8/255 in float32 is a little less
@@ -54,16 +56,15 @@ def png_of(pixels):
 def read_png(path, like):
     """(C, H, W) uint8, as large as `like`; UserError if the file is not such an image."""
     try:
-        with Image.open(path) as image:
-            found = np.asarray(image)
-    except (OSError, SyntaxError, ValueError):
+        found = np.asarray(read_image(path, "L"))
+    except UserError:
         raise UserError(f"{path}: cannot be read as an image; restore it, or save the images again"
                         ) from None
     found = torch.from_numpy(found.copy())
     found = found[None] if found.dim() == 2 else found.permute(2, 0, 1)
-    if found.shape != like.shape or found.dtype != torch.uint8:
-        raise UserError(f"{path}: of shape {tuple(found.shape)}; wanted {tuple(like.shape)} in 8 "
-                        "bit; save the images again")
+    if found.shape != like.shape:
+        raise UserError(f"{path}: of shape {tuple(found.shape)}; wanted {tuple(like.shape)}; save "
+                        "the images again")
     return found
 
 
@@ -122,7 +123,7 @@ class Kept:
 
     def __call__(self, index, x, x_adv):
         """Saves the images at these places of the list; -> what is read again."""
-        pixels = rounded(x, x_adv, self.attack.eps, self.attack.norm).cpu()
+        pixels = rounded(x, x_adv, self.attack.eps, self.attack.norm)
         for i, one in zip(index.tolist(), pixels, strict=True):
             write_atomic(self.folder / f"{i:06}.png", png_of(one))
         return to_float(torch.stack([read_png(self.folder / f"{i:06}.png", one)
