@@ -372,10 +372,12 @@ def test_files_of_a_run_have_the_permissions_of_the_umask(tmp_path):
 
 
 def test_temporary_files_that_a_kill_left_are_removed_and_others_are_not(tmp_path):
-    for name in (".checkpoint.pth.ab12.tmp", ".log.csv.x.tmp", "notes.tmp", "mine.txt"):
+    for name in (".checkpoint.pth.ab12_xyz.tmp", ".log.csv.x.tmp", "notes.tmp", "mine.txt"):
         (tmp_path / name).write_text("")
+    (tmp_path / ".a.12345678.tmp").mkdir()
     RunFolder(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "mine.txt", "notes.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".a.12345678.tmp", ".lock", ".log.csv.x.tmp",
+                                            "mine.txt", "notes.tmp"]
 
 
 def test_a_folder_that_cannot_be_written_gives_one_line(tmp_path):
@@ -481,3 +483,13 @@ def test_a_folder_on_a_file_system_without_locks_is_written_to(tmp_path, monkeyp
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr("fcntl.flock", flock)
     assert RunFolder(tmp_path / "run").path.is_dir()
+    (tmp_path / "run" / ".log.csv.abcdefgh.tmp").write_text("")
+    assert "abcdefgh" in str(os.listdir(RunFolder(tmp_path / "run").path))  # perhaps another's
+
+
+def test_a_file_is_written_where_modes_cannot_be_changed(tmp_path, monkeypatch):
+    def chmod(*args):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "chmod", chmod)
+    write_atomic(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"

@@ -31,6 +31,7 @@ from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
 NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # a cell of a table
 BOMB = 20  # times the size of its file that an archive may unpack to; torch does not compress
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what whole_file calls its files
 COUNTED = ("outside", "zero_gradient", "gradients", "queries")          # by its attack
 
 # ------------------------------------------------------------ settings, device, seed
@@ -107,7 +108,8 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private, open() would not
+        with suppress(OSError):  # WSL's, Samba's and FUSE's file systems may have no modes
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private, open() would not
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -252,9 +254,10 @@ class RunFolder:
             raise UserError(f"{path}: another run is writing to this folder; wait for it or choose "
                             "another folder") from None
         except OSError:
-            pass  # a file system without locks
-        for left_by_a_kill in self.path.glob(".*.tmp"):
-            left_by_a_kill.unlink()
+            return  # a file system without locks: another run may be writing
+        for path in self.path.glob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name) and path.is_file():  # left by a kill
+                path.unlink()
 
     def __truediv__(self, name):
         return self.path / name
