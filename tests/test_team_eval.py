@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.nets import build_small
 from utils.reading import stack
 from utils.run import save_json, save_pth
-from utils.team import Team
+from utils.team import Team, join_team
 
 CPU = torch.device("cpu")
 JOBS = {  # folder: script and flags; 5 batches, 4, 4, 3, 5, one alone, and 4
@@ -221,6 +221,29 @@ def test_a_run_of_one_process_is_continued_by_several(one, many, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rank", "local", "size"), [
+    (None, None, ""), (None, None, "1"), ("", "", ""), ("3", "0", None), ("0", "0", "1")])
+def test_without_torchrun_a_process_is_alone(rank, local, size, monkeypatch):
+    started_with(monkeypatch, rank, local, size)
+    assert join_team(torch.device("cpu")) == (Team(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("rank", "local", "size"), [
+    (None, None, "2"), ("0", None, "2"), ("a", "0", "2"), (None, None, "many")])
+def test_a_part_of_what_torchrun_sets_is_refused(rank, local, size, monkeypatch):
+    started_with(monkeypatch, rank, local, size)
+    with pytest.raises(UserError, match=f"WORLD_SIZE is {size}, .*or unset WORLD_SIZE"):
+        join_team(torch.device("cpu"))
+
+
+def started_with(monkeypatch, *values):
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), values, strict=True):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
 def test_the_number_of_processes_is_kept_and_only_the_first_prints(many):
     folder, done, processes = many
     for cell in json.loads((folder / "gcm" / "results.json").read_text())["cells"].values():

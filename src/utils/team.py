@@ -100,14 +100,24 @@ class Team:
             torch.distributed.destroy_process_group()
 
 
+def _started():
+    """(rank, rank on this machine, size) as torchrun sets them; (0, 0, 1) without it."""
+    found = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    if all(map(str.isdecimal, found)):
+        return map(int, found)
+    if found[2] in ("", "1"):
+        return 0, 0, 1
+    raise UserError(f"WORLD_SIZE is {found[2]}, RANK '{found[0]}' and LOCAL_RANK '{found[1]}'; "
+                    "wanted three numbers, as torchrun sets them: type torchrun, or unset "
+                    "WORLD_SIZE")
+
+
 def join_team(device, backend=None, timeout=None):
     """Team, and the device of this process. backend, timeout: None, those of torch."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, size = _started()
     if size == 1:
         return Team(), device
-    rank = int(os.environ["RANK"])
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
