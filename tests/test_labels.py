@@ -207,6 +207,15 @@ def test_the_devkits_ground_truth_without_its_mapping_is_refused(flat, tmp_path,
     assert not open_images(flat, split="test").has_labels
 
 
+@pytest.mark.parametrize(("name", "head"), [
+    ("val.txt", ""), ("LOC_val_solution.csv", "ImageId,PredictionString\n")])
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path, picture, name, head):
+    picture(tmp_path / f"{val_name(1)}.JPEG")
+    line = f"{val_name(1)},n02504458 1 2 3 4" if head else f"{val_name(1)}.JPEG 386"
+    (tmp_path / name).write_text(f"{head}{line}\n", encoding="utf-8-sig")
+    assert open_images(tmp_path, split="test").labels.tolist() == [386]
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("ImageId,Label\n", "not Kaggle's list"),
     (f"ImageId,PredictionString\n{val_name(1)},dog 1 2 3 4\n", "line 2"),

@@ -127,7 +127,7 @@ def _read(path):
 
 
 def _kaggle(path):
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = list(csv.reader(file))
     if not rows or rows[0] != ["ImageId", "PredictionString"]:
         raise UserError(f"{path}: not Kaggle's list; wanted the columns ImageId,PredictionString")

@@ -128,6 +128,6 @@ def _is_image(name):
 
 def text_of(path):
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")  # with a mark or without
     except ValueError:
         raise UserError(f"{path}: not text; wanted lines FILE CLASS") from None
