@@ -14,6 +14,7 @@ from utils.errors import UserError
 
 # how the shards' names start; of several possibilities the first that there is
 SPLITS = {"train": (("train",),), "test": (("validation", "val"), ("test",))}
+OPEN = 64  # shards at a time in a process
 
 
 def is_row(path):
@@ -116,12 +117,12 @@ def _damaged(path, error):
 
 # The process is part of the key: a worker that was forked opens files of its own.
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=OPEN)
 def _file(path, process):
     return _open(Path(path))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=OPEN)
 def _starts(path, process):
     """The first row of every row group."""
     about = _file(path, process).metadata
