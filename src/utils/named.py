@@ -81,7 +81,7 @@ def _kept(dataset, root, folder, images, **kwargs):
     """The data set in `root`, None if it is not there. UserError: it is damaged."""
     try:
         data = dataset(root, download=False, **kwargs)
-        if images not in (None, len(data)):
+        if images and len(data) != images:
             raise ValueError(f"{len(data)} of {images} images")
     except Exception as error:  # torchvision's readers raise nearly anything on a damaged file
         if "not found" in str(error):
