@@ -108,7 +108,7 @@ def test_a_run_killed_by_signal_9_resumes_to_the_bytes_of_an_uninterrupted_run(
         process.kill()
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert 1 <= len(rows(killed)) < 10
-    (killed / ".checkpoint.pth.left.tmp").write_bytes(b"half")  # as a kill inside a write leaves
+    (killed / ".checkpoint.pth.left1234.tmp").write_bytes(b"half")  # as a kill leaves
     result = (run_here if more else run_script)(SCRIPT, *flags, "--resume")
     assert result.returncode == 0, result.stderr
     name = "sga_cnn_augment.pth" if more else "sga_cnn.pth"
@@ -298,14 +298,14 @@ def test_a_broken_checkpoint_gives_one_line_and_is_not_touched(made, run_here, r
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_running(tmp_path, run_script,
                                                                           run_here, refused):
     first = RunFolder(tmp_path / "run")
-    (tmp_path / "run" / ".x.tmp").write_text("the first one is writing this")
+    (tmp_path / "run" / ".x.abcd1234.tmp").write_text("the first one is writing this")
     refused(run_script(SCRIPT, *TINY), "another run", "run")
     refused(run_here(SCRIPT, *TINY, "--resume"), "another run", "run")
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".x.tmp"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".x.abcd1234.tmp"]
     del first
     gc.collect()
     assert run_here(SCRIPT, *TINY).returncode == 0
-    assert not (tmp_path / "run" / ".x.tmp").exists()
+    assert not (tmp_path / "run" / ".x.abcd1234.tmp").exists()
 
 
 # ------------------------------------------------------------------ whole files or none
