@@ -25,7 +25,7 @@ from utils.data import CIFAR10, load, open_images
 from utils.errors import UserError
 from utils.finished import images_for
 from utils.passes import crop_flip, random_crops
-from utils.team import Team, has_unused
+from utils.team import Team, has_unused, joint_batch_norm
 
 CPU = torch.device("cpu")
 METHODS = ("natural", "pgd", "free", "fast")
@@ -274,12 +274,15 @@ def photographs(tmp_path, picture):
     return tmp_path / "net"
 
 
-def test_crops_are_those_of_torchvision_with_the_seed_that_is_given(photographs):
+def test_crops_are_those_of_torchvision_with_the_seed_that_is_given(photographs, monkeypatch):
     images = open_images(photographs, split="train").prepared(32, None)
     plan = [[(0, 5), (4, 6)], [(0, 7)]]
     found = list(random_crops(images, plan, workers=0))
     assert [index.tolist() for index, _ in found] == [[0, 4], [0]]
-    state = torch.get_rng_state()
+    state, seeded = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    list(random_crops(images, plan, workers=0))
+    assert not seeded and torch.equal(torch.get_rng_state(), state)
     ready = v2.Compose([v2.RandomResizedCrop(32), v2.PILToTensor()])
     for (_, x), keys in zip(found, plan, strict=True):
         for one, (i, seed) in zip(x, keys, strict=True):
@@ -654,6 +657,21 @@ def test_two_processes_resume_with_the_delta_of_both(together):
 def test_batch_statistics_of_two_processes_are_those_of_the_joint_batch(together):
     for rank in range(2):
         assert (together / f"batch_norm_{rank}.txt").read_text() == "the same"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_several_processes_refuse_a_batch_norm_that_does_more_than_torchs(device):
+    """SyncBatchNorm in its place would drop the activation."""
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+    net, device = nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4)), torch.device(device)
+    with pytest.raises(UserError, match="Activated.*2 processes; start one process"):
+        joint_batch_norm(net, device, Team(0, 2))
+    assert joint_batch_norm(net, device, Team()) is net and type(net[1]) is Activated
+    plain = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2))
+    joint = joint_batch_norm(plain, device, Team(0, 2))
+    assert not {type(layer) for layer in joint} & {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 
 def test_the_guard_ends_with_the_better_weights(run_here, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ class Crops(torch.utils.data.Dataset):
             return None
         size = [self.images.size] * 2
         with torch.random.fork_rng(devices=[]):  # get_params uses the global generator
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not those of GPUs
             box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
             mirrored = torch.rand(()) < 0.5
         image = TF.pil_to_tensor(TF.resized_crop(image, *box, size))

@@ -17,6 +17,7 @@ from utils.errors import DAMAGE, UserError
 
 DIED = ("a process of this run died; what was saved is kept: the same command continues an "
         "evaluation, with --resume a training")
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 LONGEST = timedelta(days=1)  # for which evaluations wait for the slowest process
 
 
@@ -181,13 +182,22 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def joint_batch_norm(model, device, team):
-    """The same model; with several processes its batch statistics are taken over all of them."""
+    """The same model; with several processes its batch statistics are taken over all of them.
+
+    UserError: a BatchNorm that does more than torch's, such as timm's with its activation.
+    """
     if team.size == 1:
         return model
+    for layer in model.modules():
+        if (isinstance(layer, nn.modules.batchnorm._BatchNorm)
+                and type(layer) not in (*PLAIN, nn.SyncBatchNorm)):
+            raise UserError(f"--model_name: its layer {type(layer).__name__} has no statistics over "
+                            f"{team.size} processes; start one process, or choose a network with "
+                            "torch's own BatchNorm")
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
-        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(layer) in PLAIN:
             layer.__class__ = JointBatchNorm  # the same parameters and buffers, summed elsewhere
     return model
 
