@@ -163,8 +163,8 @@ class FreeTraining(Trainer):
         value, best, stop = self.probe(), self.best["probe"], self.s.guard == "stop"
         net = self.model[1]
         if value >= best:
-            self.best = {"probe": value, "net": {k: v.clone() for k, v in net.state_dict().items()}
-                         if stop else None}
+            saved = {k: v.clone() for k, v in net.state_dict().items()} if stop else None
+            self.best = {"probe": value, "net": saved, "pass": len(self.rows) + 1}
         elif best > 0.1 and value < best / 2:
             if self.team.first:
                 print(f"warning: accuracy under PGD-10 on training images fell from "
@@ -208,9 +208,8 @@ class FreeTraining(Trainer):
     def restore(self, state):
         super().restore(state)
         self.done, self.best = state["done"], state["best"]
-        chosen = state.get("chosen", {})  # not in the checkpoints of older versions
-        if self.held and chosen.get("images") == len(self.held):  # else on other images
-            self.chosen = chosen
+        self.chosen = state.get("chosen", self.chosen)  # not in checkpoints of older versions
+        free_run.check_same(self.chosen, self.held)
         self.delta.copy_(state["delta"][self.team.rank::self.team.size])
 
 
@@ -231,7 +230,8 @@ def get_args():
     add("--method", choices=("natural", "pgd", "free", "fast"), help="training; None: free")
     add("--replays", type=at_least(1), help="m of free: steps on each minibatch; None: 8")
     add("--eps", type=radius, help="Linf radius, in [0, 1] pixels; None: the data set's preset")
-    add("--alpha", type=radius, help="step size; None: free eps, fast 1.25 eps, pgd the preset")
+    add("--alpha", type=radius, help="step size; None: free eps, fast 1.25 eps, pgd eps / 4, "
+        "of mnist eps / 6")
     add("--clip_delta", choices=("ball", "box"), help="free: ball, delta stays within eps, as in "
         "the paper; box: x + delta also stays in [0, 1], as in fast_adversarial; None: ball")
     add("--steps", type=at_least(1), help="K of pgd; None: 7")

@@ -689,9 +689,16 @@ def test_the_guard_ends_with_the_better_weights(run_here, tmp_path, monkeypatch)
     saved = torch.load(tmp_path / "run" / "fast_mlp.pth", weights_only=True)
     assert all(torch.equal(saved[k], weights[1][k]) for k in saved)
     assert not all(torch.equal(saved[k], weights[2][k]) for k in saved)
+    facts = json.loads((tmp_path / "run" / "fast_mlp.json").read_text())
+    second = rows(tmp_path / "run" / "log.csv")[1]
+    assert facts["guard_stopped"] is True and facts["passes"] == 2
+    assert facts["weight_steps"] == int(second["weight_steps"])
+    assert facts["seconds"] == pytest.approx(sum(
+        float(row["seconds"]) for row in rows(tmp_path / "run" / "log.csv")[:2]), abs=2e-3)
     again = run_here("free_at.py", *flags, "--resume")
     assert again.returncode == 0, again.stderr
     assert len(rows(tmp_path / "run" / "log.csv")) == 3
+    assert json.loads((tmp_path / "run" / "fast_mlp.json").read_text()) == facts
 
 
 def test_the_guard_can_warn_alone_or_be_off(run_here, tmp_path, monkeypatch):
@@ -701,6 +708,8 @@ def test_the_guard_can_warn_alone_or_be_off(run_here, tmp_path, monkeypatch):
     assert "warning: accuracy under PGD-10" in done.stdout and "the run ends" not in done.stdout
     found = [row["probe_adv_acc"] for row in rows(tmp_path / "warn" / "log.csv")]
     assert found == ["0.5", "0.1", "0.2", "0.3"]
+    facts = json.loads((tmp_path / "warn" / "fast_mlp.json").read_text())
+    assert facts["guard_stopped"] is False and facts["passes"] == 4
     done = run_here("free_at.py", *SMALL, "--method", "fast", "--guard", "off", "--save", "off")
     assert done.returncode == 0 and "warning" not in done.stdout
 

@@ -119,6 +119,24 @@ def test_without_a_recipe_the_presets_are_as_before(settle):
         assert s.alpha == pytest.approx(alpha)
 
 
+def test_the_step_of_pgd_grows_with_a_radius_that_is_typed(settle):
+    for kind, eps, alpha in (("cifar10", 4 / 255, 1 / 255), ("imagenet", 8 / 255, 2 / 255)):
+        s, _ = settle(kind, 1000, "--method", "pgd", "--eps", eps)
+        assert s.alpha == pytest.approx(alpha)
+        s, _ = settle(kind, 1000, "--method", "pgd", "--eps", eps, "--alpha", 0.5)
+        assert s.alpha == 0.5
+    for name, preset in recipes.FREE_PRESETS.items():  # to the last bit: an old run resumes
+        if name not in ("digits", "mnist"):
+            assert settle(name, 1000, "--method", "pgd", "--eps", preset["eps"])[0].alpha == (
+                preset["alpha"])
+
+
+@pytest.mark.parametrize(("kind", "flags"), [("folder", ()), ("cifar10", ("--augment", "off"))])
+def test_a_shift_that_nothing_would_do_is_refused(settle, kind, flags):
+    with pytest.raises(UserError, match="--shift 2: only CIFAR"):
+        settle(kind, 1000, "--shift", 2, *flags)
+
+
 def test_cifar100_has_the_preset_of_cifar10_and_class_folders_that_of_imagenet_on_resnet18(settle):
     flags = ("eps", "alpha", "model_name", "epochs", "batch_size", "lr", "weight_decay", "replays")
     (a, _), (b, _) = (settle(kind, 1000) for kind in ("cifar10", "cifar100"))

@@ -1,6 +1,7 @@
 """free_at.py --validate: on which images, what is measured, which network is kept as the best."""
 
 import csv
+import gc
 import json
 from types import SimpleNamespace
 
@@ -170,6 +171,41 @@ def test_a_run_stands_for_its_last_network_and_the_best_one_is_asked_for_by_name
     done = run_here("eval_net.py", "--model_name", "mlp", "--weights", "run/free2_mlp_best.pth",
                     *few, "--save", "named")
     assert "the pass of mlp was chosen on 15 test or held-out images" in done.stdout
+
+
+def killed_after_two_passes(run_here, *flags):
+    real, calls = free_at.FreeTraining.one_pass, []
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing of the script may catch it."""
+
+    def killing(self, bar):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return real(self, bar)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(free_at.FreeTraining, "one_pass", killing)
+        with pytest.raises(Killed):
+            run_here("free_at.py", "--method", "natural", *flags)
+    gc.collect()
+
+
+def test_a_run_that_resumes_without_validation_keeps_the_best_network_so_far(
+        run_here, refused, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.8])
+    monkeypatch.setattr(free_run, "measured", lambda *args: (1.0, next(scores), 0.0))
+    killed_after_two_passes(run_here, *SMALL, "run", "--validate", 20)
+    refused(run_here("free_at.py", "--method", "natural", *SMALL, "run", "--resume", "--validate",
+                     30), "--validate 30", "on 20 images", "type --validate 20")
+    wanted = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["chosen"]["net"]
+    done = run_here("free_at.py", "--method", "natural", *SMALL, "run", "--resume", "--validate", 0)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "run" / "natural_mlp_best.pth", weights_only=True)
+    assert all(torch.equal(saved[k], wanted[k]) for k in wanted)
+    facts = json.loads((tmp_path / "run" / "natural_mlp_best.json").read_text())
+    assert (facts["best_pass"], facts["passes"], facts["validated"]) == (1, 1, 20)
+    assert len(rows(tmp_path / "run")) == 4
 
 
 def test_an_overwritten_run_takes_its_best_network_with_it(run_here, tmp_path):

@@ -61,31 +61,43 @@ def measured(model, images, attack, team, device, halves):
     return [value / len(images) for value in team.total(sums.tolist())]
 
 
+def check_same(chosen, held):
+    """UserError unless a resumed run is validated on as many images as before, or on none."""
+    before = chosen.get("images")  # None: on none
+    if held and before and before != len(held):
+        raise UserError(f"--validate {len(held)}: this run chose its best network on {before} "
+                        f"images; type --validate {before}, or 0 to keep the best one so far")
+
+
 def finish(training, folder, name):
     """The network and the best one, with their facts, and the curve."""
-    s, images, best = training.s, training.images, training.chosen
+    s, images, best, rows = training.s, training.images, training.chosen, training.rows
+    kept = training.best.get("pass") if training.stopped else None  # its weights, by --guard stop
     own = {"head": "own", "classes": s.classes} if images.kind in ("cifar100", "folder") else {}
     facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir), **own,
              "data_root": str(s.data_root), **run.result_flags(s, "classes", "validate"),
-             "passes": len(training.rows),
-             "weight_steps": training.done, "processes": training.team.size,
+             **_taken(rows[:kept]), "guard_stopped": training.stopped,
+             "processes": training.team.size,
              "given_images": s.num_images, "num_images": len(images),
              "images_sha256": images.sha256(),
-             "seconds": training.seconds, **run.provenance(training.device, s.deterministic)}
+             **run.provenance(training.device, s.deterministic)}
     _save(folder, training.model[1].state_dict(), facts)
     if best["net"]:
-        rows = training.rows[:best["pass"]]
-        _save(folder, best["net"], facts | {
-            "name": f"{name}_best", "passes": len(rows), "best_pass": len(rows),
-            "validated": best["images"],
-            "best_score": best["score"], "weight_steps": rows[-1]["weight_steps"],
-            "seconds": round(sum(row["seconds"] for row in rows), 3)})
+        _save(folder, best["net"], facts | _taken(rows[:best["pass"]]) | {
+            "name": f"{name}_best", "best_pass": best["pass"], "validated": best["images"],
+            "best_score": best["score"]})
     for suffix in () if best["net"] else (".pth", ".json"):  # of a run that was overwritten
         (folder / f"{name}_best{suffix}").unlink(missing_ok=True)
     run.write_atomic(folder / "curve.png", draw.training(
-        training.rows, name, probe_adv_acc="PGD-10, some training images",
+        rows, name, probe_adv_acc="PGD-10, some training images",
         val_acc="held-out images", val_adv_acc="PGD-10, held-out images"))
     print(f"saved {folder / name}.pth; python eval_net.py --runs {folder.path} attacks it")
+
+
+def _taken(rows):
+    """What the passes of these rows of log.csv took."""
+    return {"passes": len(rows), "weight_steps": rows[-1]["weight_steps"],
+            "seconds": round(sum(row["seconds"] for row in rows), 3)}
 
 
 def _save(folder, weights, facts):

@@ -24,7 +24,7 @@ from utils.weights import weights_path
 
 EVERYWHERE = {"method": "free", "replays": 8, "clip_delta": "ball", "steps": 7, "schedule": "step",
               "decay": "all", "shift": 4, "weight_steps": None}
-FREE_PRESETS = {  # alpha: of pgd
+FREE_PRESETS = {  # alpha: of pgd, at this eps
     "digits": {"eps": 0.1, "alpha": 0.025, "model_name": "mlp", "epochs": 80, "batch_size": 64,
                "lr": 0.03, "weight_decay": 0.0},
     "mnist": {"eps": 0.3, "alpha": 0.05, "model_name": "cnn", "epochs": 16, "batch_size": 128,
@@ -141,11 +141,15 @@ def _filled(args, kind):
     if args.epochs and args.weight_steps:
         raise UserError(f"--epochs {args.epochs} --weight_steps {args.weight_steps}: type one of "
                         "the two")
+    if args.shift is not None and (kind not in ("cifar10", "cifar100") or args.augment == "off"):
+        raise UserError(f"--shift {args.shift}: only CIFAR's random crops are shifted, with "
+                        f"--augment auto; given {kind}, --augment {args.augment}; leave it out")
     found = EVERYWHERE | FREE_PRESETS[kind] | recipe[kind]
     found |= {flag: getattr(args, flag) for flag in found if getattr(args, flag) is not None}
     if args.alpha is None:
-        found["alpha"] = {"free": found["eps"], "fast": 1.25 * found["eps"]}.get(
-            found["method"], found["alpha"])
+        scale = found["eps"] / FREE_PRESETS[kind]["eps"]
+        found["alpha"] = {"free": found["eps"], "fast": 1.25 * found["eps"],
+                          "pgd": found["alpha"] * scale}.get(found["method"], found["alpha"])
     return found | ({"weight_steps": None} if args.epochs else
                     {"epochs": None} if found["weight_steps"] else {})
 

@@ -191,9 +191,9 @@ def joint_batch_norm(model, device, team):
     for layer in model.modules():
         if (isinstance(layer, nn.modules.batchnorm._BatchNorm)
                 and type(layer) not in (*PLAIN, nn.SyncBatchNorm)):
-            raise UserError(f"--model_name: its layer {type(layer).__name__} has no statistics over "
-                            f"{team.size} processes; start one process, or choose a network with "
-                            "torch's own BatchNorm")
+            raise UserError(f"--model_name: its layers {type(layer).__name__} cannot share their "
+                            f"statistics among {team.size} processes; start one process, or choose "
+                            "a network with torch's own BatchNorm")
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
