@@ -1,5 +1,5 @@
 # Sourced by every script: sets PYTHON to one that has what the scripts import, and torchrun to the
-# words after it that start PROCESSES processes, none for one process.
+# words after it that start PROCESSES processes, none for one process; and defines `table`.
 # The caller's Python if it has torch, torchvision and the rest; else .venv beside src/, made once
 # from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that is 2.4 or
 # newer and not in a virtual environment of its own.
@@ -65,3 +65,22 @@ choose_python() {
 }
 
 choose_python
+
+# table "NAME..." "OPTION..." FLAG...: eval_net.py with these options on these runs in $RUNS; of the
+# flags of their training those that only say how to compute.
+table() {
+    names=$1 options=$2 left=$(($# - 2))
+    shift 2
+    while [ "$left" -gt 0 ]; do
+        flag=$1 left=$((left - 1))
+        shift
+        case $flag in
+        --device=* | --workers=* | --cache=*) set -- "$@" "$flag" ;;
+        --device | --workers | --cache) set -- "$@" "$flag" "${1-}" ;;
+        esac
+    done
+    set -- "$@" --runs
+    for name in $names; do set -- "$@" "$RUNS/$name"; done
+    # shellcheck disable=SC2086  # lists, separated by spaces
+    exec "$PYTHON" $torchrun "$root/src/eval_net.py" "$@" --save "$RUNS" $options
+}

@@ -10,7 +10,8 @@ set -eu
 DATA=${DATA:-digits}                         # digits, mnist, cifar10, cifar100, or a folder
 MODEL=${MODEL:-}                             # network; empty: the data set's own (digits: mlp)
 METHODS=${METHODS:-natural free pgd fast}    # what to train
-REPLAYS=${REPLAYS:-8}                        # m of free; several, separated by spaces
+REPLAYS=${REPLAYS:-}                         # m of free; several, separated by spaces; empty: 8, or
+                                             # that of --recipe or --replays
 RUNS=${RUNS:-runs/free}                      # folder for the runs' folders and for the table
 EVAL_IMAGES=${EVAL_IMAGES:-}                 # test images to attack; empty: all
 PROCESSES=${PROCESSES:-}                     # that share a training, then the images; empty: one
@@ -18,19 +19,19 @@ PROCESSES=${PROCESSES:-}                     # that share a training, then the i
 . "$(dirname "$0")/env.sh"
 again=
 case " $* " in *" --overwrite "*) again=--overwrite ;; esac
-folders=
+case " $* " in *" --recipe"* | *" --replays"*) ;; *) REPLAYS=${REPLAYS:-8} ;; esac
+trained=
 train() {  # train NAME FLAG...
     name=$1; shift
-    folders="$folders $RUNS/$name"
+    trained="$trained $name"
     "$PYTHON" $torchrun "$root/src/free_at.py" --data_dir "$DATA" ${MODEL:+--model_name "$MODEL"} \
         --save "$RUNS/$name" "$@"
 }
 for method in $METHODS; do
-    if [ "$method" = free ]; then
+    if [ "$method" = free ] && [ "$REPLAYS" ]; then
         for m in $REPLAYS; do train "free$m" --method free --replays "$m" "$@"; done
     else
         train "$method" --method "$method" "$@"
     fi
 done
-exec "$PYTHON" $torchrun "$root/src/eval_net.py" --runs $folders --save "$RUNS" $again \
-    ${EVAL_IMAGES:+--num_images "$EVAL_IMAGES"}
+table "$trained" "$again ${EVAL_IMAGES:+--num_images $EVAL_IMAGES}" "$@"

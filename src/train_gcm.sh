@@ -58,5 +58,4 @@ for stage in 1 2; do
     done
     epochs=$EPOCHS2 defense=gcm+resizepad  # of stage 2, which starts from these weights
 done
-exec "$PYTHON" $torchrun "$root/src/eval_net.py" --runs "$RUNS/stage1" "$RUNS/stage2" \
-    --corruptions --attacks none --save "$RUNS" $again ${TESTED:+--num_images "$TESTED"}
+table "stage1 stage2" "--corruptions --attacks none $again ${TESTED:+--num_images $TESTED}" "$@"

@@ -10,13 +10,14 @@ TRAIN=${TRAIN:-clean noise fgs fgv}      # what is added to the clean batches
 RUNS=${RUNS:-runs/exercise}              # the folder for the folders of the runs
 
 . "$(dirname "$0")/env.sh"
-folders=
+trained=
 for bn in "" _bn; do
     for name in $TRAIN; do
-        folders="$folders $RUNS/$name$bn"
+        trained="$trained $name$bn"
         "$PYTHON" "$root/src/fgsm_mnist.py" --data_dir "$DATA" --train "$name" \
             ${bn:+--batch_norm} --save "$RUNS/$name$bn" "$@"
     done
 done
-# shellcheck disable=SC2086  # a list, separated by spaces
-exec "$PYTHON" "$root/src/fgsm_mnist.py" --summary $folders --save "$RUNS"
+set --
+for name in $trained; do set -- "$@" "$RUNS/$name"; done
+exec "$PYTHON" "$root/src/fgsm_mnist.py" --summary "$@" --save "$RUNS"

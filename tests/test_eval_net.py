@@ -825,12 +825,42 @@ def test_the_tables_of_the_challenge_are_made_with_the_flags_of_its_trainings(tm
         "gcm", "gcm+resizepad"]
     for line in tables:
         assert line.endswith("/gcm|--data_root|a b|--low|20|--device|cpu|")
+    assert "/eval_net.py|--device=cpu|--runs|runs/challenge/stage1|runs/challenge/stage2|" in (
+        tmp_path / "said").read_text()
     (tmp_path / "said").unlink()
     subprocess.run(["sh", str(SRC / "train_gcm.sh"), "--defense=none", "--model_name", "timm/a"],
                    cwd=tmp_path, check=True, capture_output=True,
                    env={**os.environ, "PYTHON": str(tmp_path / "python")})
     assert (tmp_path / "said").read_text().count("|--model_name|timm/a|--defense|none|") == 2
     assert "--defense|gcm" not in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize(("flags", "replays", "runs", "trained"), [
+    ((), "", "free8", ["--method free --replays 8"]),
+    (("--recipe", "free"), "", "free", ["--method free --recipe free"]),
+    (("--replays=4",), "", "free", ["--method free --replays=4"]),
+    (("--recipe", "free"), "2 4", "free2 free4", ["--method free --replays 2 --recipe free",
+                                                  "--method free --replays 4 --recipe free"])])
+def test_free_training_has_the_replays_of_the_recipe_unless_some_are_given(tmp_path, flags,
+                                                                           replays, runs, trained):
+    """In a folder with a space in its name; the table is made with the flags that it can have."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" != -c ] || exit 0\n'
+                                     'for a; do printf "%s|" "$a"; done >> said; echo >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    passed = ("--cache", "a b", "--lr", "0.1", "--workers=2", "--device", "cpu")
+    done = subprocess.run(
+        ["sh", str(SRC / "train_free.sh"), *flags, *passed], cwd=tmp_path, check=False,
+        capture_output=True, text=True, env={
+            **os.environ, "PYTHON": str(tmp_path / "python"), "RUNS": "my runs",
+            "METHODS": "free natural", "REPLAYS": replays, "EVAL_IMAGES": "9"})
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "said").read_text().splitlines()
+    for line, name, words in zip(said, runs.split(), trained, strict=False):
+        assert f"|--save|my runs/{name}|{words.replace(' ', '|')}|--cache|a b|" in line
+    folders = "|".join(f"my runs/{name}" for name in (*runs.split(), "natural"))
+    assert said[len(trained) + 1:] == [
+        f"{SRC}/eval_net.py|--cache|a b|--workers=2|--device|cpu|--runs|{folders}|--save|my runs|"
+        "--num_images|9|"]
 
 
 def test_a_clean_cell_without_its_counts_is_made_again(run_here, leave, tmp_path):

@@ -5,6 +5,7 @@ import csv
 import gc
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -413,6 +414,17 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     assert "| APGD-CE + APGD-DLR + Square |" in run_here("fgsm_mnist.py", "--summary", weak).stdout
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak),
             "has strongest_quick APGD-CE + APGD-DLR + Square, ")
+
+
+def test_the_shell_script_takes_a_folder_with_a_space_in_its_name(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nfor a; do printf "%s|" "$a"; done >> said\n'
+                                     'echo >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    subprocess.run(["sh", str(SRC / "train_mnist.sh"), "--seeds", "2"], cwd=tmp_path, check=True,
+                   env={**os.environ, "PYTHON": str(tmp_path / "python"), "RUNS": "a b",
+                        "TRAIN": "clean fgs"})
+    *_, line = (tmp_path / "said").read_text().splitlines()
+    assert line.endswith("--summary|a b/clean|a b/fgs|a b/clean_bn|a b/fgs_bn|--save|a b|")
 
 
 # ------------------------------------------------------------------- bad input
