@@ -147,7 +147,7 @@ def batch(images, index, device):
 def accuracies(model, images, s, device):
     """{clean, fgs, fgv: share}: right, of all images; right after, of those right before.
 
-    The adversarial images are made with the true labels; both attacks share one gradient.
+    {fgs,fgv}_adv_acc: right after, of all. The attacks have the true labels and share a gradient.
     """
     def counted(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
@@ -157,14 +157,15 @@ def accuracies(model, images, s, device):
             found = {"clean": int(good.sum())}
             for name, step, alpha in (("fgs", attacks.fgs_step, s.alpha_fgs),
                                       ("fgv", attacks.fgv_step, s.alpha_fgv)):
-                x_adv = step(x[good], g[good], alpha)
-                found[name] = int((model(x_adv).argmax(1) == y[good]).sum()) if len(x_adv) else 0
+                after = model(step(x, g, alpha)).argmax(1) == y
+                found |= {name: int((good & after).sum()), f"{name}_adv_acc": int(after.sum())}
         return found
     robust = Progress().count(images, torch.arange(len(images)), counted, batch_size=EVAL_BATCH,
                               desc="FGS, FGV")
     right = robust.pop("clean")
     return {"clean": measure.share(right, len(images)),
-            **{name: measure.share(count, right) for name, count in robust.items()}}
+            **{name: measure.share(count, right if name in ("fgs", "fgv") else len(images))
+               for name, count in robust.items()}}
 
 
 def image_gradient(model, x, y):
@@ -281,9 +282,9 @@ def train_all(args):
     save_results(folder, {
         "variation": s.name, "kind": images.kind, "epochs": s.epochs, "alpha_fgs": s.alpha_fgs,
         "alpha_fgv": s.alpha_fgv, "label": s.label, "num_images": len(images),
-        "optimizer": f"{s.optimizer}, lr {s.lr:g}",
-        "curve_images": s.curve_images,
-        "test_images": len(test), "attacked": len(few), "images_sha256": images.sha256(),
+        "optimizer": f"{s.optimizer}, lr {s.lr:g}", "batch_size": s.batch_size,
+        "test_images": len(test), "attacked": len(few), "curve_images": s.curve_images,
+        "images_sha256": images.sha256(),
         "strongest_quick": attacks.quick_title(models.num_classes(images.kind), s.queries),
         **provenance(device)}, found)
 

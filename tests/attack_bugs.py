@@ -524,7 +524,7 @@ BUGS = [
         "F.cross_entropy(logits, logits.argmax(1))", "F.cross_entropy(logits, y)",
         (sheet("with_the_predicted_label_the_attack_does_not_know_the_true_one"),)),
     Bug("adversarial accuracy over all images", SHEET,
-        "share(count, right)", "share(count, len(images))",
+        "share(count, right if", "share(count, len(images) if",
         (sheet("the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else"),)),
     Bug("adversarial images of what was wrong before", SHEET,
         "good = logits.argmax(1) == y", "good = torch.ones_like(y, dtype=torch.bool)",

@@ -291,6 +291,9 @@ for chosen in ("phase1,rain", "rain,all"):
 for chosen in ("phase1", "released"):
     case(f"--p beside {chosen}", (*STAGE, "--augment", chosen, "--p", 0.1),
          ("--p 0.1", f"{chosen} has probabilities of its own"))
+case("--p of no operation", (*STAGE, "--augment", "none", "--p", 0.1),
+     ("--p 0.1", "--augment none has no operations"))
+case("--shift of images that are not cropped", (*FREE, "--shift", 2), ("--shift 2", "digits"))
 for flag in (("--defense", "gcm"), ("--low", 20)):
     case(f"{flag[0]} beside --runs", (*NETS, *flag), ("--runs", "a run says its own"))
 case("--momentum nan", (*SGA, "--momentum", "nan"), ("--momentum",))

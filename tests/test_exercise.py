@@ -113,6 +113,34 @@ def test_adam_gets_the_sum_of_both_gradients():
     assert seen > 1000
 
 
+@pytest.mark.parametrize("name", ["clean", "noise", "fgs", "fgv"])
+def test_what_train_names_is_added_to_the_clean_batch(name):
+    training = exercise("--alpha_fgs", "0.1", "--alpha_fgv", "0.2", train=name)
+    x, seen = torch.rand(4, 1, 28, 28), []
+    g = torch.randn(x.shape)
+    state = training.generator.get_state()
+    wanted = {
+        "clean": lambda: None, "fgs": lambda: fgs_step(x, g, 0.1),
+        "fgv": lambda: fgv_step(x, g, 0.2), "noise": lambda: fgsm_mnist.noise_step(
+            x, 0.1, torch.Generator().manual_seed(0))}[name]()
+    if name == "clean":
+        assert training.adversary is None
+        return
+    assert torch.equal(training.adversary(x, g), wanted)
+    assert torch.equal(training.generator.get_state(), state) is (name != "noise")
+    training.adversary = lambda x, g: seen.append(g) or x  # it is what a step uses
+    training.step(x, torch.tensor([0, 1, 2, 3]))
+    assert seen[0].shape == x.shape
+
+
+@pytest.mark.parametrize(("train", "label"), [("clean", "true"), ("noise", "true"),
+                                              ("fgs", "predicted"), ("fgv", "predicted")])
+def test_the_predicted_label_is_left_out_where_nothing_is_attacked(train, label, capsys):
+    training = exercise("--label", "predicted", train=train)
+    assert training.s.label == label
+    assert ("left out" in capsys.readouterr().out) is (label == "true")
+
+
 def test_without_lr_each_optimiser_has_its_own():
     assert exercise().s.lr == 0.001
     assert exercise("--optimizer", "sgd").s.lr == 0.05
@@ -202,6 +230,25 @@ def test_the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else(
     assert (found["clean"]["k"], found["clean"]["n"]) == (3, 5)
     assert (found["fgs"]["k"], found["fgs"]["n"]) == (1, 3)
     assert (found["fgv"]["k"], found["fgv"]["n"]) == (3, 3)
+    for name, k in (("fgs", 1), ("fgv", 3)):
+        assert (found[f"{name}_adv_acc"]["k"], found[f"{name}_adv_acc"]["n"]) == (k, 5)
+
+
+def test_images_that_an_attack_repairs_count_for_its_accuracy_over_all_images():
+    """A network whose slope points the wrong way near one half: the wrong image becomes right."""
+    class Reads(nn.Module):
+        def forward(self, x):
+            z = x.flatten(1) - 0.5
+            return torch.cat([-z, z], 1) * torch.where(z.abs() < 0.15, -1, 1)
+    pixels = torch.tensor([115, 140, 120], dtype=torch.uint8).view(3, 1, 1, 1)
+
+    class Three(SimpleNamespace):
+        def __len__(self):
+            return 3
+    images = Three(pixels=pixels, labels=torch.tensor([1, 0, 0]))
+    found = fgsm_mnist.accuracies(Reads(), images, strengths(0.2, 0.2), CPU)
+    assert found["clean"] == share(2, 3) and found["fgs"] == share(2, 2)
+    assert found["fgs_adv_acc"] == share(3, 3)
 
 
 def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
@@ -243,9 +290,11 @@ def test_suspicious_figures_are_reported():
         assert what == "catastrophic overfitting"
         assert "under FGS 90.0 %" in figures and f"under {named[weak]} 5.0 %" in figures
     assert not suspicions(fine | {"fgs": 0.4, "pgd40": 0.0}, named)
-    assert suspicions(fine | {"fgs": 0.99}, named) == [
-        ("label leaking", "accuracy under FGS 99.0 %, on clean images 98.0 %")]
-    assert len(suspicions(fine | {"fgs": 0.99, "fgv": 0.99, "pgd40": 0.0}, named)) == 3
+    assert not suspicions(fine | {"fgs": 0.99, "fgs_adv_acc": 0.975}, named)  # of those right
+    assert suspicions(fine | {"fgs_adv_acc": 0.99}, named) == [
+        ("label leaking", "of all images, 99.0 % are right under FGS, 98.0 % without it")]
+    assert len(suspicions(fine | {"fgs_adv_acc": 0.99, "fgv_adv_acc": 0.99, "pgd40": 0.0},
+                          named)) == 3
 
 
 def test_the_table_names_the_protocol_and_what_is_suspicious():
@@ -385,7 +434,9 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     done = run_here("fgsm_mnist.py", "--summary", clean, fgs, "--save", "summary")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| clean", "| fgs"]
+    assert lines[0].startswith("| trained on | seeds | clean |")
+    assert "deviation of the seeds, of one seed its 95 % Wilson interval; s:" in done.stdout
+    assert [line.split(" | ")[:2] for line in lines[2:4]] == [["| clean", "1"], ["| fgs", "2"]]
     assert [line[:11] for line in lines[6:]] == ["| clean | 0", "| fgs | 0 |", "| fgs | 1 |"]
     assert len(rows(tmp_path / "summary" / "summary.csv")) == 5 + 2 * 5
     assert (tmp_path / "summary" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -400,13 +451,22 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
     done = run_here("fgsm_mnist.py", "--summary", fgs, weak, "--save", "labels")
     assert done.returncode == 0, done.stderr
     assert "label in training: true or predicted" in done.stdout
+    assert "deviation of 2 seeds; s:" in done.stdout and "| trained on | clean |" in done.stdout
     for row in ("| fgs |", "| fgs (predicted) |", "| fgs | 1 |", "| fgs (predicted) | 1 |"):
         assert row in done.stdout
     (weak / "results.json").write_text(saved.replace('"alpha_fgs": 0.3', '"alpha_fgs": 0.1'))
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has alpha_fgs 0.1")
     (weak / "results.json").write_text(saved.replace("adam, lr 0.001", "sgd, lr 0.1"))
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak), "has optimizer sgd, lr 0.1")
+    for key in ("test_images", "attacked", "batch_size"):
+        changed = json.loads(saved)
+        changed["facts"][key] += 1
+        (weak / "results.json").write_text(json.dumps(changed))
+        refused(run_here("fgsm_mnist.py", "--summary", clean, weak), f"has {key} ")
     saved = json.loads(saved)
+    assert saved["facts"].pop("batch_size") == 128
+    for one in saved["seeds"]:
+        assert 0 <= one.pop("fgs_adv_acc")["value"] <= 1 and one.pop("fgv_adv_acc")
     assert saved["facts"].pop("optimizer") == "adam, lr 0.001"
     assert saved["facts"].pop("strongest_quick") == "APGD-CE + APGD-T + Square 5"
     (weak / "results.json").write_text(  # of a run before it was noted, by its older name

@@ -86,6 +86,8 @@ def _chances(s, typed):
                             "--p, or type --augment all or names of operations")
         return PRESETS[alone]
     chosen = groups.get(alone, s.augment)
+    if typed and not chosen:
+        raise UserError(f"--p {s.p}: --augment none has no operations; leave out one of them")
     for name in chosen:
         if name not in OPS:
             raise UserError(f"--augment {name}: wanted {', '.join(PRESETS)}, all, none, or some of "

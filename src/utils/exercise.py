@@ -38,12 +38,16 @@ def settle(args):
     if len(images) < 2:
         raise UserError(f"--num_images {len(images)}: BatchNorm has no statistics of one image; "
                         "wanted two at least")
+    label = args.label
+    if label == "predicted" and args.train in ("clean", "noise"):
+        print(f"--label predicted: --train {args.train} has no attack; left out", flush=True)
+        label = "true"
     name, digits = args.train + "_bn" * args.batch_norm, images.kind == "digits"
     lr = OPTIMIZERS[args.optimizer].lr if args.lr is None else args.lr
     watched = args.curve_images
     if watched is None:
         watched = DIGITS_CURVE_IMAGES if digits else CURVE_IMAGES
     return settled(
-        args, name=name, lr=lr, curve_images=watched,
+        args, name=name, lr=lr, label=label, curve_images=watched,
         epochs=args.epochs or (DIGITS_EPOCHS if digits else EPOCHS),
         save=args.save or Path("runs") / f"{images.kind}_{name}"), images, test

@@ -13,10 +13,10 @@ from utils.run import RunFolder, load_json, refuse_bomb, save_csv, save_json, wr
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
            "strongest_quick": "strongest_quick"}
 OLDER = {"strongest_quick": "APGD-CE + APGD-DLR + Square",  # of runs whose facts do not say it
-         "optimizer": "adam, lr 0.001", "curve_images": 0}
+         "optimizer": "adam, lr 0.001", "batch_size": 128, "curve_images": 0}
 HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
-SAME = ("kind", "epochs", "optimizer", "images_sha256", "alpha_fgs", "alpha_fgv",
-        "strongest_quick", "curve_images")  # in a summary
+SAME = ("kind", "epochs", "optimizer", "batch_size", "images_sha256", "alpha_fgs", "alpha_fgv",
+        "test_images", "attacked", "strongest_quick", "curve_images")  # in a summary
 
 
 def called(facts):
@@ -30,14 +30,14 @@ def titles(facts):
 
 
 def suspicions(found, named):
-    """[(what it is called, the figures)] for {clean, fgs, fgv, pgd40, strongest_quick: value};
-    named: their titles.
+    """[(what it is called, the figures)] for {clean, fgs, fgv, fgs_adv_acc, fgv_adv_acc, pgd40,
+    strongest_quick: value}; named: their titles. Runs of older versions have no adv_acc.
     """
     said, percent = [], {name: f"{100 * value:.1f} %" for name, value in found.items()}
     for name in ("fgs", "fgv"):
-        if found[name] > found["clean"]:
-            said.append(("label leaking", f"accuracy under {named[name]} {percent[name]}, on "
-                         f"clean images {percent['clean']}"))
+        if found.get(f"{name}_adv_acc", 0) > found["clean"]:
+            said.append(("label leaking", f"of all images, {percent[f'{name}_adv_acc']} are right "
+                         f"under {named[name]}, {percent['clean']} without it"))
     if found["fgs"] > HIGH and min(found["pgd40"], found["strongest_quick"]) < LOW:
         said.append(("catastrophic overfitting", "accuracy " + ", ".join(
             f"under {named[name]} {percent[name]}"
@@ -67,19 +67,21 @@ def settings(runs):
 
 def table(runs):
     """Markdown: protocol, a line for every (facts, figures of its seeds), and the suspicions."""
-    facts, seeds = runs[0]
-    named = titles(facts)
-    spread = (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1
-              else "95 % Wilson interval")
-    lines = [[called(facts), *(mean_of(found, name) for name in COLUMNS),
+    named, seeds = titles(runs[0][0]), {len(found) for _, found in runs}
+    mixed, single = len(seeds) > 1, "95 % Wilson interval"
+    spread = single if seeds == {1} else "mean ± standard deviation of " + (
+        f"the seeds, of one seed its {single}" if mixed else f"{min(seeds)} seeds")
+    lines = [[called(facts), *[len(found)] * mixed, *(mean_of(found, name) for name in COLUMNS),
               f"{statistics.mean(one['seconds'] for one in found):.0f}"] for facts, found in runs]
     said = [f"\n{what}: {called(facts)}, seed {one['seed']}: {figures}\n"
             for facts, found in runs for one in found
-            for what, figures in suspicions({name: one[name]["value"] for name in COLUMNS}, named)]
+            for what, figures in suspicions({name: part["value"] for name, part in one.items()
+                                             if isinstance(part, dict)}, named)]
     return (protocol(settings(runs))
             + "clean_acc, then attack_robustness (of the images right before the attack, those "
             f"right after it), %, {spread}; s: training\n\n"
-            + markdown(["trained on", *named.values(), "s"], lines) + "".join(said))
+            + markdown(["trained on", *["seeds"] * mixed, *named.values(), "s"], lines)
+            + "".join(said))
 
 
 def over_epochs(runs, logs):
@@ -173,7 +175,7 @@ def _rows(facts, found):
 
 def _read_log(folder):
     with open(folder / "log.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     if not rows:
         raise UserError(f"{folder / 'log.csv'}: no rows in it; train again")
     return rows
