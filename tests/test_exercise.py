@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SRC
+from conftest import ROOT, SRC
 from torch import nn
 
 import fgsm_mnist
@@ -25,7 +25,7 @@ from utils import models
 from utils.data import load, open_images
 from utils.exercise import settle
 from utils.measure import share
-from utils.report_mnist import suspicions, table
+from utils.report_mnist import _read_log, suspicions, table
 
 CPU = torch.device("cpu")
 SMALL = ("--num_images", 120, "--epochs", 2, "--eval_images", 20, "--queries", 5, "--device", "cpu",
@@ -313,6 +313,12 @@ def test_the_table_names_the_protocol_and_what_is_suspicious():
     assert "| PGD-40 | APGD-CE + APGD-T + Square 1000 | s |" in text
 
 
+def test_a_log_that_was_begun_by_an_older_version_is_read(tmp_path):
+    (tmp_path / "log.csv").write_text("epoch,clean,fgs_adv_acc\n1,0.5,\n2,0.75,0.25\n")
+    assert _read_log(tmp_path) == [{"epoch": 1, "clean": 0.5},
+                                   {"epoch": 2, "clean": 0.75, "fgs_adv_acc": 0.25}]
+
+
 def test_batchnorm_comes_after_every_layer_but_the_last():
     for name, count in (("lenet", 0), ("lenet_bn", 3)):
         net = models.trainable(name, kind="mnist")[1]
@@ -485,6 +491,18 @@ def test_the_shell_script_takes_a_folder_with_a_space_in_its_name(tmp_path):
                         "TRAIN": "clean fgs"})
     *_, line = (tmp_path / "said").read_text().splitlines()
     assert line.endswith("--summary|a b/clean|a b/fgs|a b/clean_bn|a b/fgs_bn|--save|a b|")
+
+
+def test_the_table_of_fifty_epochs_has_the_seeds_that_are_there(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> said\n')
+    (tmp_path / "python").chmod(0o755)
+    for name in ("clean/seed0", "clean_bn/seed0", "clean_bn/seed10"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    subprocess.run(["sh", str(ROOT / "docs/results/mnist_fifty/run.sh"), "--seeds", "1"],
+                   cwd=tmp_path, check=True, env={**os.environ, "RUNS": "runs", "TRAIN": "clean",
+                                                  "PYTHON": str(tmp_path / "python"), "SGD": ""})
+    *_, line = (tmp_path / "said").read_text().splitlines()
+    assert "--runs runs/clean/seed0 runs/clean_bn/seed0 runs/clean_bn/seed10 --num" in line
 
 
 # ------------------------------------------------------------------- bad input

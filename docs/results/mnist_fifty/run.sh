@@ -23,7 +23,7 @@ all() {  # all OPTIMIZER PREFIX VARIATION...: those that are not finished; then 
         for name in "$@"; do
             save=$RUNS/$prefix$name$bn
             folders="$folders $save"
-            seeds="$seeds $save/seed0 $save/seed1 $save/seed2"
+            seeds="$seeds $save/seed[0-9]*"
             if [ -f "$save/results.json" ]; then continue; fi
             # shellcheck disable=SC2086  # lists, separated by spaces
             "$PYTHON" src/fgsm_mnist.py --data_dir "$DATA" --optimizer "$optimizer" \
