@@ -175,7 +175,8 @@ def _rows(facts, found):
 
 def _read_log(folder):
     with open(folder / "log.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items() if value}  # '': older version
+                for row in csv.DictReader(file)]
     if not rows:
         raise UserError(f"{folder / 'log.csv'}: no rows in it; train again")
     return rows
