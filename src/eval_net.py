@@ -199,8 +199,7 @@ def main(args):
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
         team=team))
     check_folders(networks, ready, s, team)
-    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]},
-                        device)
+    progress = Progress(team, folder / "partial.json", wanted, device)
     missing = [missing_cells(net, ready, perturbations, done, s, progress) for net in networks]
     missing += [curves.missing_cells(net, ready, done, s, progress) for net in networks
                 if s.eps_curve]

@@ -174,7 +174,7 @@ def facts(s, images, note, targets, device):
 
 def depends(s, about, images, fitted, aims):
     """What else the counts depend on, so that parts of other ones are never added to them."""
-    return about | {
+    return {key: value for key, value in about.items() if key != "commit"} | {
         "seed": s.seed, "labels": digest(images.labels), "aims": aims,
         "uaps": {f"{name} {size}": digest(delta) for size, deltas in fitted.items()
                  for name, delta in deltas.items()}}

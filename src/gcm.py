@@ -272,11 +272,10 @@ def main(args):
         "script": "gcm.py", "data": str(s.data_dir), "n": len(first.images), "seed": s.seed,
         "images_sha256": first.images.sha256(images.geometry), "labels": first.labels_digest,
         "stop_early": s.stop_early, "amp": s.amp, "device": about["device"], "torch":
-        about["torch"], **({"note": s.note} if s.note else {}),
+        about["torch"], "note": s.note,
         **{f"network {target.name}": stated(target, images, s) for target in s.targets}}
     settings, found = team.from_first(lambda: folder.load_cells(wanted, overwrite=s.overwrite))
-    progress = Progress(team, folder / "partial.json", wanted | {"commit": about["commit"]},
-                        device)
+    progress = Progress(team, folder / "partial.json", wanted, device)
     cells, head = shown(settings, found, networks, s)
     for network in networks.values():
         network.recall(cells, progress)

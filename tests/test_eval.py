@@ -242,6 +242,14 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(
     assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)
 
 
+def test_a_pass_goes_on_after_a_commit():
+    images, s = data.open_images("digits", split="test"), Namespace(seed=0)
+    first, second, third = (
+        eval_uap.depends(s, {"data": "digits", "commit": commit, "torch": torch_}, images, {}, {})
+        for commit, torch_ in (("a", "2"), ("b", "2"), ("b", "3")))
+    assert first == second != third
+
+
 def test_broken_images_are_named_counted_and_left_out(run_here, tmp_path, picture):
     for i in range(3):
         picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", seed=i)

@@ -592,10 +592,11 @@ def test_a_network_of_train_gcm_is_tested_on_images_that_were_held_out(
         done = run_here(*command)
         assert f"n: 4 ({said});" in done.stdout, done.stderr
     table = json.loads((tmp_path / "gcm/results.json").read_text())
-    assert table["settings"].pop("note") == said  # tables made before have none, and are continued
-    save_json(tmp_path / "gcm/results.json", table)
-    done = run_here(*gcm)
-    assert f"n: 4 ({said});" in done.stdout, done.stderr
+    assert table["settings"].pop("note") == said
+    for other in ({}, {"note": "chosen otherwise"}):  # tables made before have none
+        save_json(tmp_path / "gcm/results.json", table | {"settings": table["settings"] | other})
+        done = run_here(*gcm)
+        assert f"n: 4 ({said});" in done.stdout, done.stderr
 
 
 def test_a_network_is_never_tested_on_its_training_images(
@@ -694,7 +695,14 @@ def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here,
     assert done.returncode == 0, done.stderr
     assert "Linf eps: 8/255" in done.stdout and "centre crop 224, random" in done.stdout
     assert "n: 2 test images" in done.stdout
-    assert cells(tmp_path / "out")["squeezenet1_1 | FGSM"]["n"] == 2
+    first = cells(tmp_path / "out")
+    assert first["squeezenet1_1 | FGSM"]["n"] == 2
+    for typed in ("val/", tmp_path / "val"):  # the same folder
+        done = run_here("eval_net.py", "--data_dir", typed, "--model_name", "squeezenet1_1",
+                        "--weights", "random", "--attacks", "fgsm", "--device", "cpu", "--workers",
+                        0, "--save", "out")
+        assert f"Protocol: data: {typed};" in done.stdout, done.stderr
+        assert cells(tmp_path / "out") == first
 
 
 def test_the_radius_is_that_of_the_training_or_the_data_sets(run_here, leave, tmp_path):
@@ -764,6 +772,18 @@ def test_other_columns_are_added_to_the_same_folder_also_in_batches_of_another_s
     assert {key: cell["batch_size"] for key, cell in cells(tmp_path / "out").items()} == {
         "free8 | corruptions": 250, "free8 | clean": 7, "free8 | FGSM": 7}
     assert "; batches of: 7 and 250;" in done.stdout
+
+
+def test_a_network_with_a_note_of_its_own_is_added_to_a_table(run_here, leave, tmp_path):
+    leave("free", FREE)
+    leave("best", FREE, best_pass=1, validated=9)
+    note, flags = "the pass of free8 (best pass) was chosen on 9", (*FEW, "--attacks", "fgsm")
+    for runs, said in ((("free",), False), (("free", "best"), True), (("free",), False)):
+        done = run_here("eval_net.py", "--runs", *runs, *flags, "--save", "out")
+        assert done.returncode == 0, done.stderr
+        assert (note in done.stdout) is said
+        settings = json.loads((tmp_path / "out/results.json").read_text())["settings"]
+        assert (note in settings["note"]) is (len(cells(tmp_path / "out")) == 4)
 
 
 def test_with_overwrite_everything_is_measured_again(run_here, leave, refused, tmp_path):

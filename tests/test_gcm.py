@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SRC
 
-from utils import data, measure, report_gcm
+from utils import data, measure, report_gcm, run
 from utils.attack import several
 from utils.cells import Progress
 from utils.data import paper_geometry
@@ -381,8 +381,10 @@ def test_finished_cells_are_not_classified_again(run_here, tmp_path, classified)
     assert plain(tmp_path / "t") == whole
 
 
-def test_a_killed_pass_over_clean_images_goes_on(run_here, classified, monkeypatch):
+def test_a_killed_pass_over_clean_images_goes_on_also_after_a_commit(
+        run_here, classified, monkeypatch):
     flags, real = (*SHORT, "--batch_size", 7, "--save", "t"), Progress._keep
+    about = run.provenance(torch.device("cpu"))
 
     def killing(self, key, now):
         real(self, key, now)
@@ -395,6 +397,7 @@ def test_a_killed_pass_over_clean_images_goes_on(run_here, classified, monkeypat
     monkeypatch.setattr(measure, "run_cell", attacking)
     for keep in (killing, real):
         monkeypatch.setattr(Progress, "_keep", keep)
+        monkeypatch.setattr(run, "provenance", lambda *_, keep=keep: about | {"commit": str(keep)})
         with pytest.raises(Killed):
             run_here("gcm.py", *flags)
         gc.collect()

@@ -31,7 +31,7 @@ import torch
 from utils.errors import UserError
 from utils.halving import Halves
 from utils.reading import alive, load, none_decoded, stack, warned
-from utils.run import write_atomic
+from utils.run import compared, write_atomic
 from utils.team import Team
 
 ROUND = 200                         # images that a process works on before results are gathered
@@ -138,7 +138,8 @@ class Progress:
     def __init__(self, team=None, path=None, settings=None, device=None):
         self.team, self.path, self.settings, self.kept = team or Team(), path, None, {}
         if path is not None:  # of the first: a device may be called otherwise elsewhere
-            self.settings, self.kept = self.team.from_first(lambda: (settings, self._read()))
+            self.settings, self.kept = self.team.from_first(
+                lambda: (compared(settings), self._read()))
         self.skipped, self.saved = [], time.monotonic()
         self.pinned = device is not None and device.type == "cuda"
 

@@ -27,6 +27,7 @@ import torch
 import torchvision
 
 from utils.errors import UserError
+from utils.named import NAMED
 from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
 NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # a cell of a table
@@ -312,6 +313,7 @@ class RunFolder:
 
         settings: what every cell depends on; UserError if the table was made with other settings.
         overwrite: as if there were no table, nor a part of a cell in partial.json.
+        What is only said, and not compared, is that of this command.
         """
         path = self.path / "results.json"
         if overwrite:
@@ -334,11 +336,22 @@ class RunFolder:
         if broken is not None:
             raise UserError(f"{path}: the cell '{broken}' is damaged; restore the file, or choose "
                             "another folder")
-        for key in [key for key in settings if key in was and settings[key] != was[key]]:
+        old, new = compared(was), compared(settings)
+        for key in [key for key in new if key in old and new[key] != old[key]]:
             raise UserError(f"--save {self.path}: holds a table made with {key} {was[key]}, "
                             f"given {settings[key]}; choose another folder, or type --overwrite "
                             "to measure everything again")
         return was | settings, cells
+
+
+def compared(settings):
+    """The settings that decide a figure, in a form in which equal ones are equal: without the note
+    on how the images were chosen (their list is compared), folders by their whole path.
+    """
+    found = {key: value for key, value in settings.items() if key != "note"}
+    if isinstance(found.get("data"), str) and found["data"] not in NAMED:
+        found["data"] = str(Path(found["data"]).resolve())
+    return found
 
 
 def _can_be_counted(cell):
