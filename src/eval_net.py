@@ -193,7 +193,7 @@ def main(args):
         **({"eps": networks[0].eps} if s.judged else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
         **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations},
-        **made_with(s.from_images, networks)}
+        **team.from_first(lambda: made_with(s.from_images, networks))}
     settings, done = team.from_first(lambda: folder.load_cells(wanted, overwrite=s.overwrite))
     ready = cache(lambda at: at_hand(
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,

@@ -174,15 +174,18 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
     assert cell["after8"] == right and cell["outside"] == 0
     assert 0 < sum(cell["after"]) <= sum(right) < sum(before)
     s.from_images, s.save_images = [folder], None
-    assert saved.made_with([folder], [net]) == {
-        "saved: PGD (5) on a/b": "model a/b (toy) behind none, 1 draws, eps 0.06, seed 2"}
+    (title, said), = saved.made_with([folder], [net]).items()
+    assert title == "saved: PGD (5) on a/b, Linf eps 15.3/255"
+    assert said.startswith("model a/b (toy) behind none, 1 draws, eps 0.06, seed 2, images ")
     saved.check_folders([net], lambda _: images, s, Team())
     (key, again), = saved.saved_cells(net, images, cells, s, Progress())
-    assert key == "a/b | saved: PGD (5) on a/b" and again["after"] == right
+    assert key == f"a/b | {title}" and again["after"] == right
     assert not list(saved.saved_cells(net, images, cells | {key: again}, s, Progress()))
     for other in (images.select(range(5)), replace(images, labels=images.labels.flip(0))):
         with pytest.raises(UserError, match="another list"):
             saved.check_folders([net], lambda _, other=other: other, s, Team())
+    (folder / names[0]).write_bytes((folder / names[1]).read_bytes())
+    assert saved.made_with([folder], [net])[title] != said
 
 
 def test_damaged_saved_images_are_refused_in_one_line(images, s, tmp_path, monkeypatch):
@@ -288,13 +291,20 @@ def test_saved_images_that_do_not_fit_are_refused_before_any_attack(
     command = (*SAVING, "--weights", "a.pth", "--save", "a")
     assert run_here(*command).returncode == 0
     measuring = (*SAVING[:-2], "--weights", "b.pth", "--from_images", "kept/mlp/FGSM")
-    assert run_here(*measuring, "--save", "b").returncode == 0
+    done = run_here(*measuring, "--save", "b")
+    assert "; Linf eps: 51/255;" in done.stdout, done.stderr
+    assert "; saved images: those that were not attacked are clean;" in done.stdout
+    assert "| saved: FGSM on mlp, Linf eps 51/255 |" in done.stdout
     shutil.copytree(tmp_path / "kept", tmp_path / "copy")
     assert run_here(*command, "--eps", 0.1, "--overwrite").returncode == 0
+    assert run_here(*measuring, "--save", "b").stdout.count(
+        "| saved: FGSM on mlp, Linf eps 25.5/255 |") == 1  # beside FGSM at 51/255
+    assert run_here(*command, "--seed", 1, "--overwrite", "--weights", "b.pth").returncode == 0
     monkeypatch.setattr(measure, "run_cell", lambda *_, **__: pytest.fail("an attack was run"))
     refused(run_here(*measuring, "--save", "c", "--num_images", 99), "another list of images")
     refused(run_here(*measuring, "copy/mlp/FGSM", "--save", "c"), "a second folder of FGSM on mlp")
-    refused(run_here(*measuring, "--save", "b"), "saved: FGSM on mlp", "eps 0.2", "eps 0.1")
+    refused(run_here(*measuring, "--save", "b"), "saved: FGSM on mlp, Linf eps 51/255",
+            "model mlp (a.pth", "model mlp (b.pth")
     refused(run_here(*measuring, "--save", "c", "--save_images", "kept", "--overwrite"),
             "--overwrite --save_images kept", "type two commands")
     min((tmp_path / "kept/mlp/FGSM").glob("*.png")).unlink()

@@ -257,7 +257,7 @@ def test_transfers_and_saved_images_have_a_row_for_both_metrics(run_here, leave,
     leave("free", FREE)
     leave("pgd", FREE, name="pgd_mlp", method="pgd",
           state=trainable("mlp", kind="digits", seed=3)[1].state_dict())
-    found, there = {}, {}
+    found, there, title = {}, {}, "saved: FGSM on free8, Linf eps 25.5/255"
     for k, flags in enumerate((("fgsm", "--save_images", "kept", "--transfer"), (
             "none", "--from_images", "kept/free8/FGSM", "--transfer", "--diverse"))):
         done = run_here("eval_net.py", "--runs", "free", "pgd", *FEW, "--attacks", *flags,
@@ -269,7 +269,7 @@ def test_transfers_and_saved_images_have_a_row_for_both_metrics(run_here, leave,
     for net in ("free8", "pgd"):
         eight = found[f"{net} | FGSM"]["after8"]
         wanted = {"FGSM, 8 bit": found[f"{net} | FGSM"] | {"after": eight},
-                  "saved: FGSM on free8": found[f"{net} | saved: FGSM on free8"]}
+                  title: found[f"{net} | {title}"]}
         wanted |= {f"MI-FGSM from {one}{more}": found[f"{one} -> {net}{more}"]
                    for one in ("free8", "pgd") for more in ("", ", DI and TI")}
         for under, cell in wanted.items():

@@ -72,6 +72,8 @@ def stated(networks, settings, n, cells, s):
         "s": "seconds of computing in the attacks of the line"} if s.attacks else {}
     attacks = {f"{s.norm.title()} eps": eps_text(settings["eps"], s.norm),
                **attacks} if s.attacks or s.eps_curve or s.transfer else {}
+    if s.from_images:
+        attacks["saved images"] = "those that were not attacked are clean"
     if s.save_images:
         attacks["8 bit"] = "the same images rounded to 8 bit inside the ball, saved, and read again"
     return {

@@ -6,6 +6,7 @@
 """
 
 import csv
+import hashlib
 import io
 import re
 from functools import partial
@@ -19,6 +20,7 @@ from utils.attack.balls import norm_of
 from utils.attack.chance import numbered
 from utils.data import read_image, to_float
 from utils.errors import DAMAGE, UserError
+from utils.report import eps_text
 from utils.run import load_json, save_csv, save_json, write_atomic
 from utils.uaps import digest
 
@@ -205,8 +207,9 @@ def read_about(folder):
 
 
 def made_with(folders, networks):
-    """{title: what the images were made with} of the folders of --from_images. UserError unless all
-    images are there, as large as the networks take them, and each title is that of one folder.
+    """{title: what the images were made with, and their digest} of the folders of --from_images.
+    UserError unless all images are there, as large as the networks take them, and each title is
+    that of one folder.
     """
     found = {}
     for folder in folders or []:
@@ -221,13 +224,22 @@ def made_with(folders, networks):
         if title_of(about) in found:
             raise UserError(f"--from_images {folder}: a second folder of {about['attack']} on "
                             f"{about['network']}; type one at a time, with another --save")
-        found[title_of(about)] = ", ".join(f"{key} {about[key]}" for key in
-                                           ("model", "eps", "seed"))
+        found[title_of(about)] = ", ".join(f"{key} {about[key]}" for key in (
+            "model", "eps", "seed")) + f", images {_digest(folder)}"
     return found
 
 
+def _digest(folder):
+    """Sixteen hexadecimal digits of the saved images in a folder, which tell others from them."""
+    whole = hashlib.sha256()
+    for name in sorted(_files(folder)):
+        whole.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return whole.hexdigest()[:16]
+
+
 def title_of(about):
-    return f"saved: {about['attack']} on {about['network']}"
+    radius = f"{about['norm'].title()} eps {eps_text(about['eps'], about['norm'])}"
+    return f"saved: {about['attack']} on {about['network']}, {radius}"
 
 
 def saved_cells(net, images, done, s, progress):
