@@ -36,7 +36,7 @@ from attacks import apgd, cw_l2, fgsm, pgd, square
 from utils import defenses, measure, papers, report, report_gcm, run
 from utils.attack import adaptive, balls
 from utils.cells import Progress
-from utils.cli import Parser, at_least, radius, run_script
+from utils.cli import Parser, at_least, fraction, radius, run_script
 from utils.data import PRESETS, paper_geometry
 from utils.defended import open_networks, open_targets
 from utils.errors import UserError
@@ -135,7 +135,7 @@ def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0, 
         "cw_l2": measure.Attack(f"C&W (search) L2={report.eps_text(l2, 'l2')}", "l2", l2,
                                 partial(cw_within, eps=l2, judge=judge)),
         "apgd": measure.Attack(f"APGD {shown}", "linf", linf, partial(apgd, eps=linf)),
-        "square": measure.Attack(f"Square {shown}", "linf", linf,
+        "square": measure.Attack(f"Square {queries} {shown}", "linf", linf,
                                  partial(square, eps=linf, queries=queries)),
         "strongest_quick": measure.Attack(
             f"{per_image.quick_title(classes, queries)} {shown}", "linf", linf,
@@ -222,9 +222,9 @@ def get_args():
     add("--attacks", nargs="+", choices=(*papers.GCM_COLUMNS, *MORE),
         default=list(papers.GCM_COLUMNS), help="columns")
     add("--eps", type=radius, help="Linf radius; None: 8/255, on digits and mnist 0.2")
-    add("--eps_l2", type=at_least(0, float), help="L2 radius; None: 255 eps at 224 pixels, as much "
+    add("--eps_l2", type=fraction, help="L2 radius; None: 255 eps at 224 pixels, as much "
         "per pixel at other sizes")
-    add("--eps_l1", type=at_least(0, float), help="L1 radius; None: 51000 eps, likewise")
+    add("--eps_l1", type=fraction, help="L1 radius; None: 51000 eps, likewise")
     parser.shared("queries")
     add("--metric", choices=("attack_robustness", "robust_acc"),
         default="attack_robustness", help="of the table; the files hold both")

@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import SRC
 
-from utils import data, measure, report_gcm, run
+from attacks import fgsm
+from utils import data, measure, models, report_gcm, run
 from utils.attack import several
 from utils.cells import Progress
 from utils.data import paper_geometry
 from utils.halving import Halving
+from utils.precision import Fast
 from utils.run import save_pth
 
 FEW = ("--model_name", "mlp", "--num_images", 30, "--device", "cpu")
@@ -128,6 +130,46 @@ def test_the_strongest_attack_is_a_column_that_names_its_members(run_here, tmp_p
     cells = saved(tmp_path / "runs" / "gcm")["cells"]
     weak, strong = (cells[f"mlp none naive {name}"] for name in ("apgd", "strongest 20"))
     assert all(s <= w for s, w in zip(strong["after"], weak["after"], strict=True))
+
+
+def test_every_radius_is_that_of_its_norm_and_square_says_its_queries(run_here, tmp_path):
+    done = run_here("gcm.py", *FEW, "--num_images", 10, "--attacks", "fgsm", "pgd_l1", "pgd_l2",
+                    "cw_pgd_l2", "square", "--queries", 7, "--eps", 0.1, "--eps_l2", 1.5,
+                    "--eps_l1", "25/2", "--defense", "none")
+    assert done.returncode == 0, done.stderr
+    assert (" | FGSM Linf 25.5/255 | PGD L1=12.5 | PGD L2=1.5 | C&W L2=1.5 | Square 7 Linf 25.5/255"
+            " | ") in done.stdout
+    eps = {"linf": 0.1, "l2": 1.5, "l1": 12.5}
+    cells = saved(tmp_path / "runs" / "gcm")["cells"]
+    assert [cell["norm"] for cell in cells.values()] == ["linf", "l1", "l2", "l2", "linf"]
+    assert "mlp none naive square 7" in cells
+    for cell in cells.values():  # what is scaled to the ball and then clipped is a little nearer
+        assert cell["eps"] == eps[cell["norm"]] == pytest.approx(cell["largest"], rel=0.01)
+        assert cell["outside"] == 0
+
+
+def test_images_of_gradients_in_bf16_are_measured_in_float32(run_here, tmp_path, monkeypatch):
+    measured, real = [], measure.times_right
+
+    def watched(model, x, y, draws, chance):
+        right = real(model, x, y, draws, chance)
+        measured.append((model(x), x, y, right))
+        return right
+    monkeypatch.setattr(measure, "times_right", watched)
+    done = run_here("gcm.py", *FEW, "--attacks", "fgsm", "--defense", "none", "--amp", "bf16")
+    assert "; gradients: bf16; measured in: float32;" in done.stdout, done.stderr
+    (_, x, y, _), (logits, x_adv, y_adv, right) = measured
+    model = models.load_model("mlp", kind="digits", data_dir="digits")
+    assert torch.equal(logits, model(x_adv))
+    assert not torch.equal(logits, Fast(model, "bf16", "channels_last")(x_adv))
+    cell, = saved(tmp_path / "runs" / "gcm")["cells"].values()
+    before = torch.tensor(cell["before"])
+    assert before.tolist() == (model(x).argmax(1) == y).long().tolist()
+    assert torch.tensor(cell["after"])[before > 0].tolist() == right.tolist() == (
+        model(x_adv).argmax(1) == y_adv).long().tolist()
+    with torch.no_grad():
+        exact = fgsm(model, x[before > 0], y_adv, eps=cell["eps"])
+    assert not torch.equal(exact, x_adv)  # the gradients were not in float32
 
 
 def test_the_table_says_what_autoattack_did_in_every_row_and_what_looks_wrong(
@@ -530,6 +572,8 @@ def test_the_sweep_shows_from_which_w_on_a_naive_attacker_fails(run_here, tmp_pa
     (("--geometry", "own"), ("--geometry", "paper", "weights")),
     (("--metric", "adv_acc"), ("adv_acc", "robust_acc")),
     (("--weights", "nowhere.pth"), ("nowhere.pth",)),
+    (("--eps_l2", "0"), ("--eps_l2", "wanted a number above 0")),
+    (("--eps_l1", "0"), ("--eps_l1", "wanted a number above 0")),
     (("--eps", "8"), ("--eps", "outside (0, 1]"))], ids=str)
 def test_bad_input_is_one_line(run_here, refused, flags, words, tmp_path):
     refused(run_here("gcm.py", *FEW, *flags), *words)

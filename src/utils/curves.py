@@ -112,9 +112,7 @@ def _beyond(cell, eps):
     """The share of the images that are right and that FAB does not fool within eps."""
     left = [right for right, size in zip(cell["before"], cell["norms"], strict=True)
             if size is None or size > eps]
-    total = sum(left)
-    return measure.share(total // cell["draws"] if total % cell["draws"] == 0
-                         else total / cell["draws"], cell["n"])
+    return measure.share(measure.divide(sum(left), cell["draws"]), cell["n"])
 
 
 def _row(net, attacker, eps, found):

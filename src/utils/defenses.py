@@ -135,6 +135,12 @@ def describe(name, *, size, w=1e20, epsilon=1e-8, low=None):
     return " + ".join(parts[part] for part in name.split("+") if part in parts) or "none"
 
 
+def means(names, draws):
+    """What an adaptive attacker does about these defences, in words: 'BPDA, EOT of 10'."""
+    return ", ".join(["BPDA"] * any("gcm" in name for name in names)
+                     + [f"EOT of {draws}"] * any(map(is_random, names)))
+
+
 def adaptive(model, draws=1):
     """A model of defend() as an adaptive attacker differentiates it; the same forward pass.
 

@@ -226,13 +226,14 @@ def figures(cell):
     sum of a b over the images, attack_robustness that over the sum of b.
     """
     before, after, draws = cell["before"], cell["after"], cell["draws"]
-    right = _divide(sum(before), draws)
-    both = _divide(sum(b * a for b, a in zip(before, after, strict=True)), draws * draws)
+    right = divide(sum(before), draws)
+    both = divide(sum(b * a for b, a in zip(before, after, strict=True)), draws * draws)
     return {"clean_acc": share(right, cell["n"]), "robust_acc": share(both, cell["n"]),
             "attack_robustness": share(both, right)}
 
 
-def _divide(total, by):
+def divide(total, by):
+    """total / by, whole where it can be."""
     return total // by if total % by == 0 else total / by
 
 

@@ -19,7 +19,7 @@ def images_of(facts, data_dir, data_root, labels, classes, num):
 
 
 def save_predictions(folder, networks, shown, s, team):
-    """predictions.csv in the folder, a row for each network, an eval_net.Tested, and each of its
+    """predictions.csv in the folder, a row for each network, a tested.Tested, and each of its
     images, which stand in the list `shown`.
     """
     rows = []

@@ -9,7 +9,7 @@ from math import isclose
 from utils import draw
 from utils.audit import checklist, verdict
 from utils.data import paper_geometry
-from utils.defenses import describe, is_random
+from utils.defenses import describe, is_random, means
 from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
@@ -70,10 +70,7 @@ def label(cell, draws):
         return "vanilla"
     if cell.attacker == "naive":
         return f"{cell.defense}, naive attacker"
-    means = ["BPDA"] if "gcm" in cell.defense else []
-    if is_random(cell.defense):
-        means.append(f"EOT of {draws}")
-    return f"{cell.defense}, adaptive attacker ({', '.join(means)})"
+    return f"{cell.defense}, adaptive attacker ({means([cell.defense], draws)})"
 
 
 def save_table(folder, head, cells, s):

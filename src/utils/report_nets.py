@@ -6,7 +6,7 @@ from math import isclose
 from pathlib import Path
 
 from utils import curves, draw, transfer
-from utils.defenses import is_random
+from utils.defenses import is_random, means
 from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
@@ -34,7 +34,7 @@ TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentation
 def save_tables(folder, networks, settings, cells, s):
     """Writes results.md, results.csv and the pictures; -> the Markdown.
 
-    networks: eval_net.Tested; settings: of this command; cells: of results.json; s: the flags.
+    networks: tested.Tested; settings: of this command; cells: of results.json; s: the flags.
     """
     found = [measured(net, networks, settings, cells, s) for net in networks]
     attacked = [cell for net in found for cell in net.attacked]
@@ -62,12 +62,11 @@ def stated(networks, settings, n, cells, s):
     behind = [net for net in networks if net.defense != "none"]
     defences = [f"{net.name} behind {net.front}" for net in behind]
     random = any(is_random(net.defense) for net in behind)
-    means = ["BPDA"] * any("gcm" in net.defense for net in behind) + [f"EOT of {s.draws}"] * random
     attacks = {
         "attacks": "on the images that are classified correctly; PGD from a random start in steps "
                    "of eps/4, until the image is fooled"
                    + ", behind a random defence always to the end" * random,
-        "attacker": f"adaptive ({', '.join(means)})" if behind else "",
+        "attacker": f"adaptive ({means([net.defense for net in behind], s.draws)})" * bool(behind),
         "under attack": "robust_acc, right before and still right after",
         "s": "seconds of computing in the attacks of the line"} if s.attacks else {}
     attacks = {f"{s.norm.title()} eps": eps_text(settings["eps"], s.norm),
@@ -163,7 +162,7 @@ def tables(networks):
     if networks[0].corruptions:
         names = sorted(networks[0].corruptions, key=lambda name: (
             name != "clean", networks[0].corruptions[name]["value"]))
-        text += "\nAccuracy under each operation, %\n\n" + markdown(
+        text += "\nAccuracy under each operation, %, in one forward pass each\n\n" + markdown(
             ["operation", *(net.name for net in networks)],
             [[name.replace("_", " "), *(interval(net.corruptions[name]) for net in networks)]
              for name in names])
@@ -290,6 +289,7 @@ def csv_rows(networks):
                   for title, cell in cells.items() for metric in ROBUST]
         found += [row(net, metric, title, figures(cell)[metric])
                   for title, cell in (net.saved | net.moved).items() for metric in ROBUST]
-        found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()]
+        found += [row(net, "adv_acc", name, s) for name, s in net.corruptions.items()
+                  if name != "clean"]
         found += [row(net, "fooling_ratio", name, s) for name, s in net.uaps.items()]
     return found
