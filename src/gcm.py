@@ -193,7 +193,7 @@ def shown(settings, found, networks, s):
 
 
 def save_report(folder, settings, found, networks, s, progress):
-    """Writes the tables that this command makes of its cells; -> the Markdown"""
+    """Writes the tables that this command makes of its cells; -> these, and where they are"""
     cells, head = shown(settings, found, networks, s)
     twins = {name: network.differences(s.defense, s.w, progress) for name, network
              in networks.items()} if s.audit and s.defense != "none" else {}  # by all processes
@@ -291,7 +291,7 @@ def main(args):
         tqdm.write(report_gcm.line(found[key]))
     text = save_report(folder, settings, found, networks, s, progress)
     progress.clear()
-    print(f"{text.removeprefix(head)}saved {folder.path}/results.json (and .csv, .md)", flush=True)
+    print(text.removeprefix(head), end="", flush=True)
     team.leave()
 
 

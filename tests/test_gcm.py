@@ -540,6 +540,9 @@ def test_the_audit_flags_the_defended_network_and_not_the_plain_one(
     assert (wanted <= flagged) if defense == "gcm" else not flagged
     report = (tmp_path / "runs" / "gcm" / f"audit_{defense}.md").read_text()
     assert "flagged if" in report and "Protocol: data: digits" in report
+    assert done.stdout.endswith(f"saved {os.path.join('runs', 'gcm')}/results.json, "
+                                f"audit_{defense}.json (and .csv, .md)\n")
+    assert not (tmp_path / "runs" / "gcm" / "results.md").exists()
 
 
 def test_the_sweep_shows_from_which_w_on_a_naive_attacker_fails(run_here, tmp_path):
@@ -551,6 +554,10 @@ def test_the_sweep_shows_from_which_w_on_a_naive_attacker_fails(run_here, tmp_pa
     assert left["naive", 1e2] == left["adaptive", 1e2] < 0.2
     assert left["naive", 1e20] > 0.7 and left["adaptive", 1e20] < 0.2
     assert (folder / "w_sweep.png").read_bytes().startswith(b"\x89PNG")
+    text, last = (folder / "w_sweep.md").read_text(), done.stdout.splitlines()[-1]
+    assert text.startswith("Protocol: data: digits;") and text.count("\n| mlp | ") == 2
+    assert text.partition("\n")[2] in done.stdout
+    assert last == f"saved {os.path.join('runs', 'gcm')}/results.json, w_sweep.csv (and .png, .md)"
     drawn = run_here("figures.py", "--w_sweep", folder, "--out", "w.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")

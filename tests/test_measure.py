@@ -316,6 +316,31 @@ def test_a_model_agrees_with_itself_and_not_at_all_with_its_negative():
     assert turned["agree"] == 0
 
 
+def test_images_without_a_gradient_say_nothing_of_its_direction_or_length():
+    class Blind(nn.Module):
+        """Twice toy(), without a gradient for the images that `hidden` says."""
+
+        def __init__(self, hidden):
+            super().__init__()
+            self.hidden, self.twice = hidden, nn.Sequential(Twice(), toy())
+
+        def forward(self, x):
+            out = self.twice(x)
+            return torch.where(self.hidden(x), out.detach(), out)
+    darker = (Grid().pixels / 255.0).flatten(1).mean(1).median()
+    found = audit.twin_differences(Blind(lambda x: x.flatten(1).mean(1)[:, None] <= darker), toy(),
+                                   Grid(), chances(6), 4, CPU)
+    assert found["agree"] == 1 and found["factor"] == pytest.approx(2, rel=1e-5)
+    for pair in ((Blind(lambda x: x[:, :1, 0, 0] >= 0), toy()),
+                 (toy(), Blind(lambda x: x[:, :1, 0, 0] >= 0))):
+        found = audit.twin_differences(*pair, Grid(), chances(6), 4, CPU)
+        assert found["agree"] is None and found["factor"] is None
+    lines = {line["sign"]: line for line in lines_of({"twin": found})}
+    for sign in ("gradients point in other directions", "gradients have another length"):
+        assert lines[sign]["flagged"] is None
+        assert lines[sign]["figure"].startswith("no image with gradient entries that are nonzero")
+
+
 class Twice(nn.Module):
     """The identity whose gradient is multiplied."""
 

@@ -44,7 +44,8 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
 
     -> {changed: share of predictions that differ, logits: largest difference of a logit,
     agree: share of equal gradient signs where both are nonzero, mean over images, factor: ratio of
-    the largest gradient entries, median over images}
+    the largest gradient entries, median over images}; the last two of the images with entries where
+    both are nonzero, None if there are none
     """
     def compared(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
@@ -54,17 +55,18 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
             g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]
                     for each in (model, twin))
         both = ((g != 0) & (h != 0)).flatten(1)
-        same = (both & (g.sign() == h.sign()).flatten(1)).sum(1) / both.sum(1).clamp_min(1)
-        factor = norm_of(g, "linf") / norm_of(h, "linf").clamp_min(1e-38)
+        same = (both & (g.sign() == h.sign()).flatten(1)).sum(1) / both.sum(1)
+        factor, there = norm_of(g, "linf") / norm_of(h, "linf"), both.any(1)
         return {"changed": int((ours.argmax(1) != theirs.argmax(1)).sum()),
-                "largest": (ours - theirs).abs().max().item(), "agree": same.tolist(),
-                "factor": factor.tolist()}
+                "largest": (ours - theirs).abs().max().item(), "agree": same[there].tolist(),
+                "factor": factor[there].tolist()}
     found = (progress or Progress()).count(
         images, torch.arange(len(images)), compared, batch_size=batch_size, cell=cell,
         workers=workers, desc="twin")
+    agree, factor = found["agree"], torch.tensor(found["factor"])
     return {"changed": found["changed"] / len(images), "logits": found["largest"],
-            "agree": sum(found["agree"]) / len(images),
-            "factor": torch.tensor(found["factor"]).median().item()}
+            "agree": sum(agree) / len(agree) if agree else None,
+            "factor": factor.median().item() if agree else None}
 
 
 def checklist(ar, *, radii, queries, losses, blind, twin):
@@ -94,7 +96,11 @@ def checklist(ar, *, radii, queries, losses, blind, twin):
          f"{losses['ascent']:.2f}", f"net rise below {ASCENT:g}", losses["ascent"] < ASCENT),
         ("the gradient is zero", f"{p(blind)} of the images", f"above {p(BLIND)}", blind > BLIND)]
     if twin is not None:
-        same = twin["changed"] <= SAME
+        same, there = twin["changed"] <= SAME, twin["agree"] is not None
+        agree, length = (
+            f"{p(twin['agree'])} of the signs agree with the vanilla twin's",
+            f"median {twin['factor']:.3g} times the vanilla twin's") if there else 2 * (
+            "no image with gradient entries that are nonzero here and of the vanilla twin",)
         lines += [
             ("a transfer attack beats white-box attacks",
              f"AR under a transfer from the vanilla twin {p(ar['transfer'])}, {stronger}",
@@ -102,14 +108,12 @@ def checklist(ar, *, radii, queries, losses, blind, twin):
             ("an adaptive attacker does better", f"AR under naive PGD {p(ar['pgd'])}, under "
              f"adaptive PGD {p(ar['adaptive'])}", f"AR under adaptive PGD {points}",
              ar["pgd"] - ar["adaptive"] > POINTS),
-            ("gradients point in other directions", f"{p(twin['agree'])} of the signs agree with "
-             f"the vanilla twin's; forward pass: {p(twin['changed'])} of predictions differ, "
-             f"logits by at most {twin['logits']:.2g}", f"fewer than {p(AGREE)} of signs agree "
-             f"though at most {p(SAME)} of predictions differ",
-             twin["agree"] < AGREE if same else None),
-            ("gradients have another length", f"median {twin['factor']:.3g} times the vanilla "
-             "twin's", f"above {FACTOR} or below 1/{FACTOR}",
-             not 1 / FACTOR <= twin["factor"] <= FACTOR)]
+            ("gradients point in other directions",
+             f"{agree}; forward pass: {p(twin['changed'])} of predictions differ, logits by at "
+             f"most {twin['logits']:.2g}", f"fewer than {p(AGREE)} of signs agree though at most "
+             f"{p(SAME)} of predictions differ", twin["agree"] < AGREE if same and there else None),
+            ("gradients have another length", length, f"above {FACTOR} or below 1/{FACTOR}",
+             not 1 / FACTOR <= twin["factor"] <= FACTOR if there else None)]
     return [dict(zip(("sign", "figure", "flagged_if", "flagged"), line, strict=True))
             for line in lines]
 

@@ -1,5 +1,7 @@
 """What gcm.py prints and saves: the robustness table, the audit, the sweep over w.
 
+Each save_ function returns the Markdown that it saved and a last line, which files it wrote.
+
 The cells of a run come as {Cell: counts}, in the order of the rows; counts is None where a cell has
 not been made yet.
 """
@@ -74,7 +76,7 @@ def label(cell, draws):
 
 
 def save_table(folder, head, cells, s):
-    """results.md, results.csv; -> the Markdown"""
+    """results.md, results.csv"""
     rows, lines, saved, missing, titles = {}, [], [], {}, {}
     targets = {target.name: target for target in s.targets}
     for cell, counts in cells.items():
@@ -107,7 +109,7 @@ def save_table(folder, head, cells, s):
     text += audit_line([counts for counts in cells.values() if counts])
     save_csv(folder / "results.csv", saved)
     write_atomic(folder / "results.md", text.encode())
-    return text
+    return f"{text}saved {folder.path}/results.json (and .csv, .md)\n"
 
 
 def paper_rows(target, cells, s):
@@ -161,7 +163,7 @@ def _columns(counts):
 # ------------------------------------------------------------------------- the audit
 
 def save_audit(folder, head, cells, twins, s):
-    """audit_DEFENSE.md, .json, .csv; twins {network: twin_differences}; -> the Markdown"""
+    """audit_DEFENSE.md, .json, .csv; twins {network: twin_differences}"""
     text, rows = f"{head}\nAR: attack_robustness\n", []
     for model in dict.fromkeys(cell.model for cell in cells):
         lines = audited({(cell.attacker, cell.attack): counts for cell, counts in cells.items()
@@ -176,7 +178,7 @@ def save_audit(folder, head, cells, twins, s):
     save_csv(folder / f"{name}.csv", rows)
     save_json(folder / f"{name}.json", rows)
     write_atomic(folder / f"{name}.md", text.encode())
-    return text
+    return f"{text}saved {folder.path}/results.json, {name}.json (and .csv, .md)\n"
 
 
 def audited(counts, twin, queries):
@@ -200,7 +202,7 @@ def audited(counts, twin, queries):
 # ------------------------------------------------------------------------- the sweep
 
 def save_sweep(folder, head, cells, s):
-    """w_sweep.csv, w_sweep.png; -> the Markdown"""
+    """w_sweep.md, w_sweep.csv, w_sweep.png"""
     by = {}
     for cell, counts in cells.items():
         by.setdefault((cell.model, cell.attacker), []).append((cell, counts))
@@ -211,5 +213,7 @@ def save_sweep(folder, head, cells, s):
     save_csv(folder / "w_sweep.csv", rows)
     write_atomic(folder / "w_sweep.png", draw.sweep(rows))
     columns = dict.fromkeys(f"{cell.w:.0e}" for cell in cells)
-    return (f"{head}\nattack_robustness under PGD Linf, % (95 % Wilson interval), against w\n\n"
+    text = (f"{head}\nattack_robustness under PGD Linf, % (95 % Wilson interval), against w\n\n"
             + markdown(["network", "attacker", *columns], lines))
+    write_atomic(folder / "w_sweep.md", text.encode())
+    return f"{text}saved {folder.path}/results.json, w_sweep.csv (and .png, .md)\n"
