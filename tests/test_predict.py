@@ -9,6 +9,7 @@ from PIL import Image
 
 from utils.data import CIFAR10, decode, load, open_images, paper_geometry, to_float
 from utils.models import load_model
+from utils.predictions import rows_of
 
 RANDOM = ("--model_name", "squeezenet1_1", "--weights", "random", "--predict", "--workers", 0)
 
@@ -99,6 +100,17 @@ def test_each_network_reads_unlabelled_images_as_in_its_training(run_here, tmp_p
     first, second = (sorted(map(str, predictions(tmp_path / f"{run}_first")))
                      for run in ("run_ten", "run_two"))
     assert first == second and any(f"'name': '{name}'" in " ".join(first) for name in CIFAR10)
+
+
+def test_labels_count_in_the_classes_of_the_network_by_their_names(picture, tmp_path):
+    for name in ("cat", "dog", "horse"):
+        picture(tmp_path / "some" / name / "a.png")
+    images = open_images(tmp_path / "some", split="test")
+    found = [torch.tensor([2, 1, 0]), torch.ones(3)]
+    rows = rows_of("a", images, *found, ["bird", "cat", "dog"])
+    assert [(row["class"], row["name"], row["label"]) for row in rows] == [
+        (2, "dog", 1), (1, "cat", 2), (0, "bird", "")]
+    assert [row["label"] for row in rows_of("a", images, *found, ())] == ["", "", ""]
 
 
 def test_predict_stands_alone(run_here, refused, flat):

@@ -57,12 +57,16 @@ def predicted(model, images, s, desc, team):
 
 
 def rows_of(network, images, classes, shares, names):
-    """A row for each image; empty where it cannot be decoded. names: of the classes, or ()."""
-    rows = []
+    """A row for each image; empty where it cannot be decoded. names: of the classes, or ().
+
+    The label is the index of its name in `names`, empty where it is not there.
+    """
+    rows, index = [], {name: k for k, name in enumerate(names)}
     for file, label, k, share in zip(images.names, images.labels.tolist(), classes.tolist(),
                                      shares.tolist(), strict=True):
         row = {"network": network, "file": file, "class": "", "name": "", "probability": ""}
         if k >= 0:
             row |= {"class": k, "name": names[k] if names else "", "probability": f"{share:.4f}"}
-        rows.append(row | ({"label": label} if images.has_labels else {}))
+        rows.append(row | ({"label": index.get(images.classes[label], "")} if images.has_labels
+                           else {}))
     return rows
