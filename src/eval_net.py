@@ -159,6 +159,17 @@ def _check_norm(args, asked):
             raise UserError(f"{flag} --norm {args.norm}: is in Linf alone; leave one of them out")
 
 
+def depends(s, about, images, note, networks, perturbations):
+    """What the cells depend on, but for saved images, and the note of finished.images_for."""
+    return {
+        "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
+        "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
+        "labels": uaps.digest(images.labels), "device": about["device"], "torch": about["torch"],
+        **({"eps": networks[0].eps} if s.judged else {}),
+        **{f"network {net.name}": net.described(s) for net in networks},
+        **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
+
+
 def main(args):
     team, device = join_to_count(run.resolve_device(args.device))
     s = settle(args, device)
@@ -185,15 +196,8 @@ def main(args):
     shown = finished.said_of(perturbations, images, s.num_images, note)
     images, about = images.prepared(images.size, s.num_images), run.provenance(s.device)
     transfer.check(networks, s)
-    wanted = {
-        "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
-        "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
-        "labels": uaps.digest(images.labels),
-        "device": about["device"], "torch": about["torch"],
-        **({"eps": networks[0].eps} if s.judged else {}),
-        **{f"network {net.name}": net.described(s) for net in networks},
-        **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations},
-        **team.from_first(lambda: made_with(s.from_images, networks))}
+    wanted = depends(s, about, images, note, networks, perturbations) | team.from_first(
+        lambda: made_with(s.from_images, networks))
     settings, done = team.from_first(lambda: folder.load_cells(wanted, overwrite=s.overwrite))
     ready = cache(lambda at: at_hand(
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,

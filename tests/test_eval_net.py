@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.measure import share
 from utils.models import load_model, trainable
 from utils.run import make_generator, save_json, save_pth
+from utils.weights import described
 
 CPU = torch.device("cpu")
 FEW = ("--num_images", 20, "--queries", 10, "--device", "cpu", "--workers", 0)
@@ -516,6 +517,25 @@ def test_the_challenges_runs_stand_in_one_table_with_their_robustness(
     assert [line[0] for line in lines[-3:]][0] == "| clean"
     assert {line[0] for line in lines[-2:]} == {"| rain", "| rotation"}
     assert (tmp_path / "both" / "corruptions.png").read_bytes().startswith(b"\x89PNG")
+    assert ("; AR: attack_robustness in gcm.py's worst case, 20 images of digits within Linf "
+            "51/255 (stage1);") in done.stdout
+    left_out = "\nAR left out of stage1: the folder gcm there holds a table of other weights"
+    assert left_out not in done.stdout
+    path = tmp_path / "stage1/gcm/results.json"
+    text = path.read_text()
+    state = json.loads(text)
+    for cell in state["cells"].values():
+        cell["seconds"] += 1
+    again = ("eval_net.py", "--runs", "stage1", *FEW, "--attacks", "none", "--save", "again")
+    for changed in (json.dumps(state), None, text):  # cells begun again, lost, of another network
+        if changed == text:
+            leave("stage1", STAGE, state=trainable("cnn_bn", kind="digits", seed=3)[1].state_dict())
+        path.unlink(missing_ok=True)
+        if changed:
+            path.write_text(changed)
+        done = run_here(*again, "--overwrite")
+        assert left_out in done.stdout, done.stderr
+        assert "AR, " not in done.stdout and "; AR: " not in done.stdout
 
 
 def test_runs_of_all_trainings_and_their_missing_columns(run_here, leave):
@@ -1060,16 +1080,23 @@ def test_a_name_json_that_is_none_is_one_line(run_here, leave, refused, tmp_path
 
 @pytest.mark.parametrize("text", [
     "model,row\n", "model,row,attack\nmlp,a,worst case\n",
-    "row,attack,attack_robustness\nvanilla,worst case,many\n", "\x00"])
+    "row,attack,attack_robustness\nvanilla,worst case,many\n", "\x00",
+    "model,row,attack,seconds,attack_robustness\nmlp,a,fgsm,1.0,1\nmlp,a,worst case,1.0,many\n"])
 def test_a_broken_robustness_table_is_one_line(run_here, leave, refused, tmp_path, text):
     folder = leave("stage1", STAGE)
     (folder / "gcm").mkdir()
     (folder / "gcm" / "results.csv").write_text(text)
-    done = run_here("eval_net.py", "--runs", "stage1", *FEW, "--attacks", "none")
-    if done.returncode:
-        refused(done, "results.csv", "not the table of gcm.py")
-    else:
-        assert "AR, " not in done.stdout
+    weights = described(folder / "stage1_cnn_bn.pth")
+    command, cell = ("eval_net.py", "--runs", "stage1", *FEW, "--attacks", "none"), {
+        "model": "mlp", "attack": "fgsm", "seconds": 1.0}
+    for beside in ({}, {"settings": [], "cells": {}}, {
+            "settings": {"network mlp": {"weights": weights}}, "cells": {"a": cell}}):
+        (folder / "gcm" / "results.json").write_text(json.dumps(beside))
+        done = run_here(*command)
+        if done.returncode:
+            refused(done, "results.csv", "not the table of gcm.py")
+        else:
+            assert "AR, " not in done.stdout
 
 
 def test_every_fact_that_is_needed_has_a_check():

@@ -6,12 +6,14 @@ The cells of a run come as {Cell: counts}, in the order of the rows; counts is N
 not been made yet.
 """
 
+import csv
 from math import isclose
 
 from utils import draw
 from utils.audit import checklist, verdict
 from utils.data import paper_geometry
 from utils.defenses import describe, is_random, means
+from utils.errors import UserError
 from utils.measure import figures, worst_of
 from utils.models import describe_geometry
 from utils.papers import GCM_COLUMNS, GCM_LAYER, GCM_RADII, GCM_TABLE
@@ -25,7 +27,7 @@ from utils.report import (
     parts_table,
     with_note,
 )
-from utils.run import save_csv, save_json, write_atomic
+from utils.run import load_json, save_csv, save_json, write_atomic
 
 WORST = "worst case"
 KEPT = ("norm", "eps", "seconds", "gradients", "queries", "zero_gradient", "largest", "outside")
@@ -158,6 +160,40 @@ def incomparable(name, target, cells, s):
 def _columns(counts):
     """Of a row of results.csv: every figure with its n and interval, and what the attack took."""
     return {k: counts[k] for k in KEPT if k in counts} | csv_columns(figures(counts))
+
+
+def worst_cases(folder, weights):
+    """Of the table that gcm.py left in a folder: {'AR, row': worst-case attack_robustness}, and on
+    which images and within which radii; {} and "" if there is none, {} and None if it is not of
+    the network of these `weights`, as models.Target describes them.
+    """
+    path, beside, found = folder / "results.csv", folder / "results.json", {}
+    if not path.is_file():
+        return found, ""
+    if not beside.is_file():
+        return found, None
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        state = load_json(beside)
+        settings, names = state["settings"], ("model", "attack", "seconds")
+        made = {tuple(str(cell[name]) for name in names) for cell in state["cells"].values()}
+        rows = [row for row in rows if settings.get(f"network {row['model']}", {}).get("weights")
+                == weights]
+        tried = [row for row in rows if row["attack"] != WORST]
+        if not tried or any(tuple(row[name] for name in names) not in made for row in tried):
+            return found, None  # of other weights, or not of the cells, which were begun again
+        for row in [row for row in rows if row["attack"] == WORST]:
+            name = row["row"].partition(", ")[2].partition(" (")[0] or row["row"]
+            found[f"AR, {name}"] = interval({
+                "value": float(row["attack_robustness"]),
+                **{k: float(row[f"attack_robustness_{k}"]) for k in ("low", "high")}})
+        radii = dict.fromkeys(f"{row['norm'].title()} {eps_text(float(row['eps']), row['norm'])}"
+                              for row in tried)
+        return found, f"{settings['n']} images of {settings['data']} within {', '.join(radii)}"
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(f"{path}: not the table of gcm.py; restore it, or move it elsewhere"
+                        ) from None
 
 
 # ------------------------------------------------------------------------- the audit

@@ -1,13 +1,11 @@
 """The tables of eval_net.py: results.md, results.csv, and the picture of corruptions."""
 
-import csv
 from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 
 from utils import curves, draw, transfer
 from utils.defenses import is_random, means
-from utils.errors import UserError
 from utils.measure import figures, share, worst_of
 from utils.papers import FREE_TABLE
 from utils.report import (
@@ -20,6 +18,7 @@ from utils.report import (
     protocol,
     with_note,
 )
+from utils.report_gcm import worst_cases
 from utils.run import save_csv, write_atomic
 from utils.saved import read_about, title_of
 
@@ -38,7 +37,7 @@ def save_tables(folder, networks, settings, cells, s):
     """
     found = [measured(net, networks, settings, cells, s) for net in networks]
     attacked = [cell for net in found for cell in net.attacked]
-    text = protocol(stated(networks, settings, found[0].clean["n"], cells, s)) + "\n"
+    text = protocol(stated(networks, settings, found, cells, s)) + "\n"
     text += tables(found)
     if s.eps_curve:
         text += curves.save(folder, networks, cells)
@@ -55,13 +54,18 @@ def save_tables(folder, networks, settings, cells, s):
     return text
 
 
-def stated(networks, settings, n, cells, s):
-    """What all figures have in common, for the line above the table."""
+def stated(networks, settings, found, cells, s):
+    """What all figures have in common, for the line above the table; found: [Measured]."""
     nets = [f"{net.name} (" + f"{net.target.name}, " * (net.name != net.target.name)
             + f"{net.target.geometry}, {net.target.described})" for net in networks]
     behind = [net for net in networks if net.defense != "none"]
     defences = [f"{net.name} behind {net.front}" for net in behind]
     random = any(is_random(net.defense) for net in behind)
+    made = {}
+    for net in found:
+        made.setdefault(net.ar_made, []).append(net.name)
+    made = [text + f" ({', '.join(names)})" * (len(made) > 1) for text, names in made.items()
+            if text]
     attacks = {
         "attacks": "on the images that are classified correctly; PGD from a random start in steps "
                    "of eps/4, until the image is fooled"
@@ -76,10 +80,12 @@ def stated(networks, settings, n, cells, s):
     if s.save_images:
         attacks["8 bit"] = "the same images rounded to 8 bit inside the ball, saved, and read again"
     return {
-        "data": settings["data"], "n": with_note(f"{n} test images", settings["note"]),
+        "data": settings["data"],
+        "n": with_note(f"{found[0].clean['n']} test images", settings["note"]),
         "list sha256": settings["images_sha256"][:16], "networks": ", ".join(nets),
         "defences": ", ".join(defences), **attacks,
         "accuracy": "of all images, in %, with 95 % Wilson intervals",
+        "AR": "attack_robustness in gcm.py's worst case, " * bool(made) + " / ".join(made),
         "float32, BatchNorm in eval mode; seed": s.seed, "batches of": batch_sizes(cells, s),
         "device": settings["device"], "torch": settings["torch"]}
 
@@ -103,7 +109,8 @@ class Measured:
     """A network with its figures: attacks, saved, moved (the images of --transfer) {title: cell};
     corruptions, uaps {name: share}.
 
-    facts: NAME.json of its run in `folder`; {} and None for other networks.
+    facts: NAME.json of its run in `folder`; {} and None for other networks. ar, ar_made: of
+    report_gcm.worst_cases.
     """
     name: str
     facts: dict
@@ -114,6 +121,8 @@ class Measured:
     uaps: dict
     saved: dict = field(default_factory=dict)
     moved: dict = field(default_factory=dict)
+    ar: dict = field(default_factory=dict)
+    ar_made: str | None = ""
 
     @property
     def worst(self):
@@ -145,6 +154,8 @@ def measured(net, networks, settings, cells, s):
     saved = {f"{title}, 8 bit": own(title) | {"after": own(title)["after8"]}
              for title in net.attacks(s) if s.save_images}
     saved |= {title: own(title) for title in map(title_of, map(read_about, s.from_images or []))}
+    ar, ar_made = (worst_cases(net.folder / "gcm", net.target.described) if "stage" in net.facts
+                   else ({}, ""))
     return Measured(
         net.name, net.facts, net.folder,
         clean=figures(own("clean"))["clean_acc"] if s.judged else plain["clean"],
@@ -152,13 +163,17 @@ def measured(net, networks, settings, cells, s):
         corruptions=plain if s.corruptions else {},
         uaps={key.removeprefix("uap "): share(cell["fooled"], cell["n"])
               for key, cell in fooled.items()},
-        saved=saved, moved=transfer.onto(net, networks, cells, s))
+        saved=saved, moved=transfer.onto(net, networks, cells, s), ar=ar, ar_made=ar_made)
 
 
 def tables(networks):
     """The Markdown of everything that was measured on these networks [Measured]."""
-    text = main_table(networks) + claims(networks) + parts_table(["network"], [
-        ((net.name,), cell) for net in networks for cell in net.attacks.values()])
+    other = [net.name for net in networks if net.ar_made is None]
+    text = main_table(networks) + claims(networks)
+    text += (f"\nAR left out of {', '.join(other)}: the folder gcm there holds a table of other "
+             "weights, or an incomplete one; make it again with gcm.py --overwrite\n") * bool(other)
+    text += parts_table(["network"], [((net.name,), cell) for net in networks
+                                      for cell in net.attacks.values()])
     if networks[0].corruptions:
         names = sorted(networks[0].corruptions, key=lambda name: (
             name != "clean", networks[0].corruptions[name]["value"]))
@@ -212,7 +227,7 @@ def columns_of(net):
     if net.corruptions:
         title = f"mean of {len(net.corruptions) - 1} augmentations"
         found[title] = f"{100 * net.mean['value']:.1f}"
-    found |= robustness_table(net.folder) if "stage" in facts else {}
+    found |= net.ar
     if net.name in FREE_TABLE and as_in_the_paper(net):
         titles = ("paper: clean", "paper: PGD-20-10", "paper: minutes")
         found |= dict(zip(titles, FREE_TABLE[net.name], strict=True))
@@ -229,25 +244,6 @@ def as_in_the_paper(net):
             and all(isclose(eps, 8 / 255) for eps in (
                 facts["eps"], *(cell.get("eps", 0) for cell in net.attacks.values())))
             and all(cell.get("norm", "linf") == "linf" for cell in net.attacks.values()))
-
-
-def robustness_table(folder):
-    """{'AR, row': worst-case attack_robustness} of what gcm.py left in RUN/gcm, if it did."""
-    path, found = folder / "gcm" / "results.csv", {}
-    if not path.is_file():
-        return found
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["attack"] == WORST]
-        for row in rows:
-            label = row["row"].partition(", ")[2].partition(" (")[0] or row["row"]
-            found[f"AR, {label}"] = interval({
-                "value": float(row["attack_robustness"]),
-                **{k: float(row[f"attack_robustness_{k}"]) for k in ("low", "high")}})
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise UserError(f"{path}: not the table of gcm.py; restore it, or move it elsewhere"
-                        ) from None
-    return found
 
 
 def claims(networks):
