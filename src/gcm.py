@@ -33,11 +33,10 @@ from tqdm import tqdm
 
 import attacks as per_image
 from attacks import apgd, cw_l2, fgsm, pgd, square
-from utils import defenses, measure, papers, report, report_gcm, run
+from utils import data, defenses, measure, papers, report, report_gcm, run
 from utils.attack import adaptive, balls
 from utils.cells import Progress
 from utils.cli import Parser, at_least, fraction, radius, run_script
-from utils.data import PRESETS, paper_geometry
 from utils.defended import open_networks, open_targets
 from utils.errors import UserError
 from utils.team import join_to_count
@@ -158,7 +157,8 @@ def radii(images, size, linf=None, l2=None, l1=None):
 
     On digits, which are easy, linf is the data set's own eps, and l2 and l1 are in proportion.
     """
-    linf = linf or (PRESETS[images.kind].eps if images.kind in ("digits", "mnist") else 8 / 255)
+    own = images.kind in ("digits", "mnist")
+    linf = linf or (data.PRESETS[images.kind].eps if own else 8 / 255)
     part = images.channels * size * size / (3 * 224 * 224)
     return {"linf": linf, "l2": 255 * linf * part ** 0.5 if l2 is None else l2,
             "l1": 51000 * linf * part if l1 is None else l1}
@@ -257,7 +257,7 @@ def stated(target, images, s):
     """What all cells of a network depend on, as results.json keeps it."""
     found = {"size": target.size, "eps": radii(images, target.size, s.eps, s.eps_l2, s.eps_l1),
              "weights": target.described}
-    if target.geometry != paper_geometry(target.size):  # without it: that of all older tables
+    if target.geometry != data.paper_geometry(target.size):  # without it: that of all older tables
         found["geometry"] = str(target.geometry)
     return found
 
