@@ -27,7 +27,6 @@ import torch
 import torchvision
 
 from utils.errors import UserError
-from utils.named import NAMED
 from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
 NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # a cell of a table
@@ -349,7 +348,7 @@ def compared(settings):
     on how the images were chosen (their list is compared), folders by their whole path.
     """
     found = {key: value for key, value in settings.items() if key != "note"}
-    if isinstance(found.get("data"), str) and found["data"] not in NAMED:
+    if isinstance(found.get("data"), str) and Path(found["data"]).exists():
         found["data"] = str(Path(found["data"]).resolve())
     return found
 
