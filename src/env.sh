@@ -79,6 +79,7 @@ table() {
         --device | --workers | --cache) set -- "$@" "$flag" "${1-}" ;;
         esac
     done
+    case ${MODEL:-} in *.py:*) set -- "$@" --model_name "$MODEL" ;; esac  # its code is run
     set -- "$@" --runs
     for name in $names; do set -- "$@" "$RUNS/$name"; done
     # shellcheck disable=SC2086  # lists, separated by spaces

@@ -164,10 +164,10 @@ def depends(s, about, images, note, networks, perturbations):
     return {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
         "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,
-        "labels": uaps.digest(images.labels), "device": about["device"], "torch": about["torch"],
+        "labels": run.digest(images.labels), "device": about["device"], "torch": about["torch"],
         **({"eps": networks[0].eps} if s.judged else {}),
         **{f"network {net.name}": net.described(s) for net in networks},
-        **{f"uap {uap.name}": uaps.digest(uap.delta) for uap in perturbations}}
+        **{f"uap {uap.name}": run.digest(uap.delta) for uap in perturbations}}
 
 
 def main(args):

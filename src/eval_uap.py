@@ -26,7 +26,7 @@ from utils.measure import UapCounts, class_name, logits_under
 from utils.models import describe_geometry, num_classes, targets_of
 from utils.precision import Fast
 from utils.team import join_to_count
-from utils.uaps import digest, find_uaps, fit_size, read_uaps, rounded
+from utils.uaps import find_uaps, fit_size, read_uaps, rounded
 
 SHOWN = 4  # networks whose predictions stand in examples.png
 
@@ -54,7 +54,7 @@ def count(models, deltas, images, aims, s, device, progress):
     return {(u, m): UapCounts(aims[u], **state[u][m]) for u in deltas for m in models}
 
 
-def measure(s, images, networks, fitted, aims, device, progress):
+def count_all(s, images, networks, fitted, aims, device, progress):
     """The counts of all networks {Geometry: {name: network}}; images are decoded once for each.
     -> {(perturbation, network): UapCounts}, names of images that were skipped in any geometry
     """
@@ -175,8 +175,8 @@ def facts(s, images, note, targets, device):
 def depends(s, about, images, fitted, aims):
     """What else the counts depend on, so that parts of other ones are never added to them."""
     return {key: value for key, value in about.items() if key != "commit"} | {
-        "seed": s.seed, "labels": digest(images.labels), "aims": aims,
-        "uaps": {f"{name} {size}": digest(delta) for size, deltas in fitted.items()
+        "seed": s.seed, "labels": run.digest(images.labels), "aims": aims,
+        "uaps": {f"{name} {size}": run.digest(delta) for size, deltas in fitted.items()
                  for name, delta in deltas.items()}}
 
 
@@ -220,7 +220,7 @@ def main(args):
         uap.name: aim(uap, images.kind) for uap in uaps}
     progress = Progress(team, folder / "partial.json", depends(s, about, images, fitted, aims),
                         device)
-    counts, skipped = measure(s, images, networks, fitted, aims, device, progress)
+    counts, skipped = count_all(s, images, networks, fitted, aims, device, progress)
     about |= {"n": len(images) - len(skipped), "skipped": skipped, "processes": team.size}
     classes, first = images.known_classes, targets[0]
     rows = [{"uap": uap.name, "target": target.name, "n": counts[uap.name, target.name].n,

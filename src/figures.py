@@ -194,7 +194,7 @@ def augmentations_picture(args):
     generator = make_generator(args.seed)
     shown = {"original": image} | {
         name: operation(image[None], generator=generator)[0] for name, operation in OPS.items()}
-    return draw.named({name: to_float(x) for name, x in shown.items()})
+    return draw.gallery({name: to_float(x) for name, x in shown.items()})
 
 
 # ------------------------------------------------------------------------ reading

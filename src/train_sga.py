@@ -234,7 +234,7 @@ class SgaTraining(Trainer):
         self.delta, self.v = (state[name].view((k, *self.pixels.shape[1:]))
                               for name, k in (("delta", 1), ("v", self.moments)))
         self.labels, self.amp, self.layout = state["labels"], *(str(state[k]) for k in HELD[3:])
-        sga_run.check_images(self.labels.shape[1], len(self.images))
+        sga_run.check_count(self.labels.shape[1], len(self.images))
 
 
 # --------------------------------------------------------------------- the command
@@ -250,7 +250,7 @@ def get_args():
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd", *universal.ADAMS), default="sga", help="spgd: no inner "
         "pre-search; adam: nor a sign, a step of Adam, as FG-UAP; dm: as DM-UAP")
-    add("--preset", choices=tuple(sga_run.METHODS), default="paper", help="what --augment, "
+    add("--preset", choices=tuple(sga_run.PRESET_FLAGS), default="paper", help="what --augment, "
         "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
         "of the logits, of the last feature map, with those of the clean image; None: preset, ce")

@@ -235,9 +235,9 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(
     images = data.open_images(str(tmp_path / "val"), split="test").prepared(32, None)
     fitted = {32: {name: torch.full((3, 32, 32), value / 255)  # on the 8-bit grid
                    for name, value in (("a", 25), ("b", -25), ("c", 10))}}
-    eval_uap.measure(Namespace(batch_size=4, workers=0, defense="none", cache=None, seed=0), images,
-                     {images.geometry: {"one": Counted(), "two": Counted()}}, fitted,
-                     dict.fromkeys(fitted[32]), torch.device("cpu"), Progress())
+    s = Namespace(batch_size=4, workers=0, defense="none", cache=None, seed=0)
+    eval_uap.count_all(s, images, {images.geometry: {"one": Counted(), "two": Counted()}}, fitted,
+                       dict.fromkeys(fitted[32]), torch.device("cpu"), Progress())
     assert len(decoded) == 6
     assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)
 

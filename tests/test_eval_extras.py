@@ -130,7 +130,7 @@ def test_rounded_images_are_levels_inside_the_ball(images, norm, eps):
     x = (255 * images(20)).round() / 255
     delta = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     x_adv = balls.nearest(x + delta, x, eps, norm)
-    found = saved.rounded(x, x_adv, eps, norm)
+    found = saved.rounded_inside(x, x_adv, eps, norm)
     moved = found.double() - (255 * x.double()).round()
     assert found.dtype == torch.uint8
     assert (balls.norm_of(moved, norm) <= 255 * eps * (1 + 1e-6)).all()
@@ -146,7 +146,7 @@ def test_images_are_rounded_on_the_cpu_as_some_gpus_have_no_float64():
     class OnGpu:
         def cpu(self):
             return torch.full((1, 1, 2, 2), 0.5)
-    assert (saved.rounded(OnGpu(), OnGpu(), 0.1, "linf") == 128).all()
+    assert (saved.rounded_inside(OnGpu(), OnGpu(), 0.1, "linf") == 128).all()
 
 
 def test_saved_images_are_measured_again_and_as_from_images(images, s):
@@ -163,7 +163,7 @@ def test_saved_images_are_measured_again_and_as_from_images(images, s):
     kept = torch.tensor(before) > 0
     x_adv = x.clone()
     x_adv[kept] = attack.run(net.model, x[kept], images.labels[kept], generator=own)
-    eight = saved.rounded(x, x_adv, 0.06, "linf")
+    eight = saved.rounded_inside(x, x_adv, 0.06, "linf")
     for i in kept.nonzero()[:, 0].tolist():
         assert torch.equal(saved.read_png(folder / f"{i:06}.png", eight[i]), eight[i])
     rows = list(csv.DictReader((folder / "images.csv").open()))

@@ -893,15 +893,16 @@ def test_free_training_has_the_replays_of_the_recipe_unless_some_are_given(tmp_p
         ["sh", str(SRC / "train_free.sh"), *flags, *passed], cwd=tmp_path, check=False,
         capture_output=True, text=True, env={
             **os.environ, "PYTHON": str(tmp_path / "python"), "RUNS": "my runs",
-            "METHODS": "free natural", "REPLAYS": replays, "EVAL_IMAGES": "9"})
+            "METHODS": "free natural", "REPLAYS": replays, "EVAL_IMAGES": "9",
+            "MODEL": "my net.py:net"})
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "said").read_text().splitlines()
     for line, name, words in zip(said, runs.split(), trained, strict=False):
         assert f"|--save|my runs/{name}|{words.replace(' ', '|')}|--cache|a b|" in line
     folders = "|".join(f"my runs/{name}" for name in (*runs.split(), "natural"))
     assert said[len(trained) + 1:] == [
-        f"{SRC}/eval_net.py|--cache|a b|--workers=2|--device|cpu|--runs|{folders}|--save|my runs|"
-        "--num_images|9|"]
+        f"{SRC}/eval_net.py|--cache|a b|--workers=2|--device|cpu|--model_name|my net.py:net|--runs|"
+        f"{folders}|--save|my runs|--num_images|9|"]
 
 
 def test_a_clean_cell_without_its_counts_is_made_again(run_here, leave, tmp_path):

@@ -158,7 +158,8 @@ def test_networks_of_every_source_get_as_many_outputs_as_there_are_classes(
     assert facts["model_name"] == name and facts["classes"] == ["ape", "bee", "cat"]
     assert path.name == f"free1_{name.replace('mine.py:', '').removeprefix('timm/')}.pth"
     assert len(list(torch.load(path, weights_only=True).values())[-1]) == 3  # the last bias
-    done = run_here("eval_net.py", "--runs", "run", "--attacks", "none", *EVERY)
+    trusted = ("--model_name", name) if name.startswith("mine.py") else ()
+    done = run_here("eval_net.py", "--runs", "run", *trusted, "--attacks", "none", *EVERY)
     assert done.returncode == 0 and "n: 2 test images" in done.stdout, done.stderr
 
 
@@ -181,8 +182,9 @@ def test_a_function_that_must_be_told_the_number_of_classes_is_told_it(own, run_
         "from torch import nn\ndef network(num_classes):\n    return nn.Sequential(\n"
         "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n")
     done = run_here("free_at.py", *OWN, "--model_name", "mine.py:network", "--image_size", 40)
-    assert done.returncode == 0, done.stderr
-    done = run_here("eval_net.py", "--runs", "run", "--attacks", "none", *EVERY)
+    assert done.returncode == 0 and "--runs run --model_name mine.py:network" in done.stdout
+    done = run_here("eval_net.py", "--runs", "run", "--model_name", "mine.py:network", "--attacks",
+                    "none", *EVERY)
     assert done.returncode == 0, done.stderr
 
 

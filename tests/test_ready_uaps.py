@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.uaps import digest, find_uaps, read_uap, rounded
+from utils.run import digest
+from utils.uaps import find_uaps, read_uap, rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 READY = sorted((ROOT / "imgs" / "uaps").glob("*.png"))

@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import SRC
 
-import train_sga
 from utils import draw, sga_run
 from utils.data import PRESETS, open_images
 from utils.errors import UserError
@@ -452,16 +451,6 @@ def test_the_targeted_success_counts_images_that_were_not_the_target_before(run_
     assert shares["targeted_success"]["n"] == len(pairs)
     assert shares["targeted_success"]["k"] == sum(a == target for _, a in pairs) > 0
     assert shares["fooling_ratio"]["n"] == 60
-
-
-@pytest.mark.parametrize(("typed", "augment", "mu"), [
-    ("", False, 0), ("--augment", True, 0.9), ("--augment --momentum 0", True, 0),
-    ("--preset few_images", True, 0.9), ("--preset transfer --no-augment", False, 0.9),
-    ("--preset transfer --momentum 0", True, 0), ("--preset transfer --method adam", True, 0)])
-def test_a_preset_or_augment_sets_the_momentum_that_is_not_typed(typed, augment, mu, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_sga.py", "--model_name", "mlp", *typed.split()])
-    (s, _, _), = sga_run.plans(train_sga.get_args())
-    assert (s.momentum, s.augment) == (mu, augment)
 
 
 def test_the_perturbation_is_a_plain_tensor_within_eps_that_anybody_can_load(made):

@@ -308,7 +308,7 @@ CASES = {  # flags: augment, momentum, loss, batch_size
     ("--augment",): (True, 0.9, "ce", 250), ("--preset", "few_images"): (True, 0.9, "ce", 250),
     ("--preset", "transfer"): (True, 0.9, "feature", 50),
     ("--preset", "transfer", "--loss", "ce", "--batch_size", 20): (True, 0.9, "ce", 20),
-    ("--preset", "transfer", "--no-augment"): (False, 0, "feature", 50),
+    ("--preset", "transfer", "--no-augment"): (False, 0.9, "feature", 50),
     ("--preset", "transfer", "--momentum", 0): (True, 0, "feature", 50),
     ("--preset", "transfer", "--method", "adam"): (True, 0, "feature", 50)}
 

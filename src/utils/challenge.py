@@ -165,6 +165,6 @@ def finish(training, folder):
              **run.provenance(training.device, s.deterministic)}
     run.save_pth(folder / f"{name}.pth", training.best["net"])
     run.save_json(folder / f"{name}.json", facts)
-    run.write_atomic(folder / "curve.png", draw.training(
+    run.write_atomic(folder / "curve.png", draw.training_curve(
         training.rows, name, val_acc="held-out images", val_aug_acc="the same, augmented"))
     print(f"saved {folder / name}.pth; to measure it: python eval_net.py --runs {folder.path}")

@@ -17,7 +17,7 @@ from utils.halving import Halving
 from utils.measure import times_right_on
 from utils.models import targets_of
 from utils.precision import Fast
-from utils.uaps import digest
+from utils.run import digest
 
 
 @dataclass(eq=False)

@@ -86,7 +86,7 @@ def curves(rows, title):
     return _png(figure)
 
 
-def training(rows, title, **also):
+def training_curve(rows, title, **also):
     """Loss and accuracy over the epochs of a log.csv; also: a label for each further column.
 
     Columns of older rows, and all but the loss, may be missing.
@@ -241,7 +241,7 @@ def _exercise_line(panels, line, common):
         _name(axes, one["seen"][kind, i], one["y"][i])
 
 
-def named(pictures, columns=7):
+def gallery(pictures, columns=7):
     """{name: (C, H, W) in [0, 1]} as a grid."""
     lines = -(-len(pictures) // columns)
     figure = _figure(1.5 * columns, 1.7 * lines)

@@ -88,10 +88,11 @@ def finish(training, folder, name):
             "best_score": best["score"]})
     for suffix in () if best["net"] else (".pth", ".json"):  # of a run that was overwritten
         (folder / f"{name}_best{suffix}").unlink(missing_ok=True)
-    run.write_atomic(folder / "curve.png", draw.training(
+    run.write_atomic(folder / "curve.png", draw.training_curve(
         rows, name, probe_adv_acc="PGD-10, some training images",
         val_acc="held-out images", val_adv_acc="PGD-10, held-out images"))
-    print(f"saved {folder / name}.pth; python eval_net.py --runs {folder.path} attacks it")
+    trusted = f" --model_name {s.model_name}" * (".py:" in s.model_name)  # code that is run
+    print(f"saved {folder / name}.pth; python eval_net.py --runs {folder.path}{trusted} attacks it")
 
 
 def _taken(rows):

@@ -270,7 +270,7 @@ def _jitter(x, shift, noise, generator):
 class MLDecoder(nn.Module):
     """Ridnik et al. 2021, Sec. 3: a transformer's decoder layer without its self-attention.
 
-    Features (n, C, H, W) -> logits (n, classes). As many queries as classes, or `queries` of them,
+    TimmBody (n, C, H, W) -> logits (n, classes). As many queries as classes, or `queries` of them,
     each of which answers for a group of classes (group decoding). The queries are fixed and random;
     what they pass through is learnt.
     """
@@ -303,7 +303,7 @@ class MLDecoder(nn.Module):
 
 
 def fc_head(channels, classes, dropout=0.2):
-    """Features (n, C, H, W) -> logits (n, classes)."""
+    """TimmBody (n, C, H, W) -> logits (n, classes)."""
     layers, widths = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(channels)], (512, 256)
     for width in widths:
         layers += [nn.Linear(channels, width), nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(width)]
@@ -311,7 +311,7 @@ def fc_head(channels, classes, dropout=0.2):
     return nn.Sequential(*layers, nn.Linear(channels, classes))
 
 
-class Features(nn.Module):
+class TimmBody(nn.Module):
     """What a network of timm computes before its head, a map (n, C, H, W) in most."""
 
     def __init__(self, net):
@@ -377,7 +377,7 @@ def _body(net, name):
     if isinstance(net, WithHead):
         return net[0], net.channels
     if hasattr(net, "forward_features") and hasattr(net, "reset_classifier"):
-        body = Features(net)
+        body = TimmBody(net)
     elif isinstance(net, zoo.ResNet):
         body = nn.Sequential(*list(net.children())[:-2])
     elif isinstance(net, zoo.DenseNet):

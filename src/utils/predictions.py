@@ -25,7 +25,7 @@ def save_predictions(folder, networks, shown, s, team):
     rows = []
     for net, images in zip(networks, shown, strict=True):
         read = cached(images.prepared(net.target.geometry, None), s.cache, workers=s.workers)
-        found = predicted(net.defended, read, s, net.name, team)
+        found = classified(net.defended, read, s, net.name, team)
         names = net.facts.get("classes") or net.target.classes or images.known_classes \
             or NAMES.get(images.kind, ())
         rows += rows_of(net.name, images, *found, names if len(names) == net.classes else ())
@@ -36,7 +36,7 @@ def save_predictions(folder, networks, shown, s, team):
 
 
 @torch.no_grad()
-def predicted(model, images, s, desc, team):
+def classified(model, images, s, desc, team):
     """Class (N,) int64 and its probability (N,) of every image; -1 where it cannot be decoded.
 
     s: batch_size, seed, workers, device.

@@ -6,6 +6,7 @@ Nothing that is read is ever unpickled as code.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -205,6 +206,11 @@ def is_plain(value):
     """Whether it is a tensor of real numbers that are there: no sparse, quantised or meta one."""
     return (torch.is_tensor(value) and value.layout is torch.strided and value.device.type == "cpu"
             and not (value.is_quantized or value.is_nested or value.is_complex()))
+
+
+def digest(value):
+    """Sixteen hexadecimal digits of the SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def save_json(path, value):

@@ -21,14 +21,13 @@ from utils.attack.chance import numbered
 from utils.data import read_image, to_float
 from utils.errors import DAMAGE, UserError
 from utils.report import eps_text
-from utils.run import load_json, save_csv, save_json, write_atomic
-from utils.uaps import digest
+from utils.run import digest, load_json, save_csv, save_json, write_atomic
 
 FACTS = {"attack": str, "network": str, "model": str, "norm": str, "eps": float, "seed": int,
          "labels": str, "images_sha256": str, "size": int}
 
 
-def rounded(x, x_adv, eps, norm):
+def rounded_inside(x, x_adv, eps, norm):
     """uint8 images (n, C, H, W) near x_adv, within eps of x, whose pixels are multiples of 1/255;
     on the CPU.
 
@@ -125,7 +124,7 @@ class Kept:
 
     def __call__(self, index, x, x_adv):
         """Saves the images at these places of the list; -> what is read again."""
-        pixels = rounded(x, x_adv, self.attack.eps, self.attack.norm)
+        pixels = rounded_inside(x, x_adv, self.attack.eps, self.attack.norm)
         for i, one in zip(index.tolist(), pixels, strict=True):
             write_atomic(self.folder / f"{i:06}.png", png_of(one))
         return to_float(torch.stack([read_png(self.folder / f"{i:06}.png", one)

@@ -26,7 +26,7 @@ from utils.run import (
 from utils.sga_team import predicted
 from utils.sources import label_of
 
-METHODS = {  # of --preset: what it sets where the flag is not typed
+PRESET_FLAGS = {  # of --preset: what it sets where the flag is not typed
     "paper": {"augment": False, "loss": "ce", "batch_size": 250},
     "few_images": {"augment": True, "loss": "ce", "batch_size": 250},
     "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
@@ -59,7 +59,7 @@ def settle(args):
 
     args: the flags, with the networks and weights of one perturbation.
     """
-    method = METHODS[args.preset] | INNER
+    method = PRESET_FLAGS[args.preset] | INNER
     for flag in [k for k in INNER if args.method != "sga" and getattr(args, k) is not None]:
         raise UserError(f"--method {args.method} --{flag} {getattr(args, flag)}: only sga has "
                         f"inner steps; leave --{flag} out")
@@ -209,7 +209,7 @@ def open_runs(jobs, device):
 
 # ------------------------------------------------------------------------ figures, files
 
-def check_images(was, now):
+def check_count(was, now):
     """UserError if a run that is resumed can read fewer images, or more, than it began with."""
     if was != now:
         raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "

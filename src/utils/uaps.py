@@ -6,7 +6,6 @@
     folder  every perturbation below it that has its facts in a NAME.json
 """
 
-import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,11 +44,6 @@ def rounded(delta):
     """delta on the 8-bit grid k/255, or None if it lies on the grid already."""
     grid = (delta * 255).round() / 255
     return None if torch.allclose(delta, grid, rtol=0, atol=1e-6) else grid
-
-
-def digest(delta):
-    """Sixteen hexadecimal digits that tell one perturbation from another."""
-    return hashlib.sha256(delta.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------- reading

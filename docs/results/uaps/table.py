@@ -12,7 +12,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2] / "src"))
 
 from utils.report import interval, markdown  # noqa: E402
-from utils.uaps import digest, read_uap  # noqa: E402
+from utils.run import digest  # noqa: E402
+from utils.uaps import read_uap  # noqa: E402
 
 
 def rows(results):
