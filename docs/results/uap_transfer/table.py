@@ -41,8 +41,14 @@ def table(results):
     rows = [[*(f"{cell:,}" if isinstance(cell, int) else cell for cell in made), str(len(seeds)),
              "-" if None in seconds[made] else f"{mean(seconds[made]):.0f}",
              *(spread([shares[network] for shares in seeds]) for network in networks)]
-            for made, seeds in sorted(groups.items(), key=lambda one: (one[0][0], one[0][-1]))]
+            for made, seeds in sorted(groups.items(), key=lambda one: place(one[0]))]
     return [[*HEAD, *networks], *rows]
+
+
+def place(made):
+    """Where a row stands: the presets, the floors, then the others by name."""
+    name, first = made[0], ("paper", "few_images", "transfer", "signs", "random_network")
+    return first.index(name) if name in first else len(first), name, made[-1]
 
 
 def spread(values):
