@@ -69,7 +69,7 @@ choose_python
 # table "NAME..." "OPTION..." FLAG...: eval_net.py with these options on these runs in $RUNS; of the
 # flags of their training those that only say how to compute.
 table() {
-    names=$1 options=$2 left=$(($# - 2))
+    names=$1 options=$2 left=$(($# - 2)) model=${MODEL:-}
     shift 2
     while [ "$left" -gt 0 ]; do
         flag=$1 left=$((left - 1))
@@ -77,9 +77,11 @@ table() {
         case $flag in
         --device=* | --workers=* | --cache=*) set -- "$@" "$flag" ;;
         --device | --workers | --cache) set -- "$@" "$flag" "${1-}" ;;
+        --model_name=*) model=${flag#*=} ;;
+        --model_name) model=${1-} ;;
         esac
     done
-    case ${MODEL:-} in *.py:*) set -- "$@" --model_name "$MODEL" ;; esac  # its code is run
+    case $model in *.py:*) set -- "$@" --model_name "$model" ;; esac  # its code is run
     set -- "$@" --runs
     for name in $names; do set -- "$@" "$RUNS/$name"; done
     # shellcheck disable=SC2086  # lists, separated by spaces

@@ -699,6 +699,11 @@ def run_tests(folder, tests, log):
     os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]))
 
 
+def allowed():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def main(jobs, at_once):
     """[(folder, tests, log)] -> the exit status of each pytest, in the same order."""
     status, running, waiting = {}, {}, list(enumerate(jobs))
@@ -716,4 +721,4 @@ if __name__ == "__main__":
     import pytest
     import torchvision  # noqa: F401  # once for all forks, and torch with it
 
-    print(json.dumps(main(json.load(sys.stdin), os.cpu_count())))
+    print(json.dumps(main(json.load(sys.stdin), min(8, allowed()))))

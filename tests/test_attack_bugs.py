@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def outcomes(tmp_path_factory, testrun_uid):
 
     One process of pytest-xdist finds them out, the others wait.
     """
-    path = Path(tempfile.gettempdir()) / f"planted_{testrun_uid}.json"
+    path = tmp_path_factory.getbasetemp().parent / f"planted_{testrun_uid}.json"
     with alone(path):
         if not path.exists():
             path.write_text(json.dumps(found_out(tmp_path_factory)))

@@ -527,6 +527,12 @@ def test_the_challenges_runs_stand_in_one_table_with_their_robustness(
     for cell in state["cells"].values():
         cell["seconds"] += 1
     again = ("eval_net.py", "--runs", "stage1", *FEW, "--attacks", "none", "--save", "again")
+    table = path.with_name("results.csv")
+    rows = table.read_text()
+    table.write_text("".join(rows.splitlines(keepends=True)[:-1]))  # without the last worst case
+    done = run_here(*again)
+    assert done.returncode == 0 and left_out in done.stdout and "| AR, " not in done.stdout
+    table.write_text(rows)
     for changed in (json.dumps(state), None, text):  # cells begun again, lost, of another network
         if changed == text:
             leave("stage1", STAGE, state=trainable("cnn_bn", kind="digits", seed=3)[1].state_dict())

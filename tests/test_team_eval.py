@@ -220,7 +220,6 @@ def test_a_run_of_one_process_is_continued_by_several(one, many, name):
     assert not (folder / f"killed {name}" / "partial.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "local", "size"), [
     (None, None, ""), (None, None, "1"), ("", "", ""), ("3", "0", None), ("0", "0", "1")])
 def test_without_torchrun_a_process_is_alone(rank, local, size, monkeypatch):
@@ -244,6 +243,7 @@ def started_with(monkeypatch, *values):
             monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_is_kept_and_only_the_first_prints(many):
     folder, done, processes = many
     for cell in json.loads((folder / "gcm" / "results.json").read_text())["cells"].values():

@@ -15,7 +15,7 @@ from utils.data import NAMED, hold_out, need_labels, opened
 from utils.errors import UserError
 from utils.models import check_name, input_size
 from utils.precision import training_amp
-from utils.sources import label_of
+from utils.sources import beside_runs, label_of
 from utils.weights import head_of, weights_path
 
 STAGES = {
@@ -167,4 +167,5 @@ def finish(training, folder):
     run.save_json(folder / f"{name}.json", facts)
     run.write_atomic(folder / "curve.png", draw.training_curve(
         training.rows, name, val_acc="held-out images", val_aug_acc="the same, augmented"))
-    print(f"saved {folder / name}.pth; to measure it: python eval_net.py --runs {folder.path}")
+    print(f"saved {folder / name}.pth; to measure it: python eval_net.py --runs {folder.path}"
+          + beside_runs(s.model_name))

@@ -7,6 +7,7 @@ from utils import draw, run
 from utils.attack.chance import Chance
 from utils.data import cached, load, to_float, unseen
 from utils.errors import UserError
+from utils.sources import beside_runs
 
 MOST, SHARE = 500, 10  # --validate: at most so many images, and a tenth of the training images
 BLOCK = 50             # images that are measured at once, fewer where memory runs out
@@ -91,8 +92,8 @@ def finish(training, folder, name):
     run.write_atomic(folder / "curve.png", draw.training_curve(
         rows, name, probe_adv_acc="PGD-10, some training images",
         val_acc="held-out images", val_adv_acc="PGD-10, held-out images"))
-    trusted = f" --model_name {s.model_name}" * (".py:" in s.model_name)  # code that is run
-    print(f"saved {folder / name}.pth; python eval_net.py --runs {folder.path}{trusted} attacks it")
+    print(f"saved {folder / name}.pth; python eval_net.py --runs {folder.path}"
+          f"{beside_runs(s.model_name)} attacks it")
 
 
 def _taken(rows):

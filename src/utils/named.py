@@ -60,21 +60,22 @@ def _torchvision(dataset, root, folder="", images=None, **kwargs):
 
     folder: where it is in `root`; images: how many it has, where half a set can be opened.
     """
+    half = None
     try:
-        data = _kept(dataset, root, folder, images, **kwargs)
-    except UserError:
+        if (data := _kept(dataset, root, folder, images, **kwargs)) is not None:
+            return data
+    except UserError as error:
         if not images:
             raise
-        data = None  # perhaps another process is unpacking it
-    if data is not None:
-        return data
+        half = error  # perhaps another process is unpacking it
     try:
         with alone(Path(root) / dataset.__name__):
             data = _kept(dataset, root, folder, images, **kwargs)
             return dataset(root, download=True, **kwargs) if data is None else data
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{dataset.__name__} is not in '{root}' and its download failed ({error});"
-                        " type --data_root FOLDER that holds it, or --data_dir digits") from None
+        raise half or UserError(
+            f"{dataset.__name__} is not in '{root}' and its download failed ({error}); type "
+            "--data_root FOLDER that holds it, or --data_dir digits") from None
 
 
 def _kept(dataset, root, folder, images, **kwargs):

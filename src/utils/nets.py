@@ -270,9 +270,9 @@ def _jitter(x, shift, noise, generator):
 class MLDecoder(nn.Module):
     """Ridnik et al. 2021, Sec. 3: a transformer's decoder layer without its self-attention.
 
-    TimmBody (n, C, H, W) -> logits (n, classes). As many queries as classes, or `queries` of them,
-    each of which answers for a group of classes (group decoding). The queries are fixed and random;
-    what they pass through is learnt.
+    A feature map (n, C, H, W) -> logits (n, classes). As many queries as classes, or `queries` of
+    them, each of which answers for a group of classes (group decoding). The queries are fixed and
+    random; what they pass through is learnt.
     """
 
     def __init__(self, channels, classes, *, queries=100, width=768, hidden=2048, attention_heads=8,
@@ -303,7 +303,7 @@ class MLDecoder(nn.Module):
 
 
 def fc_head(channels, classes, dropout=0.2):
-    """TimmBody (n, C, H, W) -> logits (n, classes)."""
+    """A feature map (n, C, H, W) -> logits (n, classes)."""
     layers, widths = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(channels)], (512, 256)
     for width in widths:
         layers += [nn.Linear(channels, width), nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(width)]

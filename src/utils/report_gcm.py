@@ -181,9 +181,14 @@ def worst_cases(folder, weights):
         rows = [row for row in rows if settings.get(f"network {row['model']}", {}).get("weights")
                 == weights]
         tried = [row for row in rows if row["attack"] != WORST]
-        if not tried or any(tuple(row[name] for name in names) not in made for row in tried):
-            return found, None  # of other weights, or not of the cells, which were begun again
-        for row in [row for row in rows if row["attack"] == WORST]:
+        worst = [row for row in rows if row["attack"] == WORST]
+        alone = {cell["attacker"] for cell in state["cells"].values()
+                 if cell["defense"] != "none"} == {"naive"}
+        begun, whole = ({row["row"] for row in part} for part in (tried, worst))
+        if alone or not tried or begun != whole or any(
+                tuple(row[name] for name in names) not in made for row in tried):
+            return found, None  # of other weights, unfinished, or not of the cells, begun again
+        for row in worst:
             name = row["row"].partition(", ")[2].partition(" (")[0] or row["row"]
             found[f"AR, {name}"] = interval({
                 "value": float(row["attack_robustness"]),

@@ -187,8 +187,8 @@ class Run:
             state = training.state()  # of all processes
             if training.team.first:
                 write_atomic(self.folder / "images.txt", training.images.listing().encode())
-                save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
                 (self.folder / f"{self.name}.json").unlink(missing_ok=True)  # of an overwritten run
+                save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
         if training.layers:
             say(f"the loss compares the output of {', '.join(training.layers)}")
         say(f"gradients in {training.amp.replace('off', 'float32')}, {training.layout} (to repeat: "
@@ -199,7 +199,8 @@ class Run:
 def open_runs(jobs, device):
     """[(Job, its Run)] of a command; what can be refused is, before the first one is made."""
     runs = [(job, Run.opened(job, device)) for job in jobs]
-    several = {id(job.surrogates): job for job in jobs}.values() if len(jobs) > 1 else ()
+    largest = sorted(jobs, key=lambda job: job.s.target or 0)  # class, which stands for the others
+    several = {id(job.surrogates): job for job in largest}.values() if len(jobs) > 1 else ()
     for job in several:  # once for all seeds and targets: weights, and the layer that is compared
         size = job.s.image_size
         layers_of(job.models(device), job.s, torch.zeros((1, job.images.channels, size, size),
@@ -263,9 +264,10 @@ def save_perturbation(training, job, one):
 
 def _finished(one, s):
     """The facts that an earlier command saved after the last epoch, or {}."""
-    path = one.folder / f"{one.name}.json"
-    rows = one.saved["rows"] if one.saved else ()
-    facts = load_json(path) if len(rows) == s.epochs and path.is_file() else {}
+    path, rows = one.folder / f"{one.name}.json", one.saved["rows"] if one.saved else ()
+    files = (path, path.with_suffix(".pth"), path.with_suffix(".png"), one.folder / "curve.png")
+    whole = len(rows) == s.epochs and all(file.is_file() for file in files)
+    facts = load_json(path) if whole else {}
     there = isinstance(facts, dict) and isinstance(facts.get("on_training_images"), dict)
     return facts if there and facts.get("epochs") == s.epochs else {}
 

@@ -31,6 +31,7 @@ from utils import factory
 from utils.data import PRESETS, SMALL, Geometry, paper_geometry
 from utils.errors import UserError
 from utils.nets import NETWORKS, RECIPE_VERSION, RECIPES, Normalize, Standardize, build_small
+from utils.precision import out_of_memory
 from utils.run import load_pth
 
 OURS = (*SMALL, *NETWORKS)
@@ -146,6 +147,8 @@ class Torchvision(Source):
             return zoo.get_model(self.name, weights=enum, progress=sys.stderr.isatty(),
                                  **self.no_auxiliary)
         except Exception as error:  # no connection, other tensors: torch raises nearly anything
+            if out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             if cached.is_file():
                 raise UserError(f"{self.name}: its weights in the cache are damaged ({reason}); "
@@ -320,3 +323,8 @@ class Ours(Source):
         if not self.ready or weights != "V1":
             self.pretrained(weights)
         return f"trained on {self.kind}, recipe {RECIPE_VERSION}"
+
+
+def beside_runs(name):
+    """What a command needs beside --runs of a network: the name of a FILE.py:FUNCTION, its code."""
+    return f" --model_name {name}" if ".py:" in name else ""

@@ -21,6 +21,7 @@ from utils.attack.chance import chance_of
 from utils.attack.telling import passing, telling
 from utils.attack.waits import free_to_ask
 from utils.errors import UserError
+from utils.precision import out_of_memory
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
 COUNTS = ("steps", "binary_steps", "restarts", "targets", "queries")         # whole, at least 1
@@ -269,8 +270,8 @@ def forward(model, x, y, tally=None, index=slice(None)):
     with passing(index):
         try:
             logits, changed = model(x).to(x.dtype), x._version != version
-        except RuntimeError:
-            if not (changed := _changes(model, x)):
+        except RuntimeError as error:
+            if out_of_memory(error) or not (changed := _changes(model, x)):
                 raise
     if changed:
         raise UserError("the model changes its input, the attacked image, in place; type "
