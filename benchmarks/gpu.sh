@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that is said of speed on a GPU, in one table: SGA, PGD, adversarial training,
-# evaluation. Needs requirements-dev.txt and about 10 GB of GPU memory. Not run on a GPU.
+# evaluation. Needs requirements-dev.txt. Not run on a GPU.
 #   sh benchmarks/gpu.sh                    from the root of the repository
 #   DATA=/data/cifar10 sh benchmarks/gpu.sh      CIFAR-10 that is there already
 set -eu

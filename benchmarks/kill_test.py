@@ -103,25 +103,30 @@ def outcome(folder):
     return found
 
 
-def stage_of(folder, process):
+def stage_of(folder):
     """Which of STAGES a kill belongs to, by what lies in the run's folder."""
     names = {path.name for path in folder.rglob("*") if not path.name.startswith(".")}
     results = {name for name in names if name.endswith((".md", ".pth"))} - {"checkpoint.pth"}
-    if process.returncode == 0 or results:
+    if results:
         return STAGES[2]
     return STAGES[1 if names else 0]
 
 
 def trial(words, cwd, whole, draw):
-    """One kill, and what comes after it. -> {stage, differs: names of files}"""
-    folder = cwd / "killed"
-    process = start(words, folder, cwd)
-    began = moment_of_folder(process, folder)
-    time.sleep(max(0.0, began + draw.uniform(0, whole["seconds"]) - time.monotonic()))
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    stage = stage_of(folder, process)
+    """One kill, and what comes after it; a run that ends before its moment is begun again with
+    another. -> {stage, differs: names of files}
+    """
+    folder, killed = cwd / "killed", False
+    while not killed:
+        shutil.rmtree(folder, ignore_errors=True)
+        process = start(words, folder, cwd)
+        began = moment_of_folder(process, folder)
+        time.sleep(max(0.0, began + draw.uniform(0, whole["seconds"]) - time.monotonic()))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed = process.returncode == -signal.SIGKILL
+    stage = stage_of(folder)
     finish(start(words, folder, cwd))
     found, wanted = outcome(folder), whole["outcome"]
     shutil.rmtree(folder)

@@ -8,4 +8,4 @@ RUNS=${RUNS:-runs/augment_cost}
 
 mkdir -p "$RUNS"
 PYTHONPATH=src "$PYTHON" benchmarks/augment_speed.py --threads 1 --bf16 --out "$RUNS/one.json"
-PYTHONPATH=src "$PYTHON" benchmarks/augment_speed.py --turns 3 --out "$RUNS/two.json"
+PYTHONPATH=src "$PYTHON" benchmarks/augment_speed.py --threads 2 --turns 3 --out "$RUNS/two.json"

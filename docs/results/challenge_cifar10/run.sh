@@ -3,6 +3,7 @@
 # stage 1 without FGSM and without augmentation. One thread, then the attacks.
 #   sh docs/results/challenge_cifar10/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/challenge_cifar10}
@@ -10,7 +11,7 @@ RUNS=${RUNS:-runs/challenge_cifar10}
 train() {  # train NAME FLAG...
     name=$1; shift
     "$PYTHON" src/train_gcm.py --data_dir "$DATA" --num_images 25000 --amp bf16 \
-        --save "$RUNS/$name" "$@"
+        --save "$RUNS/$name" --resume "$@"
 }
 attack() {  # attack NAME STAGE DEFENCE FOLDER FLAG...
     weights=$RUNS/$1/stage$2_resnet_small.pth defence=$3 folder=$RUNS/$1/$4; shift 4

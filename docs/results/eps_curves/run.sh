@@ -15,4 +15,4 @@ FREE=${FREE:-runs/free_cifar10}
     --weights "$FREE/natural/natural_small.pth" --defense gcm --num_images 200 --attacks none \
     --eps_curve --save "$RUNS/gcm"
 "$PYTHON" src/figures.py --eps_curves "$RUNS/trainings" "$RUNS/gcm" \
-    --rows natural "small:natural, behind GCM" free8 pgd --out imgs/eps_curves.png
+    --rows natural "small:natural, behind GCM" free8 pgd --out "$RUNS/eps_curves.png"

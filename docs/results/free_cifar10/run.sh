@@ -4,10 +4,11 @@
 # was stopped goes on from its checkpoint.
 #   METHODS="natural free8 pgd" sh docs/results/free_cifar10/run.sh     from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_cifar10}
-METHODS=${METHODS:-natural free2 free4 free8 pgd fast fast_stop}
+METHODS=${METHODS:-natural free2 free4 free8 pgd fast}  # or fast_stop instead of fast
 N=${N:-1000}                     # test images that are attacked
 
 train() {  # train NAME FLAG...

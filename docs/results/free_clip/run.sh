@@ -4,6 +4,7 @@
 # on one quiet thread, the attacks on all six a quarter of an hour.
 #   sh docs/results/free_clip/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 DATA=${DATA:-mnist}
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_clip}
@@ -12,7 +13,7 @@ for seed in 0 1 2; do
     for clip in ball box; do
         "$PYTHON" src/free_at.py --data_dir "$DATA" --num_images 20000 --epochs 16 --lr 0.03 \
             --schedule onecycle --amp bf16 --method free --replays 8 --clip_delta "$clip" \
-            --seed "$seed" --save "$RUNS/${clip}_$seed"
+            --seed "$seed" --save "$RUNS/${clip}_$seed" --resume
     done
 done
 "$PYTHON" src/eval_net.py --runs "$RUNS/ball_0" "$RUNS/ball_1" "$RUNS/ball_2" \

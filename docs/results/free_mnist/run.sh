@@ -4,6 +4,7 @@
 # free8 with each --clip_delta from three seeds.
 #   sh docs/results/free_mnist/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 DATA=${DATA:-mnist}
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_mnist}
@@ -11,7 +12,7 @@ RUNS=${RUNS:-runs/free_mnist}
 train() {  # train NAME FLAG...
     name=$1; shift
     "$PYTHON" src/free_at.py --data_dir "$DATA" --num_images 20000 --epochs 16 \
-        --schedule onecycle --amp bf16 --save "$RUNS/$name" "$@"
+        --schedule onecycle --amp bf16 --save "$RUNS/$name" --resume "$@"
 }
 train natural --method natural --lr 0.03
 for m in 2 4; do train "free$m" --method free --replays "$m" --lr 0.03; done

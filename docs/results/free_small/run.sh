@@ -3,6 +3,7 @@
 # thread, then the attacks.
 #   sh docs/results/free_small/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_small}
@@ -10,7 +11,7 @@ RUNS=${RUNS:-runs/free_small}
 train() {  # train NAME FLAG...
     name=$1; shift
     "$PYTHON" src/free_at.py --data_dir "$DATA" --model_name cnn_bn --epochs 8 \
-        --schedule onecycle --amp bf16 --save "$RUNS/$name" "$@"
+        --schedule onecycle --amp bf16 --save "$RUNS/$name" --resume "$@"
 }
 train natural --method natural
 for m in 2 4 8; do train "free$m" --method free --replays "$m"; done

@@ -3,6 +3,7 @@
 # attacks on one thread.
 #   sh docs/results/gcm_photographs/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
 PYTHON=${PYTHON:-python}

@@ -3,6 +3,7 @@
 # attacker. About 15 minutes on one thread for each perturbation.
 #   sh docs/results/gcm_uap/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
 PYTHON=${PYTHON:-python}
@@ -11,7 +12,8 @@ RUNS=${RUNS:-runs/gcm_uap}
 run() {  # run NAME FLAG...
     name=$1; shift
     "$PYTHON" src/train_sga.py --data_dir "$SAMPLE/train" --model_name squeezenet1_0 \
-        --weights "$WEIGHTS" --layout channels_last --amp bf16 --save "$RUNS/$name" "$@"
+        --weights "$WEIGHTS" --layout channels_last --amp bf16 --save "$RUNS/$name" \
+        --resume "$@"
 }
 run vanilla
 run gcm_naive --defense gcm

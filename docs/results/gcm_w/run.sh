@@ -2,6 +2,7 @@
 # Robustness of two networks behind GCM against its w; the cells are those of their w_sweep.csv.
 #   sh docs/results/gcm_w/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
 PYTHON=${PYTHON:-python}

@@ -8,6 +8,7 @@
 #   TRAIN="clean noise" SGD="" TABLES="" sh docs/results/mnist_fifty/run.sh
 #   TRAIN="fgs fgv" TABLES="" sh docs/results/mnist_fifty/run.sh
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 DATA=${DATA:-mnist}                     # downloaded, or a folder that holds MNIST
 TRAIN=${TRAIN-clean noise fgs fgv}      # variations with Adam
 SGD=${SGD-fgs}                          # variations with SGD

@@ -4,6 +4,7 @@
 # at 4/255 no image is left.
 #   sh docs/results/network_sources/run.sh        from the root of the repository
 set -eu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
 WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
 PYTHON=${PYTHON:-python}
@@ -16,7 +17,7 @@ PYTHONPATH=src "$PYTHON" "$HERE/convert.py" timm "$WEIGHTS" "$RUNS/timm.safetens
     --model_name squeezenet1_0 mobilenet_v2 timm/mobilenetv2_100 "$HERE/nets.py:both" \
     --weights "$WEIGHTS" "$WEIGHTS" "$RUNS/timm.safetensors" V1 --save "$RUNS/photographs"
 
-"$PYTHON" src/free_at.py --data_dir digits --method free --save "$RUNS/free"
+"$PYTHON" src/free_at.py --data_dir digits --method free --save "$RUNS/free" --resume
 PYTHONPATH=src "$PYTHON" "$HERE/convert.py" robust "$RUNS/free/free8_mlp.pth" "$RUNS/robust.pth"
 "$PYTHON" src/eval_net.py --data_dir digits --attacks pgd20 --eps 0.1 --model_name mlp \
     --weights "$RUNS/robust.pth" --save "$RUNS/robust"

@@ -8,5 +8,5 @@ RUNS=${RUNS:-runs/scale}
 export OMP_NUM_THREADS=1
 
 PYTHONPATH=src "$PYTHON" benchmarks/scale_cost.py --results "$RUNS/results.json"
-PYTHONPATH=src "$PYTHON" benchmarks/chance_speed.py --threads 1 --turns 3 \
+PYTHONPATH=src "$PYTHON" benchmarks/chance_speed.py --threads 1 \
     --results "$RUNS/chance.json"

@@ -11,7 +11,7 @@ RUNS=${RUNS:-runs/uap_augment_settings}
 for momentum in 0 0.9; do
     "$PYTHON" src/train_sga.py --data_dir "$SAMPLE/train" --model_name squeezenet1_0 \
         --weights "$WEIGHTS" --layout channels_last --amp bf16 --epochs 10 --augment \
-        --momentum "$momentum" --save "$RUNS/momentum_$momentum"
+        --momentum "$momentum" --save "$RUNS/momentum_$momentum" --resume
 done
 "$PYTHON" src/eval_uap.py --uaps "$RUNS" --data_dir "$SAMPLE/val" --weights "$WEIGHTS" \
     --model_name squeezenet1_0 squeezenet1_1 mobilenet_v2 --save "$RUNS/eval"

@@ -11,7 +11,8 @@ RUNS=${RUNS:-runs/uap_parts}
 run() {  # run NAME FLAG...
     name=$1; shift
     "$PYTHON" src/train_sga.py --data_dir "$SAMPLE/train" --model_name squeezenet1_0 \
-        --weights "$WEIGHTS" --layout channels_last --amp bf16 --save "$RUNS/$name" "$@"
+        --weights "$WEIGHTS" --layout channels_last --amp bf16 --save "$RUNS/$name" \
+        --resume "$@"
 }
 for s in 0 1 2; do run "sga_momentum_$s" --seed "$s" --momentum 0.9; done
 for s in 0 1 2; do run "aug_plain_$s" --seed "$s" --augment --momentum 0; done

@@ -11,7 +11,7 @@ RUNS=${RUNS:-runs/uap_photographs}
 run() {  # run NAME FLAG...
     name=$1; shift
     "$PYTHON" src/train_sga.py --data_dir "$SAMPLE/train" --model_name squeezenet1_0 \
-        --weights "$WEIGHTS" --layout channels_last --save "$RUNS/$name" "$@"
+        --weights "$WEIGHTS" --layout channels_last --save "$RUNS/$name" --resume "$@"
 }
 for s in 0 1 2; do run "sga_bf16_$s" --amp bf16 --seed "$s"; done
 for s in 0 1; do run "aug_bf16_$s" --amp bf16 --seed "$s" --augment; done

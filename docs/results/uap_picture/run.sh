@@ -9,7 +9,7 @@ RUNS=${RUNS:-runs/uap_picture}
 
 "$PYTHON" src/train_sga.py --data_dir "$SAMPLE/train" --model_name squeezenet1_0 \
     --weights "$WEIGHTS" --amp bf16 --layout channels_last --seed 0 --preset transfer \
-    --save "$RUNS/transfer"
+    --save "$RUNS/transfer" --resume
 mkdir -p "$RUNS/photos/photographs"       # a class folder
 "$PYTHON" -c 'import sys, pathlib, shutil, sklearn.datasets
 folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"

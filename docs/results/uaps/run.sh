@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the perturbations of imgs/uaps and measures them. What is done is kept, and a run that was
-# stopped goes on from its checkpoint.
+# stopped goes on from its checkpoint. UAPS=imgs/uaps ROWS= measures those that are there.
 #   sh docs/results/uaps/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
@@ -8,8 +8,10 @@ WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/dat
 CIFAR=${CIFAR:-cifar10}          # ours: the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uaps}
+UAPS=${UAPS:-$RUNS/uaps}         # where the finished ones go; ours: imgs/uaps
+ROWS=${ROWS-photographs digits cifar10}   # what to make; all that is there is measured
 
-run() {  # run NAME FLAG...: a perturbation, and its picture and facts in imgs/uaps
+run() {  # run NAME FLAG...: a perturbation, and its picture and facts in $UAPS
     name=$1; shift
     if [ ! -d "$RUNS/done/$name" ]; then
         "$PYTHON" src/train_sga.py --amp bf16 --layout channels_last --seed 0 \
@@ -20,14 +22,14 @@ run() {  # run NAME FLAG...: a perturbation, and its picture and facts in imgs/u
         cp "$RUNS/training/$name"/*.json "$RUNS/done/$name.part/$name.json"
         mv "$RUNS/done/$name.part" "$RUNS/done/$name"
     fi
-    "$PYTHON" - "$RUNS/done/$name" imgs/uaps <<'END'
+    "$PYTHON" - "$RUNS/done/$name" "$UAPS" <<'END'
 import json
 import pathlib
 import shutil
 import sys
 
 made, kept = map(pathlib.Path, sys.argv[1:])
-kept.mkdir(exist_ok=True)
+kept.mkdir(parents=True, exist_ok=True)
 facts = json.loads((made / f"{made.name}.json").read_text())
 del facts["data_dir"]  # where the images lay is of no use elsewhere
 (kept / f"{made.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -38,25 +40,36 @@ photographs() {  # NAME NETWORK FLAG...
     name=$1 network=$2; shift 2
     run "$name" --data_dir "$SAMPLE/train" --weights "$WEIGHTS" --model_name "$network" "$@"
 }
-photographs squeezenet1_0_transfer squeezenet1_0 --preset transfer
-photographs squeezenet1_1_transfer squeezenet1_1 --preset transfer --epochs 4
-photographs mobilenet_v2_transfer mobilenet_v2 --preset transfer --epochs 4
-photographs squeezenet1_0_cosine squeezenet1_0 --preset transfer --loss cosine --epochs 4
-photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images --batch_size 50 --epochs 4
-photographs squeezenet1_0_to_8 squeezenet1_0 --augment --loss logit --batch_size 50 --epochs 4 \
-    --target 8
-photographs ensemble_transfer squeezenet1_0,mobilenet_v2 --preset transfer --epochs 2
-run digits_sga --data_dir digits
-run digits_to_8 --data_dir digits --target 8
-run digits_transfer --data_dir digits --model_name vgg_small --preset transfer
-run cifar10_sga --data_dir "$CIFAR" --model_name cnn_bn --num_images 2000
-run cifar10_transfer --data_dir "$CIFAR" --model_name cnn_bn --num_images 2000 --preset transfer
-for kind in photographs digits cifar10; do
+for row in $ROWS; do
+    case $row in
+    photographs)
+        photographs squeezenet1_0_transfer squeezenet1_0 --preset transfer
+        photographs squeezenet1_1_transfer squeezenet1_1 --preset transfer --epochs 4
+        photographs mobilenet_v2_transfer mobilenet_v2 --preset transfer --epochs 4
+        photographs squeezenet1_0_cosine squeezenet1_0 --preset transfer --loss cosine --epochs 4
+        photographs squeezenet1_0_few_images squeezenet1_0 --preset few_images --batch_size 50 --epochs 4
+        photographs squeezenet1_0_to_8 squeezenet1_0 --augment --loss logit --batch_size 50 --epochs 4 \
+            --target 8
+        photographs ensemble_transfer squeezenet1_0,mobilenet_v2 --preset transfer --epochs 2
+        ;;
+    digits)
+        run digits_sga --data_dir digits
+        run digits_to_8 --data_dir digits --target 8
+        run digits_transfer --data_dir digits --model_name vgg_small --preset transfer
+        ;;
+    cifar10)
+        run cifar10_sga --data_dir "$CIFAR" --model_name cnn_bn --num_images 2000
+        run cifar10_transfer --data_dir "$CIFAR" --model_name cnn_bn --num_images 2000 --preset transfer
+        ;;
+    esac
+done
+for kind in imagenet digits cifar10; do
+    grep -qs "\"kind\": \"$kind\"" "$UAPS"/*.json || continue
     case $kind in
-    photographs) set -- --data_dir "$SAMPLE/val" --weights "$WEIGHTS" \
+    imagenet) set -- --data_dir "$SAMPLE/val" --weights "$WEIGHTS" \
         --model_name squeezenet1_0 squeezenet1_1 mobilenet_v2 ;;
     digits) set -- --data_dir digits ;;
     cifar10) set -- --data_dir "$CIFAR" --model_name cnn_bn cnn --num_images 1000 ;;
     esac
-    "$PYTHON" src/eval_uap.py --uaps imgs/uaps --save "$RUNS/eval/$kind" "$@"
+    "$PYTHON" src/eval_uap.py --uaps "$UAPS" --save "$RUNS/eval/$kind" "$@"
 done

@@ -1,6 +1,6 @@
 """The tables of results.md from what run.sh left: each perturbation, its figures and its hash.
 
-    python docs/results/uaps/table.py runs/uaps/eval
+    python docs/results/uaps/table.py runs/uaps/eval imgs/uaps
 """
 
 import csv
@@ -16,13 +16,13 @@ from utils.run import digest  # noqa: E402
 from utils.uaps import read_uap  # noqa: E402
 
 
-def rows(results):
+def rows(results, uaps):
     """[head, rows ...] of strings."""
     networks, table = list(results["protocol"]["targets"]), []
     for name, uap in results["uaps"].items():
         shares = {row["target"]: row["fooling_ratio"] for row in results["rows"]
                   if row["uap"] == name}
-        path = HERE.parents[2] / "imgs" / "uaps" / f"{name}.png"
+        path = uaps / f"{name}.png"
         table.append([name, f"{uap['facts']['gradients']:,}",
                       *(interval(shares[network]) for network in networks),
                       digest(read_uap(path, scale="auto", eps=1).delta)])
@@ -30,9 +30,11 @@ def rows(results):
 
 
 if __name__ == "__main__":
-    for kind, name in (("photographs", "results"), ("digits", "digits"), ("cifar10", "cifar10")):
-        results = json.loads((Path(sys.argv[1]) / kind / "results.json").read_text())
-        head, *body = rows(results)
+    for kind, name in (("imagenet", "results"), ("digits", "digits"), ("cifar10", "cifar10")):
+        path = Path(sys.argv[1]) / kind / "results.json"
+        if not path.is_file():
+            continue
+        head, *body = rows(json.loads(path.read_text()), Path(sys.argv[2]))
         with open(HERE / f"{name}.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([head, *body])
         print(markdown(head, body))
