@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import attacks
-from utils import measure, models
+from utils import measure, models, precision
 from utils.attack.chance import numbered
 from utils.cells import Progress
 from utils.cli import Parser, at_least, radius, run_script
@@ -97,8 +97,8 @@ class ExerciseTraining(Trainer):
 
     def __init__(self, s, images, test, watched, seed, device):
         self.s, self.images, self.test, self.watched = s, images, test, watched
-        self.model = models.trainable("lenet_bn" if s.batch_norm else "lenet", kind=images.kind,
-                                      seed=seed).to(device, memory_format=torch.channels_last)
+        name = "lenet_bn" if s.batch_norm else "lenet"
+        self.model = precision.placed(models.trainable(name, kind=images.kind, seed=seed), device)
         self.optimizer = OPTIMIZERS[s.optimizer].make(self.model.parameters(), s.lr)
         self.generator = make_generator(seed)
         self.adversary = {

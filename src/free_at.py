@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 
 from attacks import pgd
-from utils import free_run, models, recipes, run
+from utils import free_run, models, precision, recipes, run
 from utils.attack.balls import cut
 from utils.attack.chance import Chance
 from utils.cli import TRAINING, Parser, at_least, radius, run_script
 from utils.data import NAMED, cached, load, to_float
 from utils.loop import Trainer, loop
 from utils.passes import one_pass
-from utils.precision import Mixed
 from utils.sources import label_of
 from utils.team import in_parallel, join_team, joint_batch_norm
 
@@ -74,8 +73,7 @@ class FreeTraining(Trainer):
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
                                  classes=len(images.classes), image_size=s.image_size,
                                  data_dir=s.data_dir, data_root=s.data_root)
-        self.model = joint_batch_norm(model.to(device, memory_format=torch.channels_last), device,
-                                      team)
+        self.model = joint_batch_norm(precision.placed(model, device), device, team)
         self.optimizer = torch.optim.SGD(recipes.decayed(self.model, s), s.lr, s.momentum,
                                          weight_decay=s.weight_decay)
         self.generator = run.make_generator(s.seed)
@@ -84,7 +82,7 @@ class FreeTraining(Trainer):
         self.smallest = max(2, team.size)  # BatchNorm needs two images, every process needs one
         whole, last = divmod(len(images), s.batch_size)
         steps = (whole + (last >= self.smallest)) * (s.replays if s.method == "free" else 1)
-        self.mixed = Mixed(s.amp, device)
+        self.mixed = precision.Mixed(s.amp, device)
         super().__init__(device, steps=steps, team=team, keep={
             "net": self.model, "optimizer": self.optimizer, "generator": self.generator,
             "mixed": self.mixed})
@@ -109,7 +107,7 @@ class FreeTraining(Trainer):
             if self.done == self.total:
                 break
             self.joint = joint  # images of the minibatch over all processes
-            self.minibatch(to_float(x), self.images.labels[index].to(x.device, non_blocking=True))
+            self.minibatch(to_float(x), precision.moved(self.images.labels[index], x.device))
         loss, right, count = self.team.total(self.sums.tolist())
         return {"loss": loss / count, "train_acc": right / count, "weight_steps": self.done}
 

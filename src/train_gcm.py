@@ -30,14 +30,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 import attacks
-from utils import challenge, data, models, nets, passes, run
+from utils import challenge, data, models, nets, passes, precision, run
 from utils.attack import core
 from utils.attack.telling import telling
 from utils.augment import PRESETS, augment
 from utils.cli import TRAINING, Parser, at_least, names, run_script
 from utils.defenses import adaptive, defend
 from utils.loop import Trainer, loop
-from utils.precision import Mixed
 from utils.team import in_parallel, join_team, joint_batch_norm, without_sync
 
 BLOCK = 50  # held-out images that are validated at a time, fewer where memory runs out
@@ -85,8 +84,7 @@ class ChallengeTraining(Trainer):
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
                                  head=s.head, classes=len(s.classes), image_size=s.image_size,
                                  data_dir=s.data_dir, data_root=s.data_root)
-        model = model.to(device, memory_format=torch.channels_last)
-        self.model = joint_batch_norm(model, device, team)
+        self.model = joint_batch_norm(precision.placed(model, device), device, team)
         self.mean = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(s.ema),
                                   use_buffers=True) if s.ema else None
         self.defended = self.behind_defense(self.model)
@@ -98,7 +96,7 @@ class ChallengeTraining(Trainer):
         self.best = {"score": -1.0, "epoch": 0, "net": None}
         self.smallest = max(2, team.size)  # BatchNorm needs two images, every process needs one
         whole, last = divmod(len(images), s.batch_size)
-        self.mixed = Mixed(s.amp, device)
+        self.mixed = precision.Mixed(s.amp, device)
         kept = {"net": self.model, "optimizer": self.optimizer, "generator": self.generator,
                 "mixed": self.mixed}
         super().__init__(device, team=team, steps=whole + (last >= self.smallest),
@@ -152,7 +150,7 @@ class ChallengeTraining(Trainer):
                     device=self.device)):
                 own = attacks.Chance(seed, index)
                 x = augment(x, s.chances, generator=own.fold(AUGMENTED))
-                y = self.images.labels[index].to(self.device, non_blocking=True)
+                y = precision.moved(self.images.labels[index], self.device)
                 with telling(own.fold(DEFENDED).to(self.device)):
                     self.sums += self.step(data.to_float(x), y, joint)
                 bar.update()

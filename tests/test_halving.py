@@ -50,7 +50,8 @@ def pictures(n=20):
 
 
 @pytest.mark.parametrize("error", [
-    None, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
+    None, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("GET was unable to find an engine to execute this computation")], ids=str)
 def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(capsys, error):
     small = Small(6, error=error)
     model, x = Halving(small, "vgg16"), pictures()

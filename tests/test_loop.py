@@ -1,6 +1,8 @@
 """The one loop of epochs: what it leaves, how it resumes, when it refuses to go on."""
 
 import csv
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +76,18 @@ def test_a_run_stopped_after_any_epoch_resumes_to_the_same_weights_and_rows(tmp_
         loop(again, 5, part, {})
         assert torch.equal(again.layer.weight, whole.layer.weight)
         assert rows(part) == rows(RunFolder(tmp_path / "whole"))
+
+
+def test_a_trainer_leaves_memory_with_its_last_name(folder):
+    walk = Walk()
+    loop(walk, 1, folder, {}, minutes=10)
+    gone = weakref.ref(walk)
+    gc.disable()
+    try:
+        del walk
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_resuming_a_finished_run_restores_a_lost_log(folder):

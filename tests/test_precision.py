@@ -571,3 +571,20 @@ def test_outside_fp16_attacks_climb_the_plain_cross_entropy():
     for amp in ("off", "bf16"):
         found = precision.Mixed(amp, CPU).attack_loss(logits, y)
         assert torch.equal(found, F.cross_entropy(logits, y, reduction="none"))
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("mps", "contiguous"), ("cuda", "channels_last"),
+                                              ("cpu", "channels_last")])
+def test_networks_are_contiguous_on_apples_gpus(kind, layout):
+    assert precision.layout_for(torch.device(kind)) == layout
+    net = nn.Conv2d(3, 4, 3)
+    placed = precision.placed(net, torch.device("cpu"))
+    assert placed.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("mps", False), ("cuda", True), ("cpu", False)])
+def test_only_a_cuda_device_is_sent_to_without_waiting(kind, waits):
+    class Sent:
+        def to(self, device, non_blocking):
+            return device.type, non_blocking
+    assert precision.moved(Sent(), torch.device(kind)) == (kind, waits)

@@ -30,6 +30,7 @@ from torchvision.transforms.v2 import functional as TF
 from utils.attack.chance import below, chance_of
 from utils.data import to_float
 from utils.errors import UserError
+from utils.precision import moved
 
 OPS = {}      # {name: function(x, *, p=1.0, generator) -> x}, filled by @op
 CHANGES = {}  # {name: the same of all images x, with their Chance}
@@ -85,7 +86,7 @@ class Draw:
         """(n, 1, 1, 1): one of the values for each image; of rows of values, each column so."""
         values = torch.as_tensor(values, dtype=torch.float64).to(self.x.dtype)
         which = self.integers(0, len(values) - 1)
-        found = values.to(self.x.device, non_blocking=True)[which].view(self.n, -1)
+        found = moved(values, self.x.device)[which].view(self.n, -1)
         columns = [column.view(-1, 1, 1, 1) for column in found.unbind(1)]
         return columns if values.dim() > 1 else columns[0]
 
@@ -147,7 +148,7 @@ def augment(x, chances, *, generator):
         if rows.any() and rows.all():
             out = CHANGES[name](out, stream)
         elif rows.any():
-            rows = rows.nonzero()[:, 0].to(x.device, non_blocking=True)
+            rows = moved(rows.nonzero()[:, 0], x.device)
             out = out.clone() if out is x else out
             out[rows] = CHANGES[name](out[rows], stream[rows])
     return out
@@ -197,7 +198,7 @@ def filtered(x, kernels):
 
 def constant(values, x):
     """Numbers as a tensor like x, for which nobody waits."""
-    return torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True)
+    return moved(torch.tensor(values, dtype=x.dtype), x.device)
 
 
 def gaussian(x, sigma, most):
@@ -496,7 +497,7 @@ def mosaic_block(x, draw):
     n, channels, h, w = x.shape
     side = scaled(x, draw.integers(13, 26)).round().long()
     most = int(scaled(x, 26).round())
-    size = torch.tensor([[h], [w]]).to(x.device, non_blocking=True)
+    size = moved(torch.tensor([[h], [w]]), x.device)
     corner = draw.uniform(0, 1, 2, 1) * (size - 4 * side[:, None, None]).clamp_min(0)
     t = torch.arange(most, device=x.device)
     row, column = (corner.long() + 2 * side[:, None, None] + t).unbind(1)  # (n, most)

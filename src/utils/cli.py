@@ -161,7 +161,7 @@ SHARED = {
     "device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto",
                "help": "where to compute"},
     "deterministic": {"action": "store_true", "help": "training on a GPU: float32 without TF32 "
-                      "and the same kernels in every run, which is slower; on a CPU no change"},
+                      "and cuDNN's deterministic kernels, which is slower; on a CPU no change"},
     "workers": {"type": at_least(0), "default": default_workers(),
                 "help": "processes that decode images"},
     "cache": {"type": Path, "help": "folder that keeps decoded photographs (151 KB each at 224 "

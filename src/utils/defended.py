@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.halving import Halving
 from utils.measure import times_right_on
 from utils.models import targets_of
-from utils.precision import Fast
+from utils.precision import Fast, layout_for, placed
 from utils.run import digest
 
 
@@ -32,10 +32,10 @@ class Network:
     before: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        net = self.model.to(memory_format=torch.channels_last)  # faster on photographs
+        net = placed(self.model, self.device)
         self.model = self.fast = Halving(net, self.name)
         if self.s.amp != "off":
-            self.fast = Halving(Fast(net, self.s.amp, "channels_last"), self.name)
+            self.fast = Halving(Fast(net, self.s.amp, layout_for(self.device)), self.name)
 
     @property
     def chance(self):

@@ -32,7 +32,7 @@ class Halves:
             try:
                 return work(*batch)
             except (RuntimeError, MemoryError) as error:
-                if n < 2 or not out_of_memory(error):
+                if n < 2 or not (out_of_memory(error) or _no_workspace(error)):
                     raise
             self._halve(n)  # here the failed work no longer holds its memory
         parts = zip(*(tensor.split(self.most) for tensor in batch), strict=True)
@@ -43,6 +43,12 @@ class Halves:
         torch.cuda.empty_cache()  # nothing where there is no GPU
         tqdm.write(f"warning: {self.name}: out of memory with {n} images at a time, {self.most} "
                    "from here on", file=sys.stderr)
+
+
+def _no_workspace(error):
+    """Whether cuDNN finds no algorithm, as it also says where memory for one cannot be had."""
+    return any(words in str(error) for words in (
+        "unable to find an engine", "valid cuDNN algorithm"))
 
 
 class Halving(nn.Module):

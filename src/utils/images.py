@@ -139,7 +139,7 @@ class Images(torch.utils.data.Dataset):
 
     def pixels_on(self, device):
         """The pixels, on a CUDA device if they take at most half of its free memory."""
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
         return self.pixels.to(device) if self.pixels.nbytes < free / 2 else self.pixels
 
     def without(self, names):

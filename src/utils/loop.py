@@ -204,6 +204,7 @@ def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None,
             if first:
                 _save(folder, {**state, "flags": flags}, trainer.rows, desc, epochs, board)
         between.last = clock()
+    trainer.between = lambda: None  # it holds the trainer, whose memory the next one may need
     if folder is not None and first:
         save_csv(folder / "log.csv", trainer.rows)  # a kill may have come after the checkpoint
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from utils.data import Images, alive, read_rgb, stack
 from utils.errors import UserError
+from utils.precision import moved
 
 
 def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4, skip=0,
@@ -45,11 +46,11 @@ def sent(x, device):
     """x on the device, on the way to which nothing waits."""
     if x.device.type == "cpu" and device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return moved(x, device)
 
 
 def _pixels(images, index, u, vary, shift):
-    pixels = images.pixels[index.to(images.pixels.device, non_blocking=True)]
+    pixels = images.pixels[moved(index, images.pixels.device)]
     if not vary or images.kind in ("digits", "mnist"):
         return pixels
     return crop_flip(F.pad(pixels, (shift,) * 4), images.size, u)
@@ -98,7 +99,7 @@ def random_crops(images, plan, *, workers, pinned=False):
 def crop_flip(x, size, u):
     """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
     n, channels, height, width = x.shape
-    u, line = u.to(x.device, non_blocking=True), partial(torch.arange, device=x.device)
+    u, line = moved(u, x.device), partial(torch.arange, device=x.device)
     top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)
                  for i, side in ((0, height), (1, width)))
     row, column = (corner[:, None] + line(size) for corner in (top, left))

@@ -18,7 +18,7 @@ from utils.errors import DAMAGE, UserError
 DIED = ("a process of this run died; what was saved is kept: the same command continues an "
         "evaluation, with --resume a training")
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LONGEST = timedelta(days=1)  # for which evaluations wait for the slowest process
+LONGEST = timedelta(days=1)  # for which processes wait for the slowest, as for a download
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,16 @@ def _started():
                     "WORLD_SIZE")
 
 
-def join_team(device, backend=None, timeout=None):
-    """Team, and the device of this process. backend, timeout: None, those of torch."""
+def join_team(device, backend=None):
+    """Team, and the device of this process. backend: None, gloo, with NCCL for tensors on GPUs."""
     rank, local, size = _started()
     if size == 1:
         return Team(), device
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    torch.distributed.init_process_group(backend, timeout=timeout)
+    backend = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group(backend, timeout=LONGEST)
     return Team(rank, size), device
 
 
@@ -130,7 +130,7 @@ def join_to_count(device):
     """join_team for evaluations: what they gather are counts, on any device over gloo, which sees
     at once that a process died. The first process alone prints.
     """
-    team, device = join_team(device, "gloo", LONGEST)
+    team, device = join_team(device, "gloo")
     if team.size > 1:
         signal.signal(signal.SIGTERM, _stopped)  # torchrun's, when another process died
     if not team.first:

@@ -15,6 +15,7 @@ from utils.augment import OPS
 from utils.defenses import adaptive, defend, describe, is_random
 from utils.errors import UserError
 from utils.halving import Halving
+from utils.precision import placed
 from utils.saved import Kept, saved_cells
 from utils.sources import in_file
 
@@ -163,7 +164,7 @@ def open_all(named, images, s, made):
         data_dir, data_root, *_ = where(facts, s)
         target, = models.targets_of([[model_name]], [[weights]], None, images, None, s.geometry)
         model = target.load(images, data_dir=data_dir, data_root=data_root, device=s.device)
-        model = Halving(model.to(memory_format=torch.channels_last), name)  # faster on photographs
+        model = Halving(placed(model, s.device), name)
         zero = torch.zeros((1, images.channels, target.size, target.size), device=s.device)
         facts, defense, low = ((facts, facts.get("defense", "none"), facts.get("low")) if folder
                                else ({}, s.defense, s.low))

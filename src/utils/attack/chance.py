@@ -82,6 +82,8 @@ class Chance:
 
     def words(self, *shape):
         """32 random bits, int64."""
+        if self.images.device.type == "mps":  # where int64 products may not wrap around
+            return self.to("cpu").words(*shape).to("mps")
         n, count = len(self), math.prod(shape)
         blocks = -(-count // 4)
         block = torch.arange(blocks, device=self.images.device).expand(n, blocks)
