@@ -52,7 +52,10 @@ def record(work):
         for _ in range(WARM_UP):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            out = work()
+    finally:
+        torch.cuda.set_stream(stream)  # a recording that fails would stay on its own
     return graph.replay, out
