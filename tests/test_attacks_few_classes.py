@@ -147,8 +147,8 @@ def test_a_line_says_where_there_are_fewer_wrong_classes_than_targets(recwarn):
         x_adv = run(targets=targets, report=report)
         assert said(recwarn) == set()
         assert torch.equal(run(targets=targets + 3, report=capped), x_adv)
-        assert said(recwarn) == {f"targets={targets + 3}, but of {classes} classes {targets} are "
-                                 f"wrong: {targets} will be targets"}
+        assert said(recwarn) == {f"targets={targets + 3}, but the model has {classes} classes, "
+                                 f"{targets} of them wrong: {targets} will be targets"}
         assert report["gradients"] == capped["gradients"] == N * targets * 3  # steps and a start
         recwarn.clear()
 

@@ -1,7 +1,7 @@
 """What every attack uses: the contract, losses, gradients.
 
-`attack` is the decorator that keeps the contract of attacks.py; `gradient` is the one place where a
-model is differentiated.
+`attack` is the decorator that enforces the contract of attacks.py; `gradient` is the only place
+where a model is differentiated.
 """
 
 import functools
@@ -25,13 +25,13 @@ from utils.precision import out_of_memory
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
 COUNTS = ("steps", "binary_steps", "restarts", "targets", "queries")         # whole, at least 1
-LAYERS = 1 << 32  # the stream of random layers; attacks fold small numbers for their own
+LAYERS = 1 << 32  # the stream of random layers; for their own, attacks fold in small numbers
 
 
 def attack(function):
-    """Checks the input; eval mode and gradients on while the attack runs, then all as before.
+    """Check the input, run the attack in eval mode with gradients on, then restore both.
 
-    Turns `generator`, if the attack takes one, into a Chance, and tells random layers of it.
+    If the attack takes a `generator`, turn it into a Chance, from which random layers draw too.
     """
     parameters = inspect.signature(function).parameters
     draws = "generator" in parameters
@@ -97,9 +97,9 @@ def one_of(name, value, choices):
 
 
 class Tally:
-    """What the report says about a batch of images, and what is wrong with the model.
+    """What an attack reports about a batch of images, and what is wrong with the model.
 
-    `first`: whether this is the attack's first step, in which labels and errors are looked at once.
+    `first`: whether this is the attack's first step, which checks labels and raises errors at once.
     """
 
     def __init__(self, x):
@@ -109,9 +109,9 @@ class Tally:
         self.losses, self.first, self.wrong = [], True, []
 
     def refuse(self, fine, message):
-        """UserError unless all of `fine` are True: now, or in `fill` where an answer costs waiting.
+        """UserError unless all of `fine` are True: now, or in `fill` if asking now costs waiting.
 
-        {} in the message is how many are not.
+        {} in the message stands for how many are not.
         """
         if not (self.first or free_to_ask(fine)):
             self.wrong.append(((~fine).sum(), message))
@@ -119,10 +119,10 @@ class Tally:
             _raise_for(int((~fine).sum()), message)
 
     def take(self, g, draws, index, left=None):
-        """Counts the gradients g (n, ...) -> g without what is not finite; see `gradient`."""
+        """Count and check the gradients -> g (n, ...), on a GPU with 0 for images not finite."""
         peak, counted = norm_of(g, "linf"), len(g)
         fine = peak.isfinite()
-        if not free_to_ask(g):  # the error comes later, and until then no image becomes NaN
+        if not free_to_ask(g):  # the error comes later; until then no image becomes NaN
             g = g.masked_fill(column(~fine, g), 0)
         if left is not None:
             peak, fine, counted = peak.masked_fill(left, 0), fine | left, (~left).sum()
@@ -138,11 +138,11 @@ class Tally:
         return g
 
     def follow(self, value):
-        """Notes the losses (n,) of a step; the report has them if all images took all steps."""
+        """Note the losses (n,) of a step; the report has them if all images took all steps."""
         self.losses.append(value)
 
     def fill(self, report):
-        """The end of every attack: UserError for the first thing that went wrong, or the report."""
+        """End the attack: UserError for the first thing that went wrong, or fill the report."""
         if self.wrong:
             bad, messages = zip(*self.wrong, strict=True)
             for k, message in zip(torch.stack(bad).tolist(), messages, strict=True):
@@ -161,10 +161,10 @@ def _raise_for(k, message):
 
 
 class Rows:
-    """A base of dataclasses that hold tensors with a row for each image in the batch."""
+    """Base class for dataclasses of tensors with a row for each image in the batch."""
 
     def select(self, rows):
-        """These rows of everything."""
+        """These rows of every tensor."""
         return type(self)(**{name: part[rows] for name, part in vars(self).items()})
 
 
@@ -183,7 +183,7 @@ def margin(logits, y):
 def dlr(logits, y):
     """Difference of logits ratio: the margin over z_1 - z_3, so that scale does not matter.
 
-    The margin alone, and one line that says so, where the model has too few classes for it.
+    If the model has too few classes for it: the margin alone, and a one-line warning.
     """
     if _too_few(logits, 3):
         return margin(logits, y)
@@ -192,13 +192,13 @@ def dlr(logits, y):
 
 
 def _dlr_to(logits, y):
-    """The DLR loss with the label y as the class to reach."""
-    # unlike the papers: their ratio is constant for the third class
+    """The DLR loss with y as the class to reach."""
+    # unlike the papers, whose ratio is constant while y ranks third
     return -margin(logits, y) / _targeted_scale(logits)
 
 
 def _targeted_scale(logits):
-    """z_1 - (z_3 + z_4) / 2, or 1 where the model has too few classes for it."""
+    """z_1 - (z_3 + z_4) / 2, or 1 if the model has too few classes for it."""
     if _too_few(logits, 4):
         return 1
     top = logits.topk(4).values
@@ -214,13 +214,13 @@ def _too_few(logits, wanted):
 
 
 def likeliest_wrong(logits, y, targets):
-    """[(N,)] of `targets` classes: the likeliest but y, the next likeliest, and so on. Of K classes
-    K - 1 are wrong: if more are asked for, all of these, and one line says so.
+    """[(N,)] of the `targets` most likely classes other than y, likeliest first. With K classes, at
+    most K - 1; a one-line warning says so if more are asked for.
     """
     wrong = logits.shape[1] - 1
     if targets > wrong:
-        warnings.warn(f"targets={targets}, but of {wrong + 1} classes {wrong} are wrong: "
-                      f"{wrong} will be targets", stacklevel=1)
+        warnings.warn(f"targets={targets}, but the model has {wrong + 1} classes, {wrong} of "
+                      f"them wrong: {wrong} will be targets", stacklevel=1)
     ranked = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     return list(ranked[:, :min(targets, wrong)].unbind(1))
 
@@ -263,7 +263,7 @@ def two_or_more(classes):
 def forward(model, x, y, tally=None, index=slice(None)):
     """Logits (n, K) in x's dtype; UserError if they are not finite or the labels do not fit.
 
-    tally: of the attack that this is a step of; then labels are looked at in the first step only.
+    tally: the attack's, if this is a step of one; labels are then checked in its first step only.
     index: the positions of these images in the batch that the attack was given.
     """
     tally, version = tally or Tally(x), x._version
@@ -279,7 +279,7 @@ def forward(model, x, y, tally=None, index=slice(None)):
     if logits.dim() != 2 or len(logits) != len(x):
         raise UserError(f"the model gives {tuple(logits.shape)}; wanted logits ({len(x)}, classes)")
     two_or_more(logits.shape[1])
-    # before a loss takes them as indices, which on a GPU would end the process
+    # before a loss uses them as indices, which on a GPU would end the process
     if tally.first and bool(((y < 0) | (y >= logits.shape[1])).any()):
         raise UserError(f"labels go from {int(y.min())} to {int(y.max())}, but the model has "
                         f"{logits.shape[1]} classes")
@@ -290,7 +290,7 @@ def forward(model, x, y, tally=None, index=slice(None)):
 
 @torch.no_grad()
 def _changes(model, x):
-    """Whether the model changes its input in place; torch refuses it where x has a gradient."""
+    """Whether the model changes its input in place, which torch refuses if x needs a gradient."""
     given = x.detach().clone()
     model(given)
     return given._version > 0
@@ -309,7 +309,7 @@ def gradient(model, x, y, loss, tally, index, left=None):
     """Logits (n, K), losses (n,) and their gradients at x (n, ...), averaged over an eot's draws.
 
     index: the positions of these images in the batch that the attack was given. left (n,) bool:
-    images that the attack is done with, and that do not count.
+    images that the attack is done with, which do not count.
     """
     draws, total = draws_of(model), None
     for _ in range(draws):
@@ -335,7 +335,7 @@ def mean_logits(model, x, y, index):
 
 @torch.no_grad()
 def measure(model, x, y, loss, targeted, tally=None, index=slice(None)):
-    """Losses of final images, and which of them are fooled, (n,) each; tally, index: of forward."""
+    """Losses of images, and which are fooled, (n,) each; tally, index: see forward."""
     draws, value, mean = draws_of(model), 0, 0
     for _ in range(draws):
         logits = forward(model, x, y, tally, index)
