@@ -1,4 +1,4 @@
-"""Per-image attacks: one perturbation for each image, found by the gradient or by queries alone.
+"""Per-image attacks: one perturbation per image, found from gradients or from queries alone.
 
     fgsm           one signed step                        Goodfellow et al., arXiv:1412.6572
     fgv            one step along the gradient itself     Rozsa et al., arXiv:1605.01775
@@ -6,8 +6,8 @@
     mim            signed steps along a running mean      Dong et al., arXiv:1710.06081; with
                    DI and TI, utils/attack/diverse.py     arXiv:1803.06978, 1904.02884
     cw_l2          the smallest L2 norm that fools        Carlini and Wagner, arXiv:1608.04644
-    worst_case     several attacks, each on the images that the ones before did not fool
-    strongest_quick  of these: Auto-PGD on two losses, Square with few queries
+    worst_case     several attacks, each on the images not fooled so far
+    strongest_quick  such a series: Auto-PGD on two losses, Square with few queries
     autoattack     the standard evaluation, utils/attack/several.py
     bpda, eot      for adaptive attackers                 Athalye et al., arXiv:1802.00420
     apgd           Auto-PGD, in utils/attack/apgd.py      Croce and Hein, arXiv:2003.01690
@@ -18,25 +18,24 @@
     x_adv = pgd(model, x, y, eps=8 / 255)          # 20 steps of eps / 4 from a random start
     x_adv = pgd(model, x, y, norm="l2", eps=8.0, alpha=0.6, steps=20, generator=generator)
 
-The contract. x (N, ...) float32 or float64 in [0, 1], y (N,) int64: the labels to leave, or with
-targeted=True the classes to reach. The result is detached, within eps and [0, 1], of x's shape,
-dtype and device; x, the weights, every `.grad`, flag, buffer and mode of the model and the global
-RNG are as before (the attack itself runs in eval mode). Losses are summed over images, and every
-image has random numbers of its own, also in random layers (ResizePad), so that its result does not
-depend on the others in the batch. `generator`: a torch.Generator, from which every call takes one
-seed, while images are numbered 0 .. N - 1; None: seed 0, the same at every call; or a Chance(seed,
-indices (N,)), with which an image has the same result in any batch of a data set. If the model is a
+The contract. x (N, ...): float32 or float64 in [0, 1]. y (N,): int64, the labels to move away from,
+or with targeted=True the classes to reach. The result is detached, lies within eps and [0, 1], and
+has x's shape, dtype and device. x, the weights, every `.grad`, flag, buffer and mode of the model
+and the global RNG are left as they were (the attack itself runs in eval mode). Losses are summed
+over images, and every image has its own random numbers, also in random layers (ResizePad), so its
+result does not depend on the rest of the batch. `generator`: a torch.Generator, from which every
+call draws one seed, with images numbered 0 .. N - 1; None: seed 0 at every call; or a Chance(seed,
+indices (N,)), which gives an image the same result in any batch of a data set. If the model is a
 plain function, modes and eots inside it are not seen.
 
-`report`, a dict, is filled with what the result alone does not show: `zero_gradient` (N,), True
-where every gradient was zero in all entries (such an image was not attacked, it is returned at its
-start), how many gradients of one image (`gradients`) and how many queries (`queries`) were taken,
-and `losses`, one (N,) per step, of pgd, bim, fgsm and mim if all images took all steps. Bad input
-and NaN gradients are a UserError; on a GPU, where no step after the first waits for an answer (but
-those of cw_l2 and stop_early), one that appears on the way is raised at the end
-(utils/attack/waits.py). With too few classes for DLR
-the margin loss takes its place, and K classes give at most K - 1 targets: a warning says so in one
-line.
+`report`, a dict, receives what the result alone does not show: `zero_gradient` (N,), True where
+every gradient was zero in every entry (such an image was not attacked and is returned as it
+started); `gradients` and `queries`, their numbers summed over images; and `losses`, one (N,) per
+step, for pgd, bim, fgsm and mim if all images took all steps. Bad input and NaN gradients raise
+UserError. On a GPU, where no step after the first waits for the device (except in cw_l2 and with
+stop_early), an error on the way is raised at the end (utils/attack/waits.py). With too few classes
+for DLR the margin loss takes its place, and K classes give at most K - 1 targets; a one-line
+warning says so.
 """
 
 import math
@@ -94,12 +93,12 @@ STEPS = {"linf": "sign", "l2": "normalized", "l1": "sparse"}
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm, and what pgd chooses for it.
+    """A norm, with the step and the projection that pgd uses for it.
 
     name: 'linf', 'l2', 'l1'. step: 'sign', 'normalized' (g / ||g||_2), 'dense' (g / ||g||_1),
-    'sparse' (signs of the share q of largest entries, L1 norm 1); None: the first, second, last
-    of these for linf, l2, l1. projection: 'exact' on ball and box together, or 'rescale', ball
-    then box, as the other libraries do.
+    'sparse' (signs of the largest entries, a share q of all, with L1 norm 1); None: 'sign' for
+    linf, 'normalized' for l2, 'sparse' for l1. projection: 'exact', onto the intersection of ball
+    and box, or 'rescale', ball then box, as in other libraries.
     """
     name: str = "linf"
     step: str = None
@@ -133,7 +132,7 @@ def _climb(model, x, y, x_adv, who, *, steps, alpha, direction, into_ball, loss,
            stop_early, tally):
     """x_adv after `steps` of x_adv <- into_ball(x_adv + alpha * direction(g, who, x_adv)).
 
-    who: positions of these images in the whole batch; with stop_early, fooled images leave.
+    who: positions of these images in the whole batch. With stop_early, fooled images leave it.
     """
     result, row = x_adv, torch.arange(len(x), device=x.device)
     for _ in range(steps):
@@ -201,9 +200,9 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, diverse=0.0, blur=0, targeted
         stop_early=False, generator=None, report=None):
     """Momentum iterative method, Alg. 1: v = mu * v + g / ||g||_1, steps alpha * sign(v), Linf.
 
-    For transfer to other networks (utils/attack/diverse.py): diverse, DI's probability that an
-    image is scaled and padded in a step, 0.5 as published; blur, the odd side of TI's kernel, by
-    which gradients are convolved, 15 as published for 299 pixels. 0: neither.
+    For transfer to other networks (utils/attack/diverse.py): diverse, the probability that DI
+    scales and pads an image in a step (published: 0.5); blur, the odd side of the kernel with which
+    TI convolves gradients (published: 15, for 299 pixels). 0 turns either off.
     """
     if not isinstance(blur, Integral) or blur not in (0, *range(1, 1000, 2)) or not (
             0 <= diverse <= 1):
@@ -213,8 +212,8 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, diverse=0.0, blur=0, targeted
         raise UserError(f"diverse={diverse}, blur={blur}: wanted images (N, C, H, W), or 0 for both"
                         f"; given {tuple(x.shape)}")
     if diverse and stop_early:
-        raise UserError(f"diverse={diverse}, stop_early=True: an image would leave that is fooled "
-                        "in one random size alone; leave out stop_early")
+        raise UserError(f"diverse={diverse}, stop_early=True: an image fooled at one "
+                        "random size only would leave; leave out stop_early")
     tally, v = Tally(x), torch.zeros_like(x)
     model = Diverse(model, diverse) if diverse else model
 
@@ -235,13 +234,13 @@ def mim(model, x, y, *, eps, alpha, steps, mu=1.0, diverse=0.0, blur=0, targeted
 @attack
 def pgd(model, x, y, *, eps, alpha=None, steps=20, norm="linf", random_start=True, restarts=1,
         targeted=False, loss="ce", stop_early=False, generator=None, report=None, **choices):
-    """Projected gradient descent from a random point of the ball, in steps of alpha, or eps / 4.
+    """Projected gradient descent from a random point in the ball; alpha defaults to eps / 4.
 
-    norm: 'linf', 'l2', 'l1', or a Norm, which has the step and the projection; these can also be
-    typed here, as `choices`: norm="l1", step="dense" is norm=Norm("l1", step="dense"). loss: 'ce',
-    'margin' (with l2: what tables call C&W L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to
-    be climbed, or with targeted=True descended. restarts: per image, the one that fools is kept, or
-    else that of the highest loss. stop_early: fooled images leave the batch and are not restarted,
+    norm: 'linf', 'l2', 'l1', or a Norm, which also sets step and projection. These can be given
+    here too, as `choices`: norm="l1", step="dense" is norm=Norm("l1", step="dense"). loss: 'ce',
+    'margin' (in L2, what tables call C&W L2=8), 'dlr', or loss(logits (n, K), y (n,)) -> (n,) to
+    ascend, or with targeted=True to descend. restarts: each image keeps one that fools it, or else
+    the one with the highest loss. stop_early: fooled images leave the batch and are not restarted,
     which saves time; the textbook attack takes all steps.
     """
     if unknown := choices.keys() - {"step", "q", "projection"}:
@@ -286,16 +285,16 @@ SQUEEZE = 0.02  # pixels at 0 and 1 start this far inside the range of tanh, whe
 class _Tanh(Rows):
     """x' (n, ...) in [0, 1] as a function of an unbounded w, with x'(start) = x.
 
-    u = (tanh(w) + 1) / 2 starts at u0, which is x squeezed into the open interval; [0, u0] is
-    stretched to [0, x] and [u0, 1] to [x, 1]. In the paper x' starts near x, and black pixels
-    hardly move because tanh is flat there. Pixels at 0 or 1 keep w on the side where x' moves.
+    u = (tanh(w) + 1) / 2 starts at u0, x squeezed into the open interval; [0, u0] is stretched to
+    [0, x] and [u0, 1] to [x, 1]. In the paper x' only starts near x, and black pixels hardly move
+    because tanh is flat there. For pixels at 0 or 1, w stays on the side where x' moves.
     """
     x: torch.Tensor
     t0: torch.Tensor        # tanh(start)
-    upwards: torch.Tensor   # beyond this tanh(w) the slope is `above`, else `below`
+    upwards: torch.Tensor   # above this tanh(w) the slope is `above`, else `below`
     above: torch.Tensor     # dx'/dtanh(w)
     below: torch.Tensor
-    low: torch.Tensor       # where w may be
+    low: torch.Tensor       # bounds of w
     high: torch.Tensor
 
     @classmethod
@@ -304,24 +303,24 @@ class _Tanh(Rows):
         u0 = x * (1 - SQUEEZE) + SQUEEZE / 2
         start = torch.atanh(2 * u0 - 1)
         t0, free = start.tanh(), torch.full_like(x, math.inf)
-        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # at the start: the longer way
+        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # at the start, the longer side's
         return cls(x, t0, upwards, (1 - x) / (1 - u0) / 2, x / u0 / 2,
                    torch.where(x == 0, start, -free), torch.where(x == 1, start, free)), start
 
     def __call__(self, w):
-        """x'(w), and tanh(w) and dx'/dtanh(w), of which `back` makes dx'/dw."""
+        """x'(w), and for `back` tanh(w) and dx'/dtanh(w)."""
         t = w.tanh()
         slope = torch.where(t > self.upwards, self.above, self.below)
         return (t - self.t0).mul_(slope).add_(self.x).clamp_(0, 1), t, slope
 
     @staticmethod
     def back(g, t, slope):
-        """The gradient at w, of g at x'. It overwrites its arguments."""
+        """The gradient with respect to w, from g with respect to x'. Overwrites g and t."""
         g.mul_(slope)
         return g.addcmul_(g, t.square_(), value=-1)
 
     def hold(self, w):
-        """w, in place, but not beyond the start of pixels at 0 or 1, where x' has no slope."""
+        """Clamp w in place: pixels at 0 or 1 do not pass their start, beyond which x' is flat."""
         return w.clamp_(self.low, self.high)
 
 
@@ -330,11 +329,11 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
           targeted=False, abort_early=True, judge=None, generator=None, report=None):
     """Carlini and Wagner's attack: Adam on ||x' - x||_2^2 + c * max(z_y - max_j z_j, -confidence).
 
-    c is searched per image: ten times larger until one succeeds, then the middle between the
-    largest that failed and the smallest that succeeded. Unlike the paper, a c succeeds only if the
-    image is still adversarial near the end: its first steps may be too long by chance.
+    c is searched per image: multiplied by ten until one succeeds, then bisected between the largest
+    that failed and the smallest that succeeded. Unlike the paper, a c succeeds only if the image is
+    still adversarial near the end: the first steps may be too long by chance.
     abort_early: an image leaves the batch when a tenth of the steps (at least ten) did not lower
-    its loss. judge: the model that decides, if `model` is a faster copy of it in bf16.
+    its loss. judge: the model that decides what is adversarial, if `model` is its faster bf16 copy.
     -> (x_adv, success (N,)); x itself where the attack failed.
     """
     tally, found = Tally(x), x.clone()
@@ -349,20 +348,20 @@ def cw_l2(model, x, y, *, steps=1000, binary_steps=9, c=1e-3, lr=0.01, confidenc
         low, high = torch.where(success, low, c), torch.where(success, c, high)
         c = torch.where(high.isinf(), (c * 10).clamp_max(1e10), (low + high) / 2)
     success = norm2.isfinite()
-    tally.nonzero |= success  # without any gradient: it needed no attack
+    tally.nonzero |= success  # success without any gradient needed no attack
     tally.fill(report)
     return found, success
 
 
 def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early, tally):
-    """With one c (N,): the best images (N, ...), their squared norms (N,), whether c succeeded."""
+    """One run with c (N,) -> best images (N, ...), their squared norms (N,), who succeeded (N,)."""
     found, norm2 = x.clone(), torch.full_like(c, math.inf)
     who, (space, w) = torch.arange(len(x), device=x.device), _Tanh.around(x)
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     best, best_then, every = norm2.clone(), norm2.clone(), max(steps // 10, 10)
-    hit_at, end_at = torch.zeros_like(who), torch.zeros_like(who)  # the last step fooled, taken
+    hit_at, end_at = torch.zeros_like(who), torch.zeros_like(who)  # last step: fooled, taken
 
-    def shortfall(logits, y):  # climbed: 0 where the image is adversarial by the confidence
+    def shortfall(logits, y):  # climbed: the margin, capped at `confidence`
         gap = -margin(logits, y) if targeted else margin(logits, y)
         return gap.clamp(max=confidence)
 
@@ -374,7 +373,7 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
         logits, gap, g = gradient(model, x_adv, y, shortfall, tally, who)
         delta = x_adv - space.x
         size2 = delta.flatten(1).square().sum(1)
-        hit = adversarial(logits, y)  # not by `gap`: under eot, a mean of clamped margins
+        hit = adversarial(logits, y)  # not by `gap`, under eot a mean of clamped margins
         hit_at[who], end_at[who] = torch.where(hit, step, hit_at[who]), torch.full_like(who, step)
         good = (hit & (size2 < norm2[who])).nonzero()[:, 0]
         if judge is not None and len(good):
@@ -393,7 +392,7 @@ def _cw_run(model, judge, x, y, c, steps, lr, confidence, targeted, abort_early,
                 if not len(who):
                     break
         g = space.back(delta.mul_(2).addcmul_(column(c, x), g, value=-1), t, slope)
-        m.mul_(0.9).add_(g, alpha=0.1)  # in place: half of the time would go into new memory
+        m.mul_(0.9).add_(g, alpha=0.1)  # in place: allocations would take half of the time
         v.mul_(0.999).addcmul_(g, g, value=0.001)
         size = v.div(1 - 0.999 ** step).sqrt_().add_(1e-8)
         w = space.hold(w.addcdiv_(m, size, value=-lr / (1 - 0.9 ** step)))
