@@ -36,16 +36,16 @@ TOWARDS = {"dlr_targeted": dlr_towards, "margin_targeted": margin_towards}
 @attack
 def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, targets=9, rho=0.75,
          stages=False, targeted=False, generator=None, report=None):
-    """Auto-PGD: where progress stalls, halves its step and continues from the best point so far.
+    """Auto-PGD: where progress stalls, halve the step and continue from the best point so far.
 
     loss: 'ce', 'margin', 'dlr', or 'dlr_targeted' and 'margin_targeted', which run once towards
-    each of the `targets` likeliest wrong classes (of K classes, K - 1 are wrong: no more targets
-    than these). norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208.
-    stages: 30 % of the steps are taken in the ball of radius 3 eps, then 30 % in that of 2 eps, as
-    AutoAttack does in L1, each from the projection of the best point before; from 4 steps on.
-    Fooled images leave the batch (utils/attack/waits.py); images that are misclassified at first
-    are not changed. For 'ce', 'margin' and 'dlr' the report has `flat` (N,): True where the attack
-    failed and its loss never rose above that of the clean image.
+    each of the `targets` most likely wrong classes (with K classes, at most K - 1).
+    norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208.
+    stages: as AutoAttack does in L1, take 30 % of the steps in the ball of radius 3 eps, 30 % in
+    2 eps and the rest in eps, each stage from the projection of the last one's best point; below 4
+    steps, all in eps. Fooled images leave the batch (utils/attack/waits.py); images misclassified
+    from the start are not changed. For 'ce', 'margin' and 'dlr' the report has `flat` (N,): True
+    where the attack failed and its loss never rose above that of the clean image.
     """
     one_of("norm", norm, NORMS)
     one_of("loss", loss, ("ce", "margin", "dlr", *TOWARDS))
@@ -74,14 +74,14 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
 
 
 def _loss(model, x, y, loss, targets, targeted):
-    """loss(logits, y, goal) to climb, and [goal (N,)]: the classes of one run after the other."""
+    """loss(logits, y, goal) to climb, and [goal (N,)]: the classes of each run."""
     if loss not in TOWARDS:
         plain = ascend(loss, targeted)
         return (lambda logits, y, goal: plain(logits, y)), [y]
     towards = TOWARDS[loss]
     with torch.no_grad():
         logits = forward(model, x, y)
-    if targeted:  # y is the goal, and the model's own prediction is the label to leave
+    if targeted:  # y is the goal; the model's prediction is the label to move away from
         return (lambda logits, y, goal: towards(y)(logits, goal)), [logits.argmax(1)]
     return (lambda logits, y, goal: towards(goal)(logits, y),
             likeliest_wrong(logits, y, targets))
@@ -89,28 +89,28 @@ def _loss(model, x, y, loss, targets, targeted):
 
 @dataclass
 class _State(Rows):
-    """Where one run stands, a row for each image in the batch."""
+    """The state of a run, with a row for each image in the batch."""
     row: torch.Tensor        # which image of the run, int64
     x: torch.Tensor          # (n, ...) the clean image
     y: torch.Tensor
     goal: torch.Tensor       # class to run towards
-    at: torch.Tensor         # (n, ...) this point
+    at: torch.Tensor         # (n, ...) the current point
     g: torch.Tensor          # (n, ...) its gradient
-    before: torch.Tensor     # (n, ...) the last point
+    before: torch.Tensor     # (n, ...) the previous point
     best: torch.Tensor       # (n, ...) the best point so far
     best_g: torch.Tensor     # (n, ...) its gradient
     best_f: torch.Tensor     # its loss
-    last_f: torch.Tensor     # loss of the last point
+    last_f: torch.Tensor     # loss at the previous point
     checked_f: torch.Tensor  # best loss at the last checkpoint
     gains: torch.Tensor      # steps since then that raised the loss
     size: torch.Tensor       # step size
     halved: torch.Tensor     # whether it was halved at the last checkpoint
     width: torch.Tensor      # L1: share of the entries that a step moves
-    moved: torch.Tensor      # L1: how many entries the best point had moved at the last checkpoint
+    moved: torch.Tensor      # L1: entries that the best point had changed at the last checkpoint
     fooled: torch.Tensor     # at the best point; such images only wait to leave the batch
 
     def see(self, f, hit):
-        """The losses at this point, and whom it fools: it is their best one, whatever the loss."""
+        """Record the losses and who is fooled; the first point that fools is best, at any loss."""
         climbed, first = (f > self.best_f) & ~self.fooled, hit & ~self.fooled
         self.best = torch.where(column(climbed | first, self.x), self.at, self.best)
         self.best_g = torch.where(column(climbed, self.x), self.g, self.best_g)
@@ -119,15 +119,15 @@ class _State(Rows):
         self.fooled = self.fooled | hit
 
     def rest(self):
-        """Fooled images wait at the clean image, for which projections take no rounds."""
+        """Let fooled images wait at the clean image, whose projection takes no rounds."""
         fooled = column(self.fooled, self.x)
         self.at, self.before = (torch.where(fooled, self.x, t) for t in (self.at, self.before))
         self.size = self.size.masked_fill(self.fooled, 0)
 
 
 def _start(x, y, goal, start, eps, norm, stages):
-    """The state at the start. In L1 the first steps move a fifth of an image's entries, in stages
-    1 / 1.5 as many as the start has moved.
+    """The state at the start. In L1 the first steps move a fifth of an image's entries; with
+    stages, 1 / 1.5 times as many as the start has changed.
     """
     value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
     nothing, entries = torch.zeros_like(x), x[0].numel()
@@ -135,7 +135,7 @@ def _start(x, y, goal, start, eps, norm, stages):
     return _State(
         row=torch.arange(len(x), device=x.device), x=x, y=y, goal=goal, at=start, g=nothing,
         before=start, best=start, best_g=nothing, best_f=value, last_f=value, checked_f=value,
-        gains=torch.full_like(value, -1),  # the start, above -inf, is no gain
+        gains=torch.full_like(value, -1),  # rising from -inf is no gain
         size=torch.full_like(value, eps if norm == "l1" else 2 * eps),
         halved=torch.ones(len(x), dtype=torch.bool, device=x.device),
         width=moved / entries / 1.5 if stages else torch.full_like(value, 0.2), moved=moved,
@@ -143,9 +143,9 @@ def _start(x, y, goal, start, eps, norm, stages):
 
 
 def _run(model, x, y, goal, own, *, eps, norm, steps, stages, **how):
-    """From one random point: images (n, ...), their losses (n,), which of them are fooled (n,)."""
+    """One run from a random point -> images (n, ...), losses (n,), which are fooled (n,)."""
     parts = _stages(steps) if stages else [(1, steps)]
-    # unlike the authors' code, which starts on the sphere: evenly in the ball, in the box
+    # unlike the authors' code, which starts on the sphere: uniform in the ball, then projected
     at = x + random_point(x, parts[0][0] * eps, norm, own)
     for times, count in parts:
         found = _climb(model, x, y, goal, nearest(at, x, times * eps, norm), eps=times * eps,
@@ -162,7 +162,7 @@ def _stages(steps):
 
 def _climb(model, x, y, goal, start, *, eps, norm, steps, stages, loss, rho, targeted, tally, who,
            inside):
-    """The same from a given point. inside: whether an image is fooled at this radius."""
+    """The same from a given point. inside: whether fooling counts at this radius."""
     s = _start(x, y, goal, start, eps, norm, stages)
     found = [x.clone(), s.best_f.clone(), s.fooled.clone()]
     checkpoints = _checkpoints(steps, norm)
@@ -184,7 +184,7 @@ def _climb(model, x, y, goal, start, *, eps, norm, steps, stages, loss, rho, tar
 
 
 def _without_fooled(s, found):
-    """The images that are not fooled yet; where the others stand is noted in `found`."""
+    """The state without its fooled images, whose results are noted in `found`."""
     left = (~s.fooled).nonzero()[:, 0]
     if len(left) == len(s.row):
         return s
@@ -193,14 +193,14 @@ def _without_fooled(s, found):
 
 
 def _noted(s, found):
-    """`found`, of all images: the best points, their losses, who is fooled, with those of s."""
+    """`found` (best points, losses, fooled; of all images), updated with the images of s."""
     for whole, part in zip(found, (s.best, s.best_f, s.fooled), strict=True):
         whole[s.row] = part
     return found
 
 
 def _checkpoints(steps, norm):
-    """Step -> length of the window that ends there. 2003.01690, Sec. 3; for L1 every 4 %."""
+    """{step: length of the window that ends there}. 2003.01690, Sec. 3; in L1 every 4 %."""
     if norm == "l1":
         length = max(int(0.04 * steps), 1)
         return dict.fromkeys(range(length, steps, length), length)
@@ -213,7 +213,7 @@ def _checkpoints(steps, norm):
 
 
 def _adapt(s, eps, wanted):
-    """Halves the step where too few steps raised the loss (condition 1), or where the last
+    """Halve the step where too few steps raised the loss (condition 1), or where the last
     checkpoint did not halve it and the best loss has not risen since (condition 2).
     """
     # both <= as in the authors' code; the first step from the best point is compared with it
@@ -227,8 +227,8 @@ def _adapt(s, eps, wanted):
 
 
 def _adapt_l1(s, eps, _):
-    """The next steps move 1 / 1.5 as many entries as the best point; where those have become fewer,
-    the step is long again, from the best point.
+    """The next steps move 1 / 1.5 times as many entries as the best point has changed. Where that
+    number has dropped, the step is reset to eps and taken from the best point.
     """
     x = s.x
     moved = (s.best != x).flatten(1).sum(1).to(s.moved)

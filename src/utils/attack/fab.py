@@ -43,7 +43,7 @@ from utils.attack.waits import due, free_to_ask
 
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9  # as published
 SEARCHES = 3                           # steps of the final search
-SHORT = 0.999  # unlike the paper: they end a little beyond the border, on which rounding decides
+SHORT = 0.999  # unlike the paper: they end just beyond the boundary, on which rounding decides
 
 
 @attack
@@ -51,10 +51,10 @@ def fab(model, x, y, *, norm="linf", eps=math.inf, steps=100, restarts=1, target
         targeted=False, generator=None, report=None):
     """Fast adaptive boundary attack: adversarial images as near to x as it can find, in `norm`.
 
-    A run starts at x, a restart at half of the smallest norm so far, or of eps. Runs go towards
-    each of the `targets` likeliest wrong classes (of K classes, K - 1 are wrong). With eps, only
-    images within it count, and leave the batch as soon as they are found (utils/attack/waits.py);
-    without, all runs look for smaller norms.
+    Runs start at x, restarts at a random point at half of the smallest norm so far, or of eps if
+    smaller. They go towards each of the `targets` most likely wrong classes (with K classes, at
+    most K - 1). With eps, only images within it count, and they leave the batch once found
+    (utils/attack/waits.py); without, all runs look for smaller norms.
     -> (x_adv, success (N,)); x itself where the attack failed, or where x is fooled already.
     """
     one_of("norm", norm, NORMS)
@@ -83,14 +83,14 @@ def fab(model, x, y, *, norm="linf", eps=math.inf, steps=100, restarts=1, target
 
 
 def _goals(model, x, y, targets, targeted):
-    """[goal (N,)]: the classes of one run after the other; targeted, y itself."""
+    """[goal (N,)]: the classes of each run; if targeted, y itself."""
     with torch.no_grad():
         logits = forward(model, x, y)
     return [y] if targeted else likeliest_wrong(logits, y, targets)
 
 
 def _start(x, size, eps, norm, own):
-    """A random point at half of the smallest norm so far, or of eps; of neither, of the box."""
+    """A random point at half of the smallest norm so far, or of eps or the box if smaller."""
     room = norm_of(torch.maximum(x, 1 - x), norm)
     radius = torch.minimum(size, room).clamp_max(eps) / 2
     return (x + column(radius, x) * unit(random_point(x, 1.0, norm, own), norm)).clamp_(0, 1)
@@ -100,19 +100,19 @@ def _start(x, size, eps, norm, own):
 
 @dataclass
 class _State(Rows):
-    """Where one run stands, a row for each image in the batch."""
+    """The state of a run, with a row for each image in the batch."""
     row: torch.Tensor    # which image of the run, int64
     x: torch.Tensor      # (n, ...) the clean image
     y: torch.Tensor
     goal: torch.Tensor   # class to run towards
-    at: torch.Tensor     # (n, ...) this point
+    at: torch.Tensor     # (n, ...) the current point
     found: torch.Tensor  # (n, ...) the nearest adversarial image of all runs
     size: torch.Tensor   # its norm
     done: torch.Tensor   # whether it is within eps; such images only wait to leave the batch
 
 
 def _run(model, x, y, goal, start, found, size, *, norm, eps, steps, targeted, tally, who):
-    """From one start towards one class: the nearest adversarial images (n, ...), their norms."""
+    """One run towards one class -> the nearest adversarial images (n, ...), their norms (n,)."""
     s = _State(torch.arange(len(x), device=x.device), x, y, goal, start, found, size,
                torch.zeros(len(x), dtype=torch.bool, device=x.device))
     found, size = found.clone(), size.clone()
@@ -129,7 +129,7 @@ def _run(model, x, y, goal, start, found, size, *, norm, eps, steps, targeted, t
         def gain(logits, y, goal=s.goal):  # 0 on the boundary between the two classes
             return climbed(logits, y) if targeted else margin_towards(goal)(logits, y)
         logits, f, g = gradient(model, s.at, s.y, gain, tally, who[s.row], s.done)
-        _note(s, is_fooled(logits, s.y, targeted), norm, eps)  # unlike the paper: costs nothing
+        _note(s, is_fooled(logits, s.y, targeted), norm, eps)  # unlike the paper: it costs nothing
         s.at = _step(s, f, g, norm)
         fooled = measure(model, s.at, s.y, climbed, targeted, tally, who[s.row])[1]
         _note(s, fooled, norm, eps)
@@ -139,7 +139,7 @@ def _run(model, x, y, goal, start, found, size, *, norm, eps, steps, targeted, t
 
 
 def _note(s, fooled, norm, eps):
-    """Keeps this point where it is adversarial and the nearest so far."""
+    """Keep the current point where it is adversarial and the nearest so far."""
     here = norm_of(s.at - s.x, norm)
     nearer = fooled & (here < s.size) & ~s.done
     s.found = torch.where(column(nearer, s.x), s.at, s.found)
@@ -149,9 +149,9 @@ def _note(s, fooled, norm, eps):
 
 
 def _step(s, f, g, norm):
-    """The next point: a bit beyond the plane f + <g, z - at> = 0, drawn towards the clean image.
+    """The next point: just beyond the plane f + <g, z - at> = 0, biased towards the clean image.
 
-    f (n,), g (n, ...): value and gradient at s.at. Both projections are one batch of 2n.
+    f (n,), g (n, ...): value and gradient at s.at. Both projections run as one batch of 2n.
     """
     both, n = torch.cat([s.at, s.x]), len(f)
     f_x = f + (g * (s.x - s.at)).flatten(1).sum(1)
@@ -163,7 +163,7 @@ def _step(s, f, g, norm):
 
 
 def _search(model, x, y, found, size, climbed, targeted, norm, tally, who):
-    """Between x and the image found, three steps of false position on the margin."""
+    """Three false-position steps on the margin, between x and the image found."""
     near, far = x, found  # not fooled; fooled
     below, above = (measure(model, z, y, climbed, targeted, tally, who)[0] for z in (near, far))
     for _ in range(SEARCHES):
@@ -185,7 +185,7 @@ def _search(model, x, y, found, size, climbed, targeted, norm, tally, who):
 def to_plane(z, g, need, norm):
     """The smallest delta (n, ...) in `norm` with <g, delta> = need (n,) and z + delta in [0, 1].
 
-    Where the box does not reach so far, the corner that comes nearest. z, g (n, ...).
+    Where the box does not reach that far: its corner that comes nearest. z, g (n, ...).
     """
     side = column(need.sign(), g) * g.sign()
     scale = norm_of(g, "linf").clamp_min(TINY)
@@ -196,10 +196,10 @@ def to_plane(z, g, need, norm):
 
 
 def _fill(slope, room, need, norm):
-    """min(t * speed, room) with sum(slope * that) = need: one t moves all coordinates, to the box.
+    """min(t * speed, room) with sum(slope * that) = need: one t for all coordinates, up to the box.
 
-    The speed is 1 in Linf, and the slope in L2. The sum is concave in t, so Newton's steps from 0
-    never pass the solution; they end where no coordinate meets the box any more.
+    The speed is 1 in Linf and the slope in L2. The sum is concave in t, so Newton steps from 0
+    never pass the solution; they end once no further coordinate meets the box.
     """
     dims, asks = tuple(range(1, slope.dim())), free_to_ask(slope)
     gain = slope * slope if norm == "l2" else slope
@@ -217,8 +217,7 @@ def _fill(slope, room, need, norm):
 
 
 def _fill_l1(slope, room, need, norm):
-    """The coordinates of the largest slopes move to the box, one after the other, the last in part.
-    """
+    """Coordinates move to the box in order of decreasing slope, the last one in part."""
     flat, order = slope.flatten(1).sort(1, descending=True)
     width = room.flatten(1).gather(1, order)
     before = (flat * width).cumsum(1) - flat * width  # gained by the coordinates before

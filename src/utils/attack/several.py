@@ -1,4 +1,4 @@
-"""Several attacks in turn: worst_case, the quick mixture of most tables, and AutoAttack whole.
+"""Several attacks in turn: worst_case, the quick mixture of most tables, and full AutoAttack.
 
     paper                                      here
     2003.01690, Sec. 6, AutoAttack             _parts
@@ -23,7 +23,7 @@ from utils.errors import UserError
 
 TARGETS, ENOUGH = 9, 4  # of APGD-T, as published; classes that the targeted DLR loss needs
 VERSIONS = ("standard", "plus", "rand")
-QUERIES, DRAWS = 5000, 20          # of AutoAttack's Square, and of `rand`, at least
+QUERIES, DRAWS = 5000, 20          # of AutoAttack's Square; of `rand`, at least
 LOOKED_AT = 50                     # images that are passed through the network twice
 SAME = 1e-4                        # logits that differ by less, relative to their norm, are equal
 SQUARE_GAIN, BLIND = 0.002, 0.05   # shares of the images above which a flag is raised
@@ -31,13 +31,12 @@ SQUARE_GAIN, BLIND = 0.002, 0.05   # shares of the images above which a flag is 
 
 @attack
 def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=None):
-    """Each attack on the images that the ones before did not fool; x where none succeeds.
+    """Run each attack on the images not fooled so far; x where none succeeds.
 
     attacks: {name: attack(model, x, y, generator=, report=)}, such as functools.partial(pgd,
-    eps=...); with targeted=True they are called with targeted=True. For each attack the report has
-    the numbers of images `tried` and `fooled`, and of those that were not fooled because their
-    gradient was zero (`zero_gradient`) or whose loss never rose (`flat`): they may only look
-    robust.
+    eps=...); with targeted=True they are called with targeted=True. For each attack the report
+    counts the images `tried` and `fooled`, and those not fooled whose gradient was zero
+    (`zero_gradient`) or whose loss never rose (`flat`): they may only look robust.
     """
     if not isinstance(attacks, dict):
         raise UserError("worst_case takes attacks by name; type {'pgd': partial(pgd, eps=...)}")
@@ -48,7 +47,7 @@ def worst_case(model, x, y, attacks, *, targeted=False, generator=None, report=N
 
 
 def _in_turn(model, x, y, attacks, targeted, generator):
-    """What worst_case returns; its report; whose gradients (N,) were all zero, in all attacks."""
+    """-> worst_case's result, its report, whether all gradients of all attacks were zero (N,)."""
     own, result, found = chance_of(generator, x), x.clone(), {}
     more = {"targeted": True} if targeted else {}
     alive = ~measure(model, x, y, margin, targeted)[1] if len(x) else torch.zeros(0).bool()
@@ -73,12 +72,12 @@ def _in_turn(model, x, y, attacks, targeted, generator):
 
 
 def _classes(model, x, y):
-    with torch.no_grad(), telling(chance_of(None, x[:1])):  # not among an image's draws
+    with torch.no_grad(), telling(chance_of(None, x[:1])):  # not counted as a draw
         return forward(model, x[:1], y[:1]).shape[1]
 
 
 def _totals(found, blind):
-    """The report of attacks that are called as one: of each of them, and of all together."""
+    """The report of attacks that are called as one: each attack's, and the totals."""
     return found | {"zero_gradient": blind} | {
         key: sum(one.get(key, 0) for one in found.values()) for key in ("gradients", "queries")}
 
@@ -94,9 +93,9 @@ def strongest_quick(model, x, y, *, eps, queries=1000, targeted=False, generator
                     report=None):
     """The quick mixture, within Linf eps: APGD-CE, APGD-T, Square, as in worst_case.
 
-    APGD-T runs on the targeted DLR loss towards each of the nine likeliest wrong classes, or of
-    all if there are fewer; with two and three classes, for which it is not defined, on the
-    margin loss. quick_title says what is run. The report has worst_case's, and the totals.
+    APGD-T runs on the targeted DLR loss towards each of the nine most likely wrong classes, or all
+    if there are fewer. For two and three classes, where that loss is not defined, it uses the
+    margin loss. quick_title says what is run. The report is worst_case's, plus the totals.
     """
     images_only(x)
     result, found, blind = _nothing(x)
@@ -109,18 +108,18 @@ def strongest_quick(model, x, y, *, eps, queries=1000, targeted=False, generator
 
 
 def quick_title(classes, queries):
-    """What strongest_quick runs with so many classes: 'APGD-CE + APGD-T + Square 1000'."""
+    """What strongest_quick runs for `classes` classes: 'APGD-CE + APGD-T + Square 1000'."""
     return " + ".join(_quick(classes, 0, queries))
 
 
 def _quick(classes, eps, queries):
-    """{name: attack} of strongest_quick; the name says where APGD-T is not the published one."""
+    """{name: attack} of strongest_quick; the name says how APGD-T differs from the paper's."""
     return {"APGD-CE": partial(apgd, eps=eps), **_targeted_apgd(classes, TARGETS, eps=eps),
             f"Square {queries}": partial(square, eps=eps, queries=queries)}
 
 
 def _targeted_apgd(classes, published, **options):
-    """{name: APGD-T}, as far as so many classes allow."""
+    """{name: APGD-T}, as far as the number of classes allows."""
     two_or_more(classes)
     targets, enough = min(published, classes - 1), classes >= ENOUGH
     less = _less(classes, published) + ["margin loss"] * (not enough)
@@ -129,7 +128,7 @@ def _targeted_apgd(classes, published, **options):
 
 
 def _less(classes, published):
-    """[in words] if fewer classes are wrong than published targets."""
+    """[number of targets, in words] if fewer than published, else []."""
     wrong = classes - 1
     return [f"{wrong} target{'s' * (wrong > 1)}"] * (wrong < published)
 
@@ -143,14 +142,14 @@ def _named(name, less):
 @attack
 def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=False,
                generator=None, report=None):
-    """AutoAttack: APGD-CE, APGD-T, FAB-T and Square, each on the images that are left.
+    """AutoAttack: APGD-CE, APGD-T, FAB-T and Square, each on the images not fooled so far.
 
-    norm: 'linf', 'l2', 'l1'; in L1, APGD with larger radii first, APGD-CE five times, APGD-T
+    norm: 'linf', 'l2', 'l1'; in L1, APGD starts with larger radii, APGD-CE runs five times, APGD-T
     towards five classes. version: 'plus' runs APGD-CE and APGD-DLR five times, then Square, APGD-T,
     and FAB-T five times; 'rand', for random defences, APGD-CE and APGD-DLR on the mean gradient of
-    20 draws, or more: a model's own eot is repeated. Fewer classes: as in strongest_quick.
-    The report has worst_case's, with `flat`, the totals, `random`, the number of images whose
-    logits differed in two passes, and `flags`, a line for each sign that the result may be wrong.
+    20 draws or more: a model's own eot is repeated. Fewer classes: as in strongest_quick.
+    The report is worst_case's, with `flat`, plus the totals; `random`, the number of images whose
+    logits differed in two passes; and `flags`, a line for each sign that the result may be wrong.
     """
     one_of("norm", norm, NORMS)
     one_of("version", version, VERSIONS)
@@ -174,7 +173,7 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
 def autoattack_title(classes, draws=0, norm="linf"):
     """'AutoAttack', with its parts where few classes change them; or 'AutoAttack rand (EOT of 20)'.
 
-    draws: of a random model's own eot, 1 without one; 0: the model is not random.
+    draws: those of a random model's own eot, 1 without one; 0 if the model is not random.
     """
     if draws:
         return f"AutoAttack rand (EOT of {draws * _times(draws)})"
@@ -183,7 +182,7 @@ def autoattack_title(classes, draws=0, norm="linf"):
 
 
 def _times(draws):
-    """How often `rand` repeats a model that averages so many draws itself."""
+    """How often `rand` repeats a model that averages `draws` draws itself."""
     return ceil(DRAWS / draws)
 
 
@@ -201,7 +200,7 @@ def _parts(classes, norm, eps, version):
         return {"APGD-CE": climb} | dlr
     if version == "plus":
         again = {name: partial(one, restarts=5) for name, one in ({"APGD-CE": climb} | dlr).items()}
-        # unlike the authors' code: FAB towards classes, five times, also for FAB towards any
+        # unlike the authors' code: targeted FAB, five times, also in place of untargeted FAB
         return again | queries | towards | {border_name: partial(border, restarts=5)}
     return {"APGD-CE": partial(climb, restarts=5 if l1 else 1), **towards, border_name: border,
             **queries}
@@ -209,9 +208,9 @@ def _parts(classes, norm, eps, version):
 
 @torch.no_grad()
 def _changed(model, x, y):
-    """Of how many of the first images the logits differ between two passes."""
+    """How many of the first LOOKED_AT images get different logits in two passes."""
     x, y, draws = x[:LOOKED_AT], y[:LOOKED_AT], chance_of(None, x[:LOOKED_AT])
-    with telling(draws):  # not among an image's draws
+    with telling(draws):  # not counted as draws
         one, two = (forward(model, x, y) for _ in range(2))
     return int(((one - two).norm(dim=1) > SAME * one.norm(dim=1)).sum())
 
@@ -219,7 +218,7 @@ def _changed(model, x, y):
 def flags_of(found, changed, n):
     """One line for each sign that robust accuracy may be overestimated.
 
-    found: {attack: its report}, of n images; changed: how many were random.
+    found: {attack: its report}, on n images; changed: how many had random logits.
     """
     flags = [f"random defence: the logits of {changed} images differed in two passes; type "
              "version='rand'"] * (changed > 0)

@@ -28,12 +28,12 @@ HILLS = {"l2": 2, "l1": 4}   # a hill is a sum of 1 / k to this power
 @torch.no_grad()
 def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, rescale=True,
            targeted=False, generator=None, report=None):
-    """Square attack: changes a random square of the image and keeps it if the margin grows.
+    """Square attack: change a random square of the image and keep it if the margin grows.
 
     x (N, C, H, W); p: share of the image that the first squares cover, which shrinks as published
     (Sec. 3, for 10,000 queries; rescale: scaled to `queries`). Fooled images leave the batch, on a
-    CPU at once, else a little later (utils/attack/waits.py); queries after the one that fools are
-    not counted, nor are the clean images'. Unlike the authors' code, which climbs cross-entropy
+    CPU at once, else a little later (utils/attack/waits.py). Queries on clean images and those
+    after the one that fools are not counted. Unlike the authors' code, which climbs cross-entropy
     if targeted, it always climbs the margin.
     """
     one_of("norm", norm, NORMS)
@@ -64,7 +64,7 @@ def images_only(x):
 
 
 def _run(model, x, y, own, eps, norm, queries, p, planned, climbed, targeted, tally, who):
-    """From one start: images (n, C, H, W), margins (n,), which of them are fooled (n,)."""
+    """One run -> images (n, C, H, W), margins (n,), which of them are fooled (n,)."""
     first, change = (_stripes, _flip) if norm == "linf" else (
         partial(_tiles, norm=norm), partial(_move, norm=norm))
     best = first(x, eps, own.fold(0))
@@ -130,7 +130,7 @@ def _flip(best, x, eps, p, u):
 
 
 def _bump(h, w, x, norm):
-    """Eq. 2 of the paper: a pyramid of sums of 1 / k^2, highest in the middle, norm 1."""
+    """Eq. 2: a pyramid of sums of 1 / k^2 (L1: 1 / k^4), peak in the middle, norm 1."""
     r = (torch.arange(h, device=x.device) - h // 2).abs()[:, None]
     c = (torch.arange(w, device=x.device) - w // 2).abs()[None]
     k = torch.arange(1, max(h // 2, w // 2) + 2, device=x.device, dtype=x.dtype)
@@ -148,13 +148,13 @@ def _pair(s, norm, dtype, device):
 
 
 def _length(t, norm, dims=(0, 1)):
-    """Its norm over these dimensions."""
+    """Norm of t over these dimensions."""
     return t.norm(dim=dims) if norm == "l2" else t.abs().sum(dims)
 
 
 def _tiles(x, eps, own, norm):
-    """A start in L2: a grid of pairs with random signs and orientation, as large as the ball
-    allows. In L1: such a grid of pairs of norm 1, projected on the ball.
+    """L2 start: a grid of pairs with random signs and orientations, scaled to the ball.
+    L1 start: such a grid of pairs of norm 1, projected onto the ball.
     """
     s = max(min(x.shape[2:]) // 5, min(3, *x.shape[2:]))
     down, across = x.shape[2] // s, x.shape[3] // s
@@ -169,7 +169,7 @@ def _tiles(x, eps, own, norm):
 
 
 def _into_ball(delta, x, eps, norm):
-    """The image of this perturbation: in L2 scaled to eps, in L1 the nearest that is allowed."""
+    """The image with this perturbation, scaled to eps in L2, projected in L1."""
     if norm == "l1":
         return nearest(x + delta, x, eps, norm)
     return (x + eps * unit(delta, norm)).clamp_(0, 1)
@@ -178,8 +178,8 @@ def _into_ball(delta, x, eps, norm):
 def _move(best, x, eps, p, u, norm):
     """Alg. 3: a pair is added in one window, with the mass of that window and of a second one.
 
-    The mass is the sum of squares in L2, and of absolute values in L1, where unlike in L2 each
-    channel gets that of all channels: the projection takes away what is too much.
+    The mass is the sum of squares in L2 and of absolute values in L1. In L1 only, each channel's
+    mass is multiplied by the number of channels; the projection removes the excess.
     """
     s = _side(x, p, 3)
     if s % 2 == 0:
