@@ -1,1 +1,1 @@
-"""What src/attacks.py is made of: the contract and gradients, balls, Auto-PGD, Square."""
+"""The parts of src/attacks.py: contract and gradients, balls, Auto-PGD, FAB, Square and others."""

@@ -1,4 +1,4 @@
-"""For adaptive attackers: a stand-in for the gradient of a layer, and the mean over random draws.
+"""For adaptive attackers: a substitute for a layer's gradient, and the mean over random draws.
 
 Athalye et al., arXiv:1802.00420.
 """
@@ -13,10 +13,10 @@ from utils.errors import UserError
 
 
 class bpda(nn.Module):  # noqa: N801  # lower case because it is used like a function
-    """`layer` in the forward pass, another function in the backward pass, None: the identity.
+    """`layer` in the forward pass, `backward` in the backward pass (None: the identity).
 
     backward: a differentiable stand-in for the layer; its Jacobian at x is used. The layer's own
-    weights get no gradient. UserError if the stand-in's output has another shape than the layer's.
+    weights get no gradient. UserError if the stand-in's output and the layer's differ in shape.
     """
 
     def __init__(self, layer, backward=None):
@@ -56,9 +56,9 @@ class eot(nn.Module):  # noqa: N801  # lower case because it is used like a func
     """Expectation over transformation: a random model whose gradient the attacks average.
 
     One call is one draw of the model. The attacks average logits, losses and gradients over
-    `draws` calls, also if this module is part of another; the mean logits decide which images are
-    fooled. The model must draw anew at every call; layers that ask utils/attack/telling.py give an
-    image the same draws in any batch, others draw from a generator of their own.
+    `draws` calls, even if this module is part of another; the mean logits decide which images are
+    fooled. The model must draw anew at every call. Layers that ask utils/attack/telling.py give an
+    image the same draws in any batch; others draw from their own generator.
     """
 
     def __init__(self, model, draws):
@@ -72,6 +72,6 @@ class eot(nn.Module):  # noqa: N801  # lower case because it is used like a func
 
 
 def draws_of(model):
-    """How many forward passes the attacks average over: the product over the eots in the model."""
+    """Number of forward passes that the attacks average: the product over the model's eots."""
     parts = model.modules() if isinstance(model, nn.Module) else ()
     return math.prod(part.draws for part in parts if isinstance(part, eot))

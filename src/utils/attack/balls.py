@@ -2,8 +2,8 @@
 
 For images x in [0, 1], a perturbation delta is allowed if ||delta|| <= eps in its norm and if
 x + delta stays in the box [0, 1]. `project` finds the nearest such delta. With how="rescale" it
-scales to the ball first and clips to the box second, as most libraries do: the result is allowed
-too, but it is not the nearest, and in L1 and L2 part of the budget stays unused.
+scales to the ball first and clips to the box second, as most libraries do: the result is also
+allowed, but not the nearest, and in L1 and L2 part of the budget stays unused.
 """
 
 import torch
@@ -12,20 +12,20 @@ from utils.attack.waits import free_to_ask
 
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-30  # against 0 / 0
-ROUNDS = 100  # limit of the searches below; each ends far earlier, once nothing changes
-FIXED = 16    # rounds where the host may not ask whether it has ended; the tests' attacks took
-              # 4 in L2 and 7 in L1. If they are too few, the point is allowed, but not the nearest
+ROUNDS = 100  # limit for the searches below; each ends far earlier, once nothing changes
+FIXED = 16    # rounds where the host may not ask whether a search has ended; the tests' attacks
+              # took 4 in L2 and 7 in L1. With too few, the point is allowed, but not the nearest
 
 
 def column(values, like):
-    """(N,) -> (N, 1, 1, ...), to be multiplied with images like `like`."""
+    """(N,) -> (N, 1, 1, ...), to broadcast against images like `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def norm_of(delta, norm):
     """Norm of every perturbation: (N, ...) -> (N,).
 
-    With sum(), which adds in pairs: vector_norm() is off by 1e-5 on 150,000 float32 numbers.
+    Uses sum(), which adds pairwise: vector_norm() is off by 1e-5 on 150,000 float32 numbers.
     """
     dims = tuple(range(1, delta.dim()))
     if norm == "linf":
@@ -36,13 +36,13 @@ def norm_of(delta, norm):
 def cut(x):
     """x clipped to [0, 1]; pixels at exactly 0 or 1 keep their gradient, as in TensorFlow.
 
-    torch.clamp passes it on before 2.15 and stops it since.
+    torch.clamp passes it on before 2.15 and blocks it since.
     """
     return torch.where((x < 0) | (x > 1), x.detach().clamp(0, 1), x)
 
 
 def unit(g, norm):
-    """g scaled to norm 1 per image; by its largest entry first, or small squares underflow."""
+    """g scaled to norm 1 per image; first by its largest entry, or small squares underflow."""
     g = g / column(norm_of(g, "linf").clamp_min(TINY), g)
     return g / column(norm_of(g, norm).clamp_min(TINY), g)
 
@@ -50,7 +50,7 @@ def unit(g, norm):
 def sparse_sign(g, share):
     """Signs of the largest entries of every image, scaled to L1 norm 1.
 
-    share: how many of all entries, one float or (N,); one entry alone is steepest ascent in L1.
+    share: fraction of all entries, a float or (N,); a single entry is steepest ascent in L1.
     """
     size = g.abs().flatten(1)
     n = size.shape[1]
@@ -64,15 +64,15 @@ def sparse_sign(g, share):
 
 
 def room_of(x, side):
-    """From x (N, ...) to the box, up where side is 1 and down where it is -1; no matter where 0.
+    """Distance from x (N, ...) to the box: up where side is 1, down where -1, any value where 0.
 
-    In arithmetic, as is free_of(): on a CPU comparisons and torch.where take longer.
+    Plain arithmetic, as in free_of(): on a CPU comparisons and torch.where take longer.
     """
     return torch.lerp(x, 1 - x, (side + 1).mul_(0.5))
 
 
 def free_of(inside, room):
-    """1.0 where inside, which is at most room, has not reached it, 0.0 where it has."""
+    """1.0 where `inside` is less than `room`, 0.0 where they are equal; it is never more."""
     return (room - inside).sign_()
 
 
@@ -107,7 +107,7 @@ def nearest(x_adv, x, eps, norm, how="exact"):
 
 
 def _inwards(x, delta, eps):
-    """x + delta in [0, 1]; where its roundings add up to more than the L1 ball, towards x."""
+    """x + delta in [0, 1], rounded towards x where rounding errors leave the L1 ball."""
     there = (x + delta).clamp_(0, 1)
     outside = norm_of(there - x, "l1") > eps * (1 + 16 * torch.finfo(x.dtype).eps)
     if free_to_ask(x) and not bool(outside.any()):
@@ -117,12 +117,12 @@ def _inwards(x, delta, eps):
 
 
 def _scale_l2(size, room, eps, outside):
-    """min(t * size, room) of norm eps. KKT: one t scales every coordinate, up to the box.
+    """min(t * size, room) with norm eps. KKT: one t scales every coordinate, up to the box.
 
     t grows from the value that would suffice without a box; coordinates that reach the box stay
-    there, so no round overshoots. Images that are not `outside` (n,) keep t = 1. These are Newton's
-    steps on a concave function, norm^2 of t^2: k rounds leave at most the share 2^-k t / (first t)
-    of eps^2, and usually far less.
+    there, so no round overshoots. Images that are not `outside` (n,) keep t = 1. These are Newton
+    steps on a concave function, norm^2 in terms of t^2: k rounds leave at most a share
+    2^-k t / (first t) of eps^2, and usually far less.
     """
     asks, within = free_to_ask(size), ~outside
     t = torch.where(outside, eps / norm_of(size, "l2"), 1.0)
@@ -144,10 +144,10 @@ def _scale_l2(size, room, eps, outside):
 
 
 def _shrink_l1(size, room, eps, outside):
-    """min(max(size - t, 0), room) of norm eps. KKT: every coordinate shrinks by the same t, to 0.
+    """min(max(size - t, 0), room) with norm eps. KKT: one t shrinks every coordinate, down to 0.
 
-    Newton's method on t (the norm is piecewise linear in it), kept between a t that shrinks too
-    little and one that shrinks too much; a step beyond them is replaced by their middle. Images
+    Newton's method on t (the norm is piecewise linear in t), kept between a t that shrinks too
+    little and one that shrinks too much; a step beyond them is replaced by their midpoint. Images
     that are not `outside` (n,) keep t = 0.
     """
     dims, asks, within = tuple(range(1, size.dim())), free_to_ask(size), ~outside
@@ -167,7 +167,7 @@ def _shrink_l1(size, room, eps, outside):
         if asks and bool(settled.all()):
             break
         t = t_next
-    if not asks:  # at worst a t that shrinks too little, and the ball by scaling
+    if not asks:  # at worst t shrinks too little, and the scaling below does the rest
         t = torch.where(settled, t, low)
     inside = torch.minimum((size - column(t, size)).clamp_min_(0), room)
     return inside * column((eps / norm_of(inside, "l1").clamp_min(TINY)).clamp_max(1), size)
@@ -187,14 +187,14 @@ def random_point(x, eps, norm, chance):
 
 
 def _even_l2(shape, one, two):
-    """Directions from normal variables; the share s ** D of the ball is within the radius s."""
+    """Directions from normal variables; a share s ** D of the unit ball lies within radius s."""
     direction = one.normal(*shape)
     radius = two.uniform() ** (1 / shape.numel())
     return column(radius / norm_of(direction, "l2").clamp_min(TINY), direction) * direction
 
 
 def _even_l1(shape, one, two):
-    """Shares of exponential variables are uniform on the simplex; one more fills the ball."""
+    """Normalized exponential variables are uniform on the simplex; one extra fills the ball."""
     share = -torch.log(1 - one.uniform(shape.numel() + 1))
     share = share / share.sum(1, keepdim=True).clamp_min(TINY)
     return two.signs(*shape) * share[:, :-1].reshape(-1, *shape)

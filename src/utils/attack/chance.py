@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image: Philox4x32-10 (Salmon et al., SC 2011), in tensors.
+"""Random numbers tied to an image: Philox4x32-10 (Salmon et al., SC 2011), in tensors.
 
     paper                              here
     key, two words of 32 bits          seed
@@ -6,13 +6,13 @@
 
     chance = Chance(5, torch.arange(8, device=device))    # a seed, and which images
     chance.uniform(3, 224, 224)                           # (8, 3, 224, 224), on that device
-    chance[rows].uniform(3, 224, 224)                     # the same numbers, of some of the images
+    chance[rows].uniform(3, 224, 224)                     # the same numbers, for some of the images
     chance.fold(1).uniform(3, 224, 224)                   # others, independent of these
 
-A number is a function of seed, image, turn and position; the same call gives the same numbers, so
-every use folds a constant of its own. An image has the same numbers in any batch, any order and
-any number of processes. They are integers until the last step: uniform numbers and signs are the
-same to the last bit on every device, normal ones but for how it rounds log, sin and cos.
+A number is a function of seed, image, turn and position. The same call gives the same numbers, so
+every use folds in its own constant. An image has the same numbers in any batch, in any order and
+with any number of processes. Numbers are integers until the last step: uniform numbers and signs
+are the same to the last bit on every device, normal ones up to its rounding of log, sin and cos.
 """
 
 import math
@@ -24,32 +24,32 @@ from utils.errors import UserError
 
 WORD = 0xFFFFFFFF                       # 32 bits
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-WEYL = 0x9E3779B9, 0xBB67AE85           # what the key grows by in every round
+WEYL = 0x9E3779B9, 0xBB67AE85           # added to the key in every round
 
 
 def philox(counter, key):
-    """Four random words of four words of counter, Python's ints or int64 tensors, and two of key.
+    """Four random words from a counter of four (Python ints or int64 tensors) and a key of two.
 
-    Of tensors the first and the third must have the full shape. Products of two words wrap around
-    in int64, which leaves all 64 bits right.
+    Of counter tensors, the first and the third must have the full shape. Products of two words wrap
+    around in int64, but all 64 bits are right.
     """
     (a, b, c, d), (k, m) = counter, key
     for _ in range(10):
         p, q = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
         a, c = q >> 32, p >> 32
-        a ^= b  # in place: half of the time would go into new memory
+        a ^= b  # in place: allocations would take half of the time
         a ^= k
         a &= WORD
         c ^= d
         c ^= m
         c &= WORD
-        b, d = q, p  # their upper words are cut off above, a round later
+        b, d = q, p  # their upper words are cut off above, in the next round
         k, m = (k + WEYL[0]) & WORD, (m + WEYL[1]) & WORD
     return a, b & WORD, c, d & WORD
 
 
 def below(words, high):
-    """Integers in 0 .. high - 1 from words of 32 bits; high at most 2^31, a number or a tensor."""
+    """Integers in 0 .. high - 1 from 32-bit words; high: at most 2^31, a number or a tensor."""
     return words * high >> 32
 
 
@@ -58,7 +58,7 @@ class Chance:
     """The random numbers of n images. uniform(), normal() and so on give (n, *shape)."""
     seed: int                      # 64 bits
     images: torch.Tensor           # (n,) int64: which images
-    turn: torch.Tensor | int = 0   # (n,) or of all: how many draws each image has had before
+    turn: torch.Tensor | int = 0   # (n,), or one for all: earlier draws of each image
 
     def __len__(self):
         return len(self.images)
@@ -76,12 +76,12 @@ class Chance:
         return self.seed & WORD, self.seed >> 32 & WORD
 
     def fold(self, k):
-        """An independent stream of the same images, for every whole number k."""
+        """Another stream for the same images; each whole number k gives an independent one."""
         low, high, *_ = philox((k & WORD, k >> 32 & WORD, WORD, WORD), self.key)  # no image is -1
         return replace(self, seed=high << 32 | low)
 
     def words(self, *shape):
-        """32 random bits, int64."""
+        """32 random bits each, int64."""
         if self.images.device.type == "mps":  # where int64 products may not wrap around
             return self.to("cpu").words(*shape).to("mps")
         n, count = len(self), math.prod(shape)
@@ -118,7 +118,7 @@ def chance_of(generator, x):
     """The Chance of images x (n, ...), on their device.
 
     generator: a Chance of these images; or a torch.Generator, from which one seed is drawn, or
-    None, seed 0, for images that are numbered 0 .. n - 1.
+    None for seed 0: then images are numbered 0 .. n - 1.
     """
     if isinstance(generator, Chance):
         if len(generator) != len(x):

@@ -1,4 +1,4 @@
-"""What makes images transfer to other networks: random sizes, gradients of shifted images.
+"""Better transfer to other networks: random sizes, and gradients of shifted images.
 
     paper                                            here
     DI, Xie et al., arXiv:1803.06978, Eq. 5          Diverse
@@ -15,18 +15,18 @@ from utils.defenses import ResizePad
 from utils.errors import UserError
 
 SMALLEST = 299 / 330  # of the side: the paper pads 299 to 329 pixels to 330
-SPREAD = 3            # the kernel reaches so many standard deviations to each side
+SPREAD = 3            # the kernel reaches this many standard deviations to each side
 
 
 class Diverse(nn.Module):
-    """The model on images that are, each with probability p, scaled and pasted on black.
+    """The model on images that are scaled and pasted on black, each with probability p.
 
     Unlike the paper, whose images grow from 299 to 330 pixels, images keep their size.
     """
 
     def __init__(self, model, p):
         super().__init__()
-        self.model, self.p, self.pad = model, p, {}  # a layer for each size, outside the state
+        self.model, self.p, self.pad = model, p, {}  # a layer for each size, not in state_dict()
 
     def forward(self, x):
         size = x.shape[-1]

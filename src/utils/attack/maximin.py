@@ -1,13 +1,13 @@
 """DM-UAP's inner minimisation (Zhang et al., AAAI 2025, arXiv:2503.12793): the gradient of delta is
-taken where the surrogate's weights and the images make it surest of their labels.
+taken at weights and images for which the surrogate is most confident of the labels.
 
     published code                         here
     ten steps of the weights, L2 norm rho  _surer_weights
     ten steps of the images, in L2         _surer_images
     both radii grow with the epochs        share
 
-Unlike there, the weights step in eval mode (no dropout, BatchNorm with its running statistics),
-delta starts at zero, x + delta is cut to [0, 1], and Adam has no weight decay.
+Unlike the published code, the weights step in eval mode (no dropout, BatchNorm with its running
+statistics), delta starts at zero, x + delta is cut to [0, 1], and Adam has no weight decay.
 """
 
 import math
@@ -20,16 +20,16 @@ from utils.attack.balls import nearest, unit
 from utils.attack.universal import warp
 
 RHO, RADIUS, STEPS, SMOOTHING = 4.0, 25.0, 10, 0.2  # as in the published run.sh, for 500 images
-PIXELS = 3 * 224 * 224                              # of an image to which RADIUS belongs
-GRADIENTS = 2 * STEPS + 1                           # of one image in an outer step
+PIXELS = 3 * 224 * 224                              # of an image for which RADIUS holds
+GRADIENTS = 2 * STEPS + 1                           # per image in an outer step
 
 
 def maximin_gradient(outer, model, share, gradient, x, y, delta, draws, *, augment=None, **options):
-    """What `outer`, train_sga.spgd_gradient, gives at surer weights and images.
+    """Run `outer`, train_sga.spgd_gradient, at weights and images of higher confidence.
 
     model: the surrogate that `gradient` differentiates, x (N, C, H, W) -> (N, K), with frozen
-    weights; it is as before afterwards. share: of both radii, in (0, 1]; that of the images is one
-    of 224 pixels, and as far for each pixel of others.
+    weights; it is restored afterwards. share: of both radii, in (0, 1]; the images' radius is that
+    for 224 pixels, scaled at other sizes to the same distance per pixel.
     """
     radius = share * RADIUS * math.sqrt(x[0].numel() / PIXELS)
     if augment is not None:  # draws partition the batch in its order
@@ -41,9 +41,9 @@ def maximin_gradient(outer, model, share, gradient, x, y, delta, draws, *, augme
 
 @contextmanager
 def _surer_weights(model, x, y, rho, draws):
-    """In the context the weights are at most rho away, where the smoothed cross-entropy is low.
+    """Context in which the weights have moved by at most rho to lower the smoothed cross-entropy.
 
-    Steps are added up in float32; a model in bf16 does not see what is below its resolution.
+    Steps are added up in float32; a bf16 model does not see changes below its resolution.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
     kept = [p.detach().clone() for p in weights]
@@ -67,7 +67,7 @@ def _surer_weights(model, x, y, rho, draws):
 
 
 def _weight_gradients(model, weights, x, y):
-    """Of the summed loss; zeros for weights that have no part in it."""
+    """Gradients of the summed loss; zeros for weights that have no part in it."""
     for p in weights:
         p.requires_grad_(True)
     try:
@@ -79,7 +79,7 @@ def _weight_gradients(model, weights, x, y):
 
 
 def _surer_images(model, x, y, radius):
-    """Images within `radius` of x in L2, and in [0, 1], on which cross-entropy is low."""
+    """Images within `radius` of x in L2, and in [0, 1], moved to lower the cross-entropy."""
     at = x
     for _ in range(STEPS):
         at = at.detach().requires_grad_()

@@ -1,8 +1,8 @@
-"""What random layers are told, so that an image's draws do not depend on the images beside it.
+"""Tells random layers which images they see, so that an image's draws do not depend on its batch.
 
-    with telling(chance):              # the images of a batch: attacks and evaluations say this
-        with passing(rows):            # those of them that a forward pass holds: core.forward
-            model(x)                   # a layer in it: told(x, generator).uniform(2)
+    with telling(chance):              # the images of a batch; set by attacks and evaluations
+        with passing(rows):            # those of them in a forward pass; set by core.forward
+            model(x)                   # a layer in it calls told(x, generator).uniform(2)
 
 Every image counts its own draws, in the order in which it passes through random layers.
 """
@@ -16,7 +16,7 @@ from utils.attack.chance import chance_of
 
 
 class _Batch:
-    """The images of one telling(), how many draws each has had, which of them pass now."""
+    """The images of one telling(), how many draws each has had, and which now pass."""
 
     def __init__(self, chance):
         self.chance, self.turn, self.rows = chance, torch.zeros_like(chance.images), slice(None)
@@ -27,7 +27,7 @@ _batches = []  # the innermost telling() is the last
 
 @contextmanager
 def telling(chance):
-    """Random layers draw from `chance`, which has an image for each one of the batch."""
+    """Context in which random layers draw from `chance`, that of the images of a batch."""
     _batches.append(_Batch(chance))
     try:
         yield
@@ -37,7 +37,7 @@ def telling(chance):
 
 @contextmanager
 def passing(rows):
-    """Only these rows of the batch are in the forward passes inside; slice(None): as outside."""
+    """Context in which forward passes hold these rows of the batch; slice(None): as outside."""
     if not _batches:
         yield
         return
@@ -51,16 +51,16 @@ def passing(rows):
 
 
 def told(x, generator):
-    """The Chance of a random layer's input x (n, ...), another one every time.
+    """The Chance of a random layer's input x (n, ...), a new one at every call.
 
-    Where nobody tells, or tells of another number of images: images 0 .. n - 1 under a new seed of
-    the generator, a torch.Generator.
+    Outside telling(), or if the number of images differs: that of images 0 .. n - 1, with a new
+    seed from `generator`, a torch.Generator.
     """
     if _batches:
         batch = _batches[-1]
         chance = batch.chance[batch.rows]
         if len(chance) == len(x):
-            turn = batch.turn[batch.rows].clone()  # of a slice, it would be a view
+            turn = batch.turn[batch.rows].clone()  # a slice would give a view
             batch.turn[batch.rows] += 1
             return replace(chance, turn=turn)
     return chance_of(generator, x)

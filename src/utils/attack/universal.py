@@ -1,4 +1,4 @@
-"""Of universal perturbations: losses to ascend, Adam, the layer that a loss compares, diversity.
+"""For universal perturbations: losses to ascend, Adam, the layer that a loss compares, diversity.
 
     ce, logit   of the label: a loss of (logits, y)
     cosine      -cos(logits of x + delta, logits of x)             Cos-UAP, Zhang et al., ICCV 2021
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 LOSSES = ("ce", "logit", "cosine", "feature")
 ADAMS = ("adam", "dm")    # methods whose outer step is Adam's
-COMPARING = LOSSES[2:]  # outputs for the perturbed image with those for the clean one
+COMPARING = LOSSES[2:]  # they compare outputs for the perturbed and the clean image
 
 
 def clamped_ce(logits, y, beta):
@@ -35,7 +35,7 @@ def logit_loss(logits, y):
 def cosine_loss(h, clean):
     """Minus the mean cosine of outputs (N, D) and those for the clean images (N, D).
 
-    At delta = 0 its gradient is zero but for rounding, by whose signs a perturbation leaves zero.
+    At delta = 0 its gradient is zero up to rounding errors, whose signs move delta off zero.
     """
     return -F.cosine_similarity(h, clean).mean()
 
@@ -45,7 +45,7 @@ def make_loss(name, beta, target):
 
     With a target: minus the loss of the logits towards it.
     """
-    if target is not None:  # y is ignored; no clamp, which would silence the far images
+    if target is not None:  # y is unused; no clamp, which would drop images far from the target
         plain = F.cross_entropy if name == "ce" else logit_loss
         return lambda logits, y: -plain(logits, torch.full_like(y, target))
     if name in COMPARING:
@@ -54,10 +54,10 @@ def make_loss(name, beta, target):
 
 
 def drawn(j, index, x, delta, y, *, augment=None, chance=None):
-    """What gradient() takes for step j, on the images `index` of a batch x: these images, warped;
-    delta; y of them; behind a random defence also what it draws from.
+    """Arguments of gradient() for step j, on the images `index` of a batch x: these images, warped;
+    delta; their y; and, behind a random defence, the Chance that it draws from.
 
-    augment (M, n, 2, 3): an affine map for every image of every step; chance: of the batch.
+    augment (M, n, 2, 3): an affine map for every image of every step; chance: the batch's.
     """
     batch = x[index] if augment is None else warp(x[index], augment[j])
     own = () if chance is None else (chance[index].fold(j),)
@@ -65,21 +65,21 @@ def drawn(j, index, x, delta, y, *, augment=None, chance=None):
 
 
 def picked(y, index):
-    """Of each model's labels or outputs those of some images; None stays None."""
+    """Each model's labels or outputs for the images `index`; None stays None."""
     return [of_model if of_model is None else of_model[index] for of_model in y]
 
 
 def drawing(chance):
-    """Context in which random layers draw from `chance`, None: from their own generators."""
+    """Context in which random layers draw from `chance`; None: from their own generators."""
     return nullcontext() if chance is None else telling(chance)
 
 
 # ------------------------------------------------------------------ the outer step
 
 def adam_step(delta, g, v, *, eps, alpha, step, betas=(0.9, 0.999)):
-    """One step of Adam up the loss (Kingma and Ba, Alg. 1), as in FG-UAP. -> delta, v
+    """One ascent step of Adam (Kingma and Ba, Alg. 1), as in FG-UAP. -> delta, v
 
-    v (2, C, H, W): running means of g and of g * g; step: 1 for the first.
+    v (2, C, H, W): running means of g and of g * g; step: counted from 1.
     """
     v = torch.cat([b * mean + (1 - b) * new for b, mean, new
                    in zip(betas, v.split(1), (g, g * g), strict=True)])
@@ -90,11 +90,11 @@ def adam_step(delta, g, v, *, eps, alpha, step, betas=(0.9, 0.999)):
 # ------------------------------------------------------------- the last feature map
 
 class _Reached(Exception):
-    """The layer's output, on its way out of the forward pass."""
+    """Carries the layer's output out of the forward pass."""
 
 
 class Features(nn.Module):
-    """(N, C, H, W) -> (N, D) float32: what one layer of a model gives, flattened.
+    """(N, C, H, W) -> (N, D) float32: the output of one layer of a model, flattened.
 
     layer: the module's name in model.named_modules(). Later layers are not computed.
     """
@@ -118,13 +118,13 @@ class Features(nn.Module):
 
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
-AFTERWARDS = (*POOLING, nn.LayerNorm, nn.Dropout, nn.Identity)  # gives no feature map of its own
+AFTERWARDS = (*POOLING, nn.LayerNorm, nn.Dropout, nn.Identity)  # give no feature map of their own
 
 
 def layers_of(models, s, x):
-    """Of each Sequential(first layer, net) the layer that the loss is of, [] if it is the logits.
+    """For each Sequential(first layer, net), the layer for --loss feature; [] for other losses.
 
-    s: settings of train_sga.py; x (1, C, H, W) uint8. The names are those in the net.
+    s: settings of train_sga.py; x (1, C, H, W) uint8. Names are those in the net.
     """
     if s.loss != "feature":
         return []
@@ -142,7 +142,7 @@ def feature_layer(net, x, name=None, *, of="this network"):
     """The layer whose output --loss feature compares: `name`, or the last feature map of the net.
 
     x (N, C, H, W), N > 1: images as the net takes them; of: what an error calls the net.
-    UserError: no such layer, none that is found, or no tensor with a row for each image.
+    UserError: no such layer, none found, called more than once, or no tensor with a row per image.
     """
     calls, begins = _dry_run(net, x)
     if name is None:
@@ -164,7 +164,7 @@ def feature_layer(net, x, name=None, *, of="this network"):
 
 @torch.no_grad()
 def _dry_run(net, x):
-    """[(name, module, output)] as modules end, and how many had when the classifier began.
+    """[(name, module, output)] as modules finish, and how many had when the classifier began.
 
     The classifier is the last layer with weights; in SqueezeNet that is a convolution.
     """
@@ -185,11 +185,11 @@ def _dry_run(net, x):
 
 
 def _last_feature_map(calls, n):
-    """The last name that is called once and gives n maps (C, H, W) or n rows of tokens (T, D)."""
+    """Name of the last module called once that gives n maps (C, H, W) or n token rows (T, D)."""
     names, without, found = [name for name, *_ in calls], set(), None
     for name, module, out in calls:
         if isinstance(module, AFTERWARDS):
-            without.add(id(out))  # and the blocks that end with it, which give the same tensor
+            without.add(id(out))  # also rules out blocks that end with it: same tensor
         if (torch.is_tensor(out) and id(out) not in without and len(out) == n
                 and out.ndim in (3, 4) and out[0].numel() > out.shape[1 if out.ndim == 4 else 2]
                 and names.count(name) == 1):
@@ -199,11 +199,11 @@ def _last_feature_map(calls, n):
 
 # ------------------------------------------------------------- input diversity
 
-FLIP, SCALE, SHIFT, ROTATE = 0.5, (0.7, 1.3), 0.2, 0.0  # of --augment: docs/uap.md
+FLIP, SCALE, SHIFT, ROTATE = 0.5, (0.7, 1.3), 0.2, 0.0  # for --augment: docs/uap.md
 
 
 def draw_maps(shape, generator):
-    """Affine maps (*shape, 2, 3): flip, scale, shift (share of the side) and rotation by chance."""
+    """Affine maps (*shape, 2, 3): random flip, scale, shift (share of the side), rotation."""
     u = torch.rand((5, *shape), generator=generator)
     flip = torch.where(u[0] < FLIP, -1.0, 1.0)
     scale = SCALE[0] + (SCALE[1] - SCALE[0]) * u[1]
@@ -215,7 +215,7 @@ def draw_maps(shape, generator):
 
 
 def warp(x, maps):
-    """Every image through its own affine map, reflected at the borders. (N,C,H,W), (N,2,3)"""
+    """Warp every image by its own affine map, reflected at the borders. (N,C,H,W), (N,2,3)"""
     grid = F.affine_grid(maps, x.shape, align_corners=False)
     moved = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    return torch.empty_like(x).copy_(moved)  # grid_sample forgets the memory order of x
+    return torch.empty_like(x).copy_(moved)  # grid_sample does not keep x's memory format
