@@ -4,23 +4,23 @@
     fgsm              FGSM                            one signed step, arXiv:1412.6572
     pgd20             PGD-20                          steps of eps / 4, random start, 1706.06083
     pgd50x10          PGD-50-10                       the same, from ten random starts
-    cw50              CW-50                           the same on C&W's margin, 1608.04644
-    strongest_quick   APGD-CE + APGD-T + Square 1000  each on what is left, 2003.01690
-    autoattack        AutoAttack                      the same whole, with FAB-T and Square 5000
+    cw50              CW-50                           the same on the C&W margin, 1608.04644
+    strongest_quick   APGD-CE + APGD-T + Square 1000  each on images still right, 2003.01690
+    autoattack        AutoAttack                      the same in full, with FAB-T and Square 5000
 
     python eval_net.py                                                   # digits, offline
     python eval_net.py --runs runs/free/natural runs/free/free8 --save runs/free
     python eval_net.py --runs runs/challenge/stage1 --attacks none --corruptions
     python eval_net.py --data_dir /data/imagenet/val --model_name resnet50 vit_b_16 --num_images 500
     python eval_net.py --model_name mlp cnn --attacks none --eps_curve --transfer --diverse
-    python eval_net.py --attacks pgd20 --save_images saved         # PNG, and again --from_images
+    python eval_net.py --attacks pgd20 --save_images saved         # PNG, for --from_images
     python eval_net.py --norm l2 --eps 0.5 --attacks autoattack  # not fgsm, strongest_quick
     python eval_net.py --runs runs/challenge/stage1 --data_dir /data/test --predict  # no labels
 
---runs takes what free_at.py, train_gcm.py and fgsm_mnist.py left: data, radius and defence are
-those of NAME.json. A network behind a defence is measured behind it and attacked by the adaptive
-attacker. Every cell is saved when it is done, and parts of it on the way; the same command
-continues where it was stopped. torchrun shares the images among processes.
+--runs takes runs of free_at.py, train_gcm.py and fgsm_mnist.py; data, radius and defence come from
+NAME.json. A defended network is measured behind its defence and attacked by the adaptive attacker.
+Every cell is saved when done, with partial results on the way; the same command continues where it
+stopped. torchrun shares the images among processes.
 """
 
 from functools import cache, partial
@@ -46,9 +46,9 @@ LINF_ONLY = ("fgsm", "strongest_quick")
 # ---------------------------------------------------------------- what is measured
 
 def attacks_in(norm, eps, queries, classes=10, draws=0):
-    """{name: Attack}. Images leave a PGD once they are fooled, unless the network is random.
+    """{name: Attack}. Images leave PGD once fooled, unless the network is random.
 
-    draws: that the attacker of a random network averages; 0: it is not random.
+    draws: forward passes averaged by the attacker of a random network; 0: not random.
     """
     steps = partial(attacks.pgd, norm=norm, eps=eps, alpha=eps / 4, stop_early=not draws)
     made = {"FGSM": partial(attacks.fgsm, eps=eps), "PGD-20": partial(steps, steps=20),
@@ -75,39 +75,39 @@ def get_args():
         "--runs were trained on, else digits"}, data_root={"default": None, "help": "where named "
         "data sets are kept or downloaded to; None: where the --runs found them, else data"})
     parser.shared("labels", "classes", "defense", "low", defense={
-        "help": "layers in front of every network of --model_name; a run says its own"})
-    add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files that "
-        "free_at.py, train_gcm.py or fgsm_mnist.py left; one of a FILE.py:FUNCTION, whose code is "
-        "run, only if --model_name names it too")
+        "help": "layers in front of every network of --model_name; a run has its own"})
+    add("--runs", type=Path, nargs="+", help="networks: run folders or NAME.pth files of "
+        "free_at.py, train_gcm.py or fgsm_mnist.py; one from FILE.py:FUNCTION, whose code is run, "
+        "only if --model_name names it too")
     parser.shared("model_name", "geometry", "weights", weights={"default": None, "help":
         "of --model_name: V1, V2, random, a state dict (.pth, .safetensors) or a folder with "
         "NAME.pth; one for all or for each; None: V1"})
     add("--attacks", nargs="+", choices=(*ATTACKS, "none"), help="columns of the table; None: all "
-        "but autoattack, in L2 and L1 those of PGD")
+        "but autoattack; in L2 and L1 only those of PGD")
     add("--norm", choices=("linf", "l2", "l1"), default="linf", help="of the attacks and of --eps")
-    add("--eps", type=fraction, help="radius in [0, 1] pixels; None, in Linf alone: that of the "
-        "runs' training, for other networks 8/255, on digits and mnist 0.2")
+    add("--eps", type=fraction, help="radius in [0, 1] pixels; None, only in Linf: that of the "
+        "runs' training; for other networks 8/255, on digits and mnist 0.2")
     parser.shared("queries")
     add("--eps_curve", action="store_true", help="also robust accuracy at ten radii, from 0 to "
         "where FAB fools every image, or to 4 eps: curve.png, curve.csv")
     add("--transfer", action="store_true", help="also every network's MI-FGSM images on every "
         "other network")
     add("--diverse", action="store_true", help="with --transfer: DI and TI as well")
-    add("--save_images", type=Path, help="folder: keep the attacked images as PNG, in 8 bit inside "
-        "the ball, listed in images.csv, and measure them again")
-    add("--from_images", type=Path, nargs="+", help="also the accuracy on images that "
-        "--save_images left: folders DIR/NETWORK/ATTACK")
-    add("--draws", type=at_least(1), default=10, help="of a random defence: forward passes that "
-        "the adaptive attacker averages (AutoAttack: at least 20), and in which each image is "
-        "classified afterwards")
+    add("--save_images", type=Path, help="folder for the attacked images: 8-bit PNG inside the "
+        "ball, listed in images.csv and measured again")
+    add("--from_images", type=Path, nargs="+", help="also accuracy on images saved by "
+        "--save_images: folders DIR/NETWORK/ATTACK")
+    add("--draws", type=at_least(1), default=10, help="for a random defence: forward passes that "
+        "the adaptive attacker averages (AutoAttack: at least 20), and that classify each image "
+        "afterwards")
     add("--corruptions", action="store_true", help="also accuracy under every operation of "
         "utils/augment.py")
-    add("--uaps", nargs="+", help="also fooling ratios of these universal perturbations: files, "
-        "or folders that hold some")
+    add("--uaps", nargs="+", help="also fooling ratios of these universal perturbations: files "
+        "or folders")
     add("--predict", action="store_true", help="only write predictions.csv: the predicted class "
         "of every image, which needs no labels")
     parser.shared("batch_size", "seed", "device", "workers", "cache", batch_size={"default": 250})
-    add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and picture")
+    add("--save", type=Path, default=Path("runs/eval_net"), help="folder for tables and pictures")
     parser.shared("overwrite", overwrite={"help": "measure again what is in --save, "
         "and replace what is in --save_images"})
     return parser.parse_args()
@@ -120,7 +120,7 @@ def settle(args, device):
     if args.runs and args.weights:
         raise UserError("--runs with --weights: type --runs alone, or networks by name alone")
     if args.runs and (args.defense != "none" or args.low):
-        raise UserError("--runs with --defense or --low: a run says its own; leave them out")
+        raise UserError("--runs with --defense or --low: a run has its own; leave them out")
     if args.predict and (args.corruptions or args.uaps or args.eps_curve or args.transfer
                          or args.save_images or args.from_images):
         raise UserError("--predict with --corruptions, --uaps, --eps_curve, --transfer or saved "
@@ -144,7 +144,7 @@ def settle(args, device):
 
 
 def _check_norm(args, asked):
-    """UserError for a radius or an attack that --norm does not have."""
+    """UserError for a radius or an attack that --norm does not support."""
     if args.norm == "linf":
         if args.eps and args.eps > 1:
             raise UserError(f"--eps {args.eps:g}: outside (0, 1], where pixels live; type --eps "
@@ -156,11 +156,11 @@ def _check_norm(args, asked):
     for flag, given in (("--attacks " + " ".join(asked), set(asked) & set(LINF_ONLY)),
                         ("--eps_curve", args.eps_curve), ("--transfer", args.transfer)):
         if given:
-            raise UserError(f"{flag} --norm {args.norm}: is in Linf alone; leave one of them out")
+            raise UserError(f"{flag} --norm {args.norm}: works only in Linf; leave one of them out")
 
 
 def depends(s, about, images, note, networks, perturbations):
-    """What the cells depend on, but for saved images, and the note of finished.images_for."""
+    """What the cells depend on, except saved images; note: from finished.images_for."""
     return {
         "script": "eval_net.py", "data": str(s.data_dir or networks[0].facts["data_dir"]),
         "n": len(images), "images_sha256": images.sha256(), "note": note, "seed": s.seed,

@@ -28,13 +28,13 @@ from utils.precision import Fast
 from utils.team import join_to_count
 from utils.uaps import find_uaps, fit_size, read_uaps, rounded
 
-SHOWN = 4  # networks whose predictions stand in examples.png
+SHOWN = 4  # networks whose predictions are shown in examples.png
 
 
 @torch.no_grad()
 def count(models, deltas, images, aims, s, device, progress):
     """One pass over the images. models {name: network}, deltas {name: perturbation (C, H, W)}, aims
-    {name: class it steers to, or None} -> {(perturbation, network): UapCounts}
+    {name: target class, or None} -> {(perturbation, network): UapCounts}
     """
     pairs = {u: [None if d is None else d.to(device) for d in (delta, rounded(delta))]
              for u, delta in deltas.items()}
@@ -55,7 +55,7 @@ def count(models, deltas, images, aims, s, device, progress):
 
 
 def count_all(s, images, networks, fitted, aims, device, progress):
-    """The counts of all networks {Geometry: {name: network}}; images are decoded once for each.
+    """Counts for all networks {Geometry: {name: network}}; images are decoded once per Geometry.
     -> {(perturbation, network): UapCounts}, names of images that were skipped in any geometry
     """
     counts, skipped = {}, {}
@@ -67,16 +67,16 @@ def count_all(s, images, networks, fitted, aims, device, progress):
 
 
 def read_in(geometry, images, s):
-    """The images as they are read in this Geometry, from the cache if there is one."""
+    """The images as read in this Geometry, from the cache if there is one."""
     return data.cached(images.prepared(geometry, None), s.cache, workers=s.workers)
 
 
 @torch.no_grad()
 def examples(models, delta, images, names_of, number, device):
-    """A few images (n, C, H, W), evenly spaced, before and after; None if none can be decoded.
+    """A few evenly spaced images (n, C, H, W), before and after; None if none can be decoded.
 
-    models, names_of: {network: it}, {network: names of its classes}. before, after: the classes of
-    the first network; clean, seen: {network: classes} of the first SHOWN, before and after
+    models {name: network}, names_of {name: its class names}. before, after: classes predicted by
+    the first network; clean, seen: {name: predicted classes} of the first SHOWN, before and after
     """
     chosen = torch.linspace(0, len(images) - 1, min(number, len(images))).long().tolist()
     found = [p for p in (images[i] for i in chosen) if p is not None]
@@ -103,23 +103,23 @@ def get_args():
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or as --geometry says; "
         "small images and networks trained here: their own")
     add("--uaps", "--uaps_save", nargs="+", default=["runs"], help="perturbations: .pth, .npy or "
-        ".png files, or folders, of which those made on this kind of data are taken")
-    add("--eps", type=radius, help="no perturbation may be larger, in [0, 1] pixels; None: the "
-        "data set's preset, 10/255 on ImageNet")
-    add("--scale", choices=("auto", "1", "255"), default="auto", help="scale of the values of "
-        "files whose NAME.json does not say it; auto: from their size, refused when unclear")
-    add("--resize", action="store_true", help="scale a perturbation of another size to the target")
+        ".png files, or folders; from folders, only those made on this kind of data")
+    add("--eps", type=radius, help="largest |delta| allowed, in [0, 1] pixels; None: the data "
+        "set's preset, 10/255 on ImageNet")
+    add("--scale", choices=("auto", "1", "255"), default="auto", help="scale of the values in "
+        "files whose NAME.json does not give it; auto: from their size, refused if unclear")
+    add("--resize", action="store_true", help="resize a perturbation of another size to the target")
     add("--save", "--results", type=Path, default=Path("runs/eval"), help="folder for tables and "
         "pictures")
     add("--show", type=at_least(0), default=4, help="images in examples.png: clean, "
-        "perturbed, and what up to four networks see in them")
-    add("--amp", choices=("off", "bf16"), default="off", help="off: float32, as published figures")
+        "perturbed, and predictions of up to four networks")
+    add("--amp", choices=("off", "bf16"), default="off", help="off: float32, as published")
     parser.shared("batch_size", "seed", "device", "workers", "cache")
     return parser.parse_args()
 
 
 def settle(args):
-    """Settings with the data set's presets, images (names only), what a reader must know of them,
+    """Settings with the data set's presets, images (names only), a note on them for the reader,
     targets, perturbations, and these at each input size {size: {name: (C, size, size)}}. UserError
     for what cannot be measured.
     """
@@ -135,7 +135,7 @@ def settle(args):
     images = images.prepared(images.size, s.num_images)
     fitted = {}
     for size in sorted({target.size for target in targets}):
-        images.prepared(size, None)  # refuses another size than that of small images
+        images.prepared(size, None)  # small images: refuses any size but theirs
         fitted[size] = {uap.name: fit_size(uap, size, images.channels, s.eps, s.resize)
                         for uap in uaps}
     return s, images, note, targets, uaps, fitted
@@ -153,7 +153,7 @@ def load_networks(s, targets, images, device):
 
 
 def aim(uap, kind):
-    """The class that a perturbation was made to steer to, by its facts, or None."""
+    """The target class of a perturbation, from its facts, or None."""
     target = uap.facts.get("target")
     return target if type(target) is int and 0 <= target < num_classes(kind) else None
 
@@ -173,7 +173,7 @@ def facts(s, images, note, targets, device):
 
 
 def depends(s, about, images, fitted, aims):
-    """What else the counts depend on, so that parts of other ones are never added to them."""
+    """What the counts depend on, so that partial counts of another run are never added to them."""
     return {key: value for key, value in about.items() if key != "commit"} | {
         "seed": s.seed, "labels": run.digest(images.labels), "aims": aims,
         "uaps": {f"{name} {size}": run.digest(delta) for size, deltas in fitted.items()
@@ -181,7 +181,7 @@ def depends(s, about, images, fitted, aims):
 
 
 def save_pictures(folder, rows, uaps, targets, shown):
-    """examples.png, examples.npz and heatmap.png; those of an earlier evaluation go."""
+    """Writes examples.png, examples.npz and heatmap.png; removes those of an earlier evaluation."""
     for name in ("examples.png", "examples.npz", "heatmap.png"):
         (folder / name).unlink(missing_ok=True)
     if shown:
@@ -200,7 +200,7 @@ def save_pictures(folder, rows, uaps, targets, shown):
 
 
 def save(folder, rows, about, uaps, targets, images, networks, s):
-    """Writes the tables and the list of images; -> the Markdown"""
+    """Writes the tables and the list of images. -> the Markdown"""
     text = report_uaps.report(rows, about, uaps, [target.name for target in targets])
     run.save_json(folder / "results.json", {"protocol": about, "rows": rows, "uaps": {
         uap.name: {"path": str(uap.path.resolve()), "scale": s.scale, "largest": uap.largest,

@@ -3,12 +3,12 @@
     task                             here
     1  a small network               --batch_norm; lenet, lenet_bn in utils/nets.py
     2  FGS and FGV                   fgs_step and fgv_step of attacks.py; --alpha_fgs, --alpha_fgv
-    3  evaluation                    accuracies: clean, and adversarial of the images right before
+    3  evaluation                    accuracies: clean; under attack, of the images right before
     4  adversarial training          joint_gradient, step; --train fgs; (b) curve.png
        theta - eta (g_clean + g_adv) --optimizer sgd; adam, the default, gets the same sum
     5  variations                    --train clean | noise | fgs | fgv, each with --batch_norm
     beyond the sheet                 PGD-40, also after every epoch, and `strongest_quick` of
-                                     attacks.py; suspicions in utils/report_mnist.py
+                                     attacks.py; warnings of utils/report_mnist.py
 
     python fgsm_mnist.py --train fgs                                # digits, offline, seconds
     python fgsm_mnist.py --train fgs --data_dir mnist --batch_norm --seeds 3
@@ -16,7 +16,7 @@
 
 Papers: FGS arXiv:1412.6572, FGV arXiv:1605.01775, label leaking arXiv:1611.01236. A run has a
 folder for each seed, with NAME.pth (a state dict that every script takes as --weights), log.csv and
-checkpoint.pth, and above them the figures over all seeds. A run that was killed continues with
+checkpoint.pth, and above them the figures over all seeds. A killed run continues with
 --resume; on a CPU it leaves the same bytes.
 """
 
@@ -61,10 +61,10 @@ def noise_step(x, alpha, generator):
 
 
 def joint_gradient(model, x, y, adversary, *, label="true"):
-    """Adds the gradients of the loss on x (n, C, H, W) and on adversary(x, g) to the weights'.
+    """Adds the weights' gradients of the loss on x (n, C, H, W) and on adversary(x, g) to .grad.
 
-    g (n, C, H, W), the gradient with respect to the image, comes out of the backward pass of the
-    clean batch; the weights are the same for both. Both losses are means.
+    g (n, C, H, W), the gradient with respect to the image, comes from the backward pass of the
+    clean batch. Both losses are means, at the same weights.
     -> clean loss, adversarial loss
     """
     images = x.clone().requires_grad_()
@@ -109,7 +109,7 @@ class ExerciseTraining(Trainer):
             "net": self.model[1], "optimizer": self.optimizer, "generator": self.generator})
 
     def step(self, x, y):
-        """A weight step along the sum of the gradients. -> clean loss, loss of what was added"""
+        """A weight step along the sum of the gradients. -> clean loss, loss on the added images"""
         self.optimizer.zero_grad()
         if self.adversary is None:
             losses = clean_gradient(self.model, x, y)
@@ -123,7 +123,7 @@ class ExerciseTraining(Trainer):
         self.sums = torch.zeros(2, device=self.device)
         order = torch.randperm(len(self.images), generator=self.generator)
         parts = [index for index in order.split(self.s.batch_size)
-                 if len(index) > 1]  # BatchNorm has no statistics of one image
+                 if len(index) > 1]  # BatchNorm needs two images
         for index in self.minibatches(parts[self.skip:]):
             self.sums += self.step(*batch(self.images, index, self.device))
             bar.update(len(index))
@@ -145,9 +145,9 @@ def batch(images, index, device):
 # ---------------------------------------------------------------------- task 3
 
 def accuracies(model, images, s, device):
-    """{clean, fgs, fgv: share}: right, of all images; right after, of those right before.
+    """{clean, fgs, fgv: share}: clean accuracy; of the images right before, those right after.
 
-    {fgs,fgv}_adv_acc: right after, of all. The attacks have the true labels and share a gradient.
+    {fgs,fgv}_adv_acc: right after, of all. Both attacks use the true labels and the same gradient.
     """
     def counted(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
@@ -177,7 +177,7 @@ def image_gradient(model, x, y):
 
 
 def stronger(model, images, s, device, only=None):
-    """{pgd40, strongest_quick: share}: under iterated attacks as strong as FGS; or one of them."""
+    """{pgd40, strongest_quick: share}: under iterated attacks with FGS's eps; only: one of them."""
     eps = s.alpha_fgs
     runs = {
         "pgd40": partial(attacks.pgd, eps=eps, alpha=eps / 30, steps=40, stop_early=True),
@@ -193,7 +193,7 @@ def stronger(model, images, s, device, only=None):
 
 
 def attacked_examples(model, images, s, device):
-    """The first test images that are right before: x (clean, FGS, FGV), seen (predictions), y."""
+    """The first correctly classified test images: x (clean, FGS, FGV), seen (predictions), y."""
     first = images.select(torch.arange(min(200, len(images))))
     x, y = batch(first, torch.arange(len(first)), device)
     with torch.no_grad():
@@ -222,19 +222,19 @@ def get_args():
     add("--alpha_fgs", type=radius, default=0.3, help="strength of FGS, of noise and of the "
         "attacks beyond the sheet, on the [0, 1] scale")
     add("--alpha_fgv", type=radius, default=0.6, help="strength of FGV: its largest change")
-    add("--label", choices=("true", "predicted"), default="true", help="whose loss the training's "
-        "attack increases; with the true label the network may learn to read it from the "
+    add("--label", choices=("true", "predicted"), default="true", help="label whose loss the "
+        "training attack increases; with the true label the network may learn to read it off the "
         "perturbation (label leaking); predicted costs one more backward pass")
     add("--epochs", type=at_least(1), help="passes over the training images; None: 50, for digits "
         "30")
-    add("--batch_size", type=at_least(2), default=128, help="clean images in a step")
+    add("--batch_size", type=at_least(2), default=128, help="clean images per step")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="adam; sgd: the sheet's "
         "theta - lr (g_clean + g_adv), without momentum")
     add("--lr", type=at_least(0, float), help="learning rate; None: adam 0.001, sgd 0.05")
     shared("seed", seed={"help": "the first seed"})
-    add("--seeds", type=at_least(1), default=1, help="how many seeds, one after the other")
+    add("--seeds", type=at_least(1), default=1, help="number of seeds, run one by one")
     add("--eval_images", type=at_least(1), default=1000, help="test images for the attacks beyond "
-        "the sheet, evenly over the classes; at most all there are")
+        "the sheet, evenly over the classes; at most all of them")
     add("--curve_images", type=at_least(0), help="test images that PGD-40 attacks after every "
         "epoch; None: 500, for digits 100")
     shared("queries")

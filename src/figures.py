@@ -1,4 +1,4 @@
-"""Draws the pictures of imgs/ from what runs left on disk; trains and evaluates nothing.
+"""Draws the pictures in imgs/ from files of finished runs; trains and evaluates nothing.
 
     python figures.py --uaps runs/eval --rows sga_0:SGA spgd_0:SPGD --examples runs/photo   uaps.png
     python figures.py --examples runs/eval                                               digits.png
@@ -39,36 +39,36 @@ OVER = {"gradients": "image gradients", "num_images": "images"}  # facts of a pe
 def get_args():
     parser = Parser("Draw one picture of imgs/ from the files of finished runs.")
     add = parser.add_argument
-    add("--uaps", "--results", type=Path, help="folder that eval_uap.py wrote: perturbations, and "
-        "their fooling ratios as bars; None, and no other picture asked for: runs/eval")
-    add("--examples", type=Path, help="folder with examples.npz of eval_uap.py: images clean and "
-        "perturbed; with --uaps, its first image begins the picture")
-    add("--curves", type=Path, help="folder that eval_uap.py wrote: fooling ratio over what --over "
-        "names; a pattern of --rows, as 'sga_*:SGA', is a curve")
-    add("--over", choices=tuple(OVER), default="gradients", help="of --curves: what was spent")
+    add("--uaps", "--results", type=Path, help="folder of eval_uap.py: perturbations, and their "
+        "fooling ratios as bars; None: runs/eval, if no other picture is asked for")
+    add("--examples", type=Path, help="folder with examples.npz of eval_uap.py: clean and "
+        "perturbed images; with --uaps, the picture starts with the first of them")
+    add("--curves", type=Path, help="folder of eval_uap.py: fooling ratio against --over; each "
+        "pattern of --rows, such as 'sga_*:SGA', is a curve")
+    add("--over", choices=tuple(OVER), default="gradients", help="horizontal axis of --curves")
     add("--w_sweep", type=Path, nargs="+", help="folders with w_sweep.csv of gcm.py: robustness "
         "against GCM's w")
-    add("--eps_curves", type=Path, nargs="+", help="folders that eval_net.py --eps_curve wrote: "
-        "robust accuracy over the radius")
-    add("--corruptions", type=Path, help="folder that eval_net.py --corruptions wrote: accuracy by "
+    add("--eps_curves", type=Path, nargs="+", help="folders of eval_net.py --eps_curve: robust "
+        "accuracy against the radius")
+    add("--corruptions", type=Path, help="folder of eval_net.py --corruptions: accuracy by "
         "family of corruption, minus that of the first of --rows")
     add("--exercise", type=Path, nargs="+", help="run folders of fgsm_mnist.py: the same images "
         "attacked for each network")
     add("--augmentations", action="store_true", help="every operation of utils/augment.py")
-    add("--rows", nargs="+", help="which perturbations or networks of the results, as NAME or "
-        "NAME:LABEL; None: all")
-    add("--credit", default="", help="line below the picture of --uaps: whose photograph it is")
-    add("--image", type=Path, help="image file for --augmentations; None: a scene drawn here")
-    add("--image_size", type=at_least(16, high=2048), default=160, help="pixels of its side")
+    add("--rows", nargs="+", help="perturbations or networks to show, as NAME or NAME:LABEL; "
+        "None: all")
+    add("--credit", default="", help="line below the picture of --uaps, to credit the photograph")
+    add("--image", type=Path, help="image file for --augmentations; None: a drawn scene")
+    add("--image_size", type=at_least(16, high=2048), default=160, help="its side in pixels")
     parser.shared("seed", seed={"help": "of the augmentations"})
-    add("--out", type=Path, help="PNG file to write; None: the picture's own in imgs/")
+    add("--out", type=Path, help="PNG file to write; None: the usual name in imgs/")
     return parser.parse_args()
 
 
 # ------------------------------------------------------------------- the pictures
 
 def uaps_picture(args):
-    """A photograph perturbed, perturbations amplified, their fooling ratios with n."""
+    """A perturbed photograph, amplified perturbations, and their fooling ratios with n."""
     folder = args.uaps or Path("runs/eval")
     results = _results(folder, "--uaps", "eval_uap.py")
     deltas, ratios = {}, {}
@@ -93,7 +93,7 @@ def uaps_picture(args):
 
 
 def examples_picture(args):
-    """Images clean, the perturbation, and the images perturbed."""
+    """Clean images, the perturbation, and the perturbed images."""
     saved = _examples(args.examples)
     rows = _results(args.examples, "--examples", "eval_uap.py")["rows"]
     found = next(row["fooling_ratio"] for row in rows
@@ -104,9 +104,9 @@ def examples_picture(args):
 
 
 def curves_picture(args):
-    """Fooling ratios over the gradients or the images that the perturbations took."""
+    """Fooling ratios against the gradients or images used to make the perturbations."""
     results = _results(args.curves, "--curves", "eval_uap.py")
-    about, curves = results["protocol"]["targets"], {}  # about: the weights
+    about, curves = results["protocol"]["targets"], {}  # about: target -> weights
     for pattern, _, label in (row.partition(":") for row in args.rows or ["*"]):
         names = fnmatch.filter(results["uaps"], pattern)
         if not names:
@@ -137,7 +137,7 @@ def w_sweep_picture(args):
 
 
 def eps_curves_picture(args):
-    """Robust accuracy over the Linf radius, a panel for each network."""
+    """Robust accuracy against the Linf radius, a panel for each network."""
     rows = _table("--eps_curves", args.eps_curves, "curve.csv", "eval_net.py with --eps_curve",
                   ("network", "attacker", "eps"))
     there = dict.fromkeys(row["network"] for row in rows)
@@ -207,9 +207,9 @@ def _results(folder, flag, script):
 
 
 def _table(flag, folders, name, command, points):
-    """The rows of NAME.csv in these folders, one table after the other.
+    """The rows of the CSV file `name` in these folders, one table after another.
 
-    UserError if two have the same `points`, the columns that say which point of which line it is.
+    UserError if two have the same `points`, the columns that identify a point of a line.
     """
     rows = []
     for folder in folders:
@@ -219,15 +219,15 @@ def _table(flag, folders, name, command, points):
             rows += csv.DictReader(file)
         there = [tuple(row.get(column) for column in points) for row in rows]
         if len(set(there)) < len(there):
-            raise UserError(f"{flag} {folder}: has a {points[0]} that another table has, and their "
-                            "lines would be one; draw them in two pictures")
+            raise UserError(f"{flag} {folder}: has a {points[0]} that another table has, so their "
+                            "lines would merge; draw them in two pictures")
         if not rows:
             raise UserError(f"{flag} {folder}: no rows in its {name}; run {command} again")
     return rows
 
 
 def _chosen(rows, there, folder):
-    """[(name, label)] of --rows, or of all that are there."""
+    """[(name, label)] of --rows, or of all in `there`."""
     chosen = [row.partition(":") for row in rows or there]
     for name, _, _ in chosen:
         if name not in there:

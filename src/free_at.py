@@ -2,7 +2,7 @@
 
     natural   trains on clean images
     pgd       on images attacked by K steps of PGD                (Madry et al., arXiv:1706.06083)
-    free      on each minibatch m times in a row; one backward pass gives the gradients of the
+    free      m times in a row on each minibatch; one backward pass gives the gradients of the
               weights and of delta, which is never reset          (Alg. 1: free_minibatch, step)
     fast      on images attacked by one step from a random start  (Wong et al., arXiv:2001.03994)
 
@@ -15,7 +15,7 @@
 
 Natural and free training take the same number of weight steps for the same --epochs: free training
 passes over the images ceil(epochs / m) times. A run leaves NAME.pth (the network's state dict,
-which every script takes as --weights), NAME_best.pth (of the best pass on images not trained on),
+which every script takes as --weights), NAME_best.pth (the best pass on images not trained on),
 their .json, log.csv, curve.png and checkpoint.pth. A killed run continues with --resume.
 """
 
@@ -43,29 +43,29 @@ PROBED = 200  # training images that --guard attacks after every pass
 # ---------------------------------------------------------------- the methods
 
 def free_minibatch(step, x, y, delta, *, eps, alpha, m, box=False):
-    """Alg. 1, lines 6 to 12: m weight steps on one minibatch x (n, C, H, W); delta, in place.
+    """Alg. 1, lines 6 to 12: m weight steps on one minibatch x (n, C, H, W); delta in place.
 
-    step(x, y) takes a weight step on the images x by one backward pass, which also leaves the
-    gradient in what x was computed from. box: x + delta stays in [0, 1]; otherwise only what the
-    network sees is cut, and delta has no gradient where x + delta is outside.
+    step(x, y) takes a weight step on the images x with one backward pass, which also leaves the
+    gradient in the tensor x came from. box: x + delta stays in [0, 1]; otherwise only the input of
+    the network is clipped, and delta has no gradient where x + delta is outside.
     """
     low, high = ((-x).clamp(min=-eps), (1 - x).clamp(max=eps)) if box else (-eps, eps)
-    delta.clamp_(low, high)  # that of other images, for box
+    delta.clamp_(low, high)  # box: it came from other images
     for _ in range(m):
         noise = delta.clone().requires_grad_()
         step(cut(x + noise), y)
-        delta.add_(alpha * noise.grad.sign()).clamp_(low, high)  # fp16's overflows: sign(NaN) is 0
+        delta.add_(alpha * noise.grad.sign()).clamp_(low, high)  # if fp16 overflows: sign(NaN) is 0
 
 
 def fast_start(model, x, y, u, *, eps, alpha, loss=F.cross_entropy):
-    """One signed step from x + eps (2 u - 1), cut to [0, 1] first; u (n, C, H, W) in [0, 1)."""
+    """One signed step from x + eps (2 u - 1), first clipped to [0, 1]; u (n, C, H, W) in [0, 1)."""
     start = (x + eps * (2 * u - 1)).clamp(0, 1).requires_grad_()
     g, = torch.autograd.grad(loss(model(start), y).mean(), start)
     return (x + (start.detach() - x + alpha * g.sign()).clamp(-eps, eps)).clamp(0, 1)
 
 
 class FreeTraining(Trainer):
-    """A network, its optimiser and delta; s: of settle; held: the images of --validate."""
+    """Network, optimiser and delta; s: from recipes.settle; held: the images of --validate."""
 
     def __init__(self, s, images, team, device, held=None):
         if images.pixels is not None:
@@ -93,7 +93,7 @@ class FreeTraining(Trainer):
         self.held, self.chosen = held, {"score": [], "net": None}   # of --validate
 
     def start(self):
-        """Dropout draws from the global generator, whose state a checkpoint keeps."""
+        """Seed the global generator, used by dropout; checkpoints hold its state."""
         torch.manual_seed(self.s.seed + self.team.rank)
 
     def one_pass(self, bar):
@@ -144,17 +144,17 @@ class FreeTraining(Trainer):
         self.mixed.step(self.optimizer)
         self.done += 1
         self.sums += torch.stack([loss.detach(), (logits.argmax(1) == y).sum(),
-                                  torch.full_like(loss, len(y))])  # all without waiting
+                                  torch.full_like(loss, len(y))])  # no wait for the device
         self.bar.update()
 
     def chances(self, x):
-        """The random numbers of x, this process's part of the joint minibatch."""
-        seed = int(torch.randint(2 ** 63 - 1, (), generator=self.generator))  # of all processes
+        """The random numbers for x, this process's part of the joint minibatch."""
+        seed = int(torch.randint(2 ** 63 - 1, (), generator=self.generator))  # for all processes
         place = torch.arange(len(x), device=x.device) * self.team.size + self.team.rank
         return Chance(seed, place)
 
     def after(self):
-        """--validate; --guard warns or stops when probe_adv_acc falls below half of its best."""
+        """--validate; --guard warns or stops when probe_adv_acc falls below half its best."""
         found = self.validate()
         if self.s.method == "natural" or self.s.guard == "off":
             return {"probe_adv_acc": "", **found}
@@ -182,7 +182,7 @@ class FreeTraining(Trainer):
         return self.measured(self.probed)[2]
 
     def validate(self):
-        """Columns of --validate. The best network is kept: under PGD-10, then on clean images."""
+        """Columns of --validate. Keeps the network best under PGD-10, then on clean images."""
         if self.held is None:
             return {}
         (loss, clean, robust), natural = self.measured(self.held), self.s.method == "natural"
@@ -194,7 +194,7 @@ class FreeTraining(Trainer):
         return {"val_loss": loss, "val_acc": clean, "val_adv_acc": "" if natural else robust}
 
     def measured(self, images):
-        """Mean loss, accuracy, and accuracy under PGD-10, which natural training leaves out."""
+        """Mean loss, accuracy, and accuracy under PGD-10 except in natural training."""
         attack = None if self.s.method == "natural" else partial(
             pgd, eps=self.s.eps, alpha=self.s.eps / 4, steps=10, stop_early=True)
         return free_run.measured(self.model, images, attack, self.team, self.device, self.halves)
@@ -219,30 +219,30 @@ def get_args():
     parser.shared("data_dir", "data_root", "labels", "classes", "num_images")
     add("--image_size", type=at_least(28, high=4096), help="side in pixels of photographs; None: "
         "that of --pretrained, or the network's, 224 for most")
-    add("--model_name", help="network: torchvision's, timm/NAME, FILE.py:FUNCTION (run as it is) "
+    add("--model_name", help="network: torchvision's, timm/NAME, FILE.py:FUNCTION (which is run) "
         "or one of utils/nets.py; None: the data set's preset")
     add("--pretrained", default="random", help="weights to start from: random, V1 or another of "
         "torchvision's, or the path of a state dict")
     add("--recipe", choices=tuple(recipes.OF_PAPERS), help="a paper's settings "
-        "(utils/recipes.py) for flags that are not typed; None: those of the data set's preset")
-    add("--method", choices=("natural", "pgd", "free", "fast"), help="training; None: free")
+        "(utils/recipes.py) for flags that are not typed; None: the data set's preset")
+    add("--method", choices=("natural", "pgd", "free", "fast"), help="training method; None: free")
     add("--replays", type=at_least(1), help="m of free: steps on each minibatch; None: 8")
     add("--eps", type=radius, help="Linf radius, in [0, 1] pixels; None: the data set's preset")
     add("--alpha", type=radius, help="step size; None: free eps, fast 1.25 eps, pgd eps / 4, "
-        "of mnist eps / 6")
+        "on mnist eps / 6")
     add("--clip_delta", choices=("ball", "box"), help="free: ball, delta stays within eps, as in "
         "the paper; box: x + delta also stays in [0, 1], as in fast_adversarial; None: ball")
     add("--steps", type=at_least(1), help="K of pgd; None: 7")
     add("--epochs", type=at_least(1), help="passes; free divides them by m; None: preset")
-    add("--weight_steps", type=at_least(1), help="steps after which the training ends, instead of "
-        "--epochs; None: as many as the epochs have")
-    add("--batch_size", type=at_least(2), help="of all processes together; None: preset")
+    add("--weight_steps", type=at_least(1), help="steps after which training ends, instead of "
+        "--epochs; None: as many as --epochs takes")
+    add("--batch_size", type=at_least(2), help="images in a step, over all processes; None: preset")
     add("--lr", type=at_least(0, float), help="learning rate of SGD; None: preset")
     add("--momentum", type=at_least(0, float), default=0.9, help="momentum of SGD")
     add("--weight_decay", type=at_least(0, float), help="weight decay of SGD; None: preset")
     add("--decay", choices=("all", "weights"), help="which parameters decay; weights: all "
         "but BatchNorm and biases; None: all")
-    add("--schedule", choices=(*recipes.FALLS, *recipes.PEAKS), help="step: a tenth after half "
+    add("--schedule", choices=(*recipes.FALLS, *recipes.PEAKS), help="step: x 0.1 after half "
         "and again after three quarters of the weight steps; thirds: after a third and two thirds "
         "of the passes; onecycle: up for 40 %%, down to 0; triangle: up for half; None: step")
     add("--augment", choices=("auto", "off"), default="auto", help="auto: random crops and flips, "
@@ -250,17 +250,17 @@ def get_args():
     add("--shift", type=at_least(0, high=32), help="largest shift of CIFAR-10's random crops, in "
         "pixels; None: 4")
     add("--hold_out", type=at_least(0.001, float, 0.5), default=0.1, help="share of the images "
-        "that is kept for eval_net.py where there is no test split")
+        "held out for eval_net.py where there is no test split")
     add("--validate", type=at_least(0), help="images that training does not see, measured after "
-        "each pass, with PGD-10 unless the training is natural; NAME_best.pth is the best network "
-        "by that; None: 500, at most a tenth of the training images")
+        "each pass, also under PGD-10 unless training is natural; NAME_best.pth is the best "
+        "network on them; None: 500, at most a tenth of the training images")
     add("--guard", choices=("stop", "warn", "off"), default="warn", help="what to do when accuracy "
         "under PGD on training images collapses; stop: end with the best weights so far")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="precision; auto: "
         "bf16 on a GPU that has it, fp16 on an older one, off on a CPU")
     add("--save", type=Path, help="run folder; None: runs/DATA_METHOD_MODEL")
     parser.shared(*TRAINING, "cache", cache={"help": "folder that keeps decoded photographs: those "
-        "of --validate, with --augment off all; random crops are cut from the files themselves"})
+        "of --validate, or all with --augment off; random crops are always cut from the files"})
     return parser.parse_args()
 
 

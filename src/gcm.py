@@ -6,22 +6,22 @@
     robustness table                 the rows "vanilla" and "naive attacker"
     -                                the row "adaptive attacker"
 
-The layer moves a pixel by at most epsilon = 1e-8, so predictions stay as they are. Its derivative,
-1 + epsilon w cos(w x), is up to 1e12 and of either sign, different for every pixel. A naive
-attacker follows the gradient through the layer and finds little. An adaptive attacker uses the
-identity as the layer's backward pass (BPDA, arXiv:1802.00420).
+The layer moves a pixel by at most epsilon = 1e-8, so predictions do not change. Its derivative,
+1 + epsilon w cos(w x), is as large as 1e12, with either sign, and differs from pixel to pixel. A
+naive attacker follows the gradient through the layer and finds little. An adaptive attacker
+replaces the layer's backward pass with the identity (BPDA, arXiv:1802.00420).
 
     python gcm.py                                            # digits, offline
     python gcm.py --data_dir /data/imagenet/val              # the paper's six networks
     python gcm.py --audit ...                                # signs of gradient masking, a verdict
     python gcm.py --w_sweep ...                              # robustness against w, both attackers
 
-The attacks are those of RobustART, whose columns the paper prints: FGSM, and PGD of 20 steps of
+The attacks are those of RobustART, whose columns the paper prints: FGSM, and PGD with 20 steps of
 3/40 eps from a random start, on 224 x 224 pixels. No source gives the settings of "C&W" with a
-radius eps: here it is PGD on C&W's margin. `cw_l2` (--attacks) is C&W's own search; it fails where
-its norm is above eps. The paper's rows show only figures of the same attack at the same size.
-Every cell (network, row, attack) is saved when it is done, and parts of it on the way; the same
-command continues where it was stopped. torchrun shares the images among processes.
+radius eps: here it is PGD on the C&W margin loss. `cw_l2` (--attacks) is the original C&W search;
+it fails where its norm exceeds eps. The paper's rows show only figures of the same attack at the
+same size. Every cell (network, row, attack) is saved when done, with partial results on the way;
+the same command continues where it stopped. torchrun shares the images among processes.
 """
 
 from dataclasses import asdict, dataclass
@@ -51,7 +51,7 @@ def seen_by(attacker, defended, vanilla, draws):
         naive       f'(x) (1 + epsilon w cos(w x)), a random factor up to 1e12 for every pixel
         adaptive    f'(x): the layer's backward pass is the identity (bpda); with a random defence,
                     its mean over `draws` forward passes (eot)
-        vanilla     f'(x) of the network without its defence: the images are transferred
+        vanilla     f'(x) of the network without its defence: a transfer attack
     """
     if attacker == "vanilla":
         return vanilla
@@ -64,11 +64,11 @@ class Cell:
     model: str     # name of the network
     defense: str
     attacker: str  # naive, adaptive or vanilla: seen_by
-    attack: str    # a name of robustart_attacks
+    attack: str    # a key of robustart_attacks
     w: float       # of gcm
 
     def key(self, s):
-        """Its name in results.json, with the settings that only some cells depend on."""
+        """The key in results.json, with the settings that only some cells depend on."""
         words = [self.model, self.defense]
         if "gcm" in self.defense:
             words += [f"w={self.w:g}", f"epsilon={s.epsilon:g}"]
@@ -81,9 +81,9 @@ class Cell:
 
 
 def measure_cell(cell, network, s, progress):
-    """Attacks `network` (utils/defended.py) as the cell says; -> what results.json keeps of it.
+    """Attacks `network` (utils/defended.py) as the cell says. -> its entry in results.json
 
-    The published protocol has naive attackers only; for the others, fooled images leave PGD.
+    The published protocol has only naive attackers; for the others, fooled images leave PGD.
     """
     defended = network.behind(cell.defense, cell.w)
     seen = seen_by(cell.attacker, network.behind(cell.defense, cell.w, fast=True), network.fast,
@@ -108,15 +108,15 @@ MORE = ("pgd_l1_exact", "cw_l2", "apgd", "square", "strongest_quick", "autoattac
 
 
 def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0, judge=None):
-    """{name: Attack}; eps {norm: radius}; classes: how many the network tells apart.
+    """{name: Attack}; eps {norm: radius}; classes: number of classes of the network.
 
-    draws: that the attacker of a random defence averages; 0: it is not random. stop_early: fooled
-    images leave PGD. At the larger radii they always do; behind a random defence they never do.
-    The loss of pgd_linf is kept where all images take all steps. judge: of cw_l2, whose images
-    end on the border of the network that it is shown.
+    draws: forward passes averaged by the attacker of a random defence; 0: not random. stop_early:
+    fooled images leave PGD. At the larger radii they always do; behind a random defence they never
+    do. The loss of pgd_linf is recorded where all images take all steps. judge: for cw_l2, whose
+    images lie on the decision boundary of the network that it attacks.
     """
     def steps(title, norm, scale=1, early=stop_early and not draws, follow=False, **settings):
-        """RobustART's PGD with these settings; scale: times eps."""
+        """RobustART's PGD with these settings; scale: multiplies eps."""
         at = eps[norm] * scale if norm != "linf" else min(1.0, eps[norm] * scale)
         return measure.Attack(f"{title}={report.eps_text(at, norm)}", norm, at, partial(
             pgd, norm=norm, eps=at, alpha=RELATIVE * at, steps=STEPS, stop_early=early,
@@ -146,16 +146,16 @@ def robustart_attacks(eps, queries, classes=1000, *, stop_early=False, draws=0, 
 
 
 def cw_within(model, x, y, *, eps, generator, report, judge=None):
-    """C&W's images where their L2 norm is at most eps, and the clean ones elsewhere."""
+    """The C&W images where the perturbation's L2 norm is at most eps, else the clean ones."""
     x_adv, _ = cw_l2(model, x, y, binary_steps=5, steps=40, c=0.01, judge=judge,
                      generator=generator, report=report)
     return torch.where(balls.column(balls.norm_of(x_adv - x, "l2") <= eps, x), x_adv, x)
 
 
 def radii(images, size, linf=None, l2=None, l1=None):
-    """{norm: eps}: RobustART's 8/255, 8, 1600 at 224 pixels, as much per pixel at other sizes.
+    """{norm: eps}: RobustART's 8/255, 8, 1600 at 224 pixels, the same per pixel at other sizes.
 
-    On digits, which are easy, linf is the data set's own eps, and l2 and l1 are in proportion.
+    On digits, which are easy, linf is the data set's own eps, with l2 and l1 in proportion.
     """
     own = images.kind in ("digits", "mnist")
     linf = linf or (data.PRESETS[images.kind].eps if own else 8 / 255)
@@ -187,13 +187,13 @@ def cells_of(s, model):
 
 
 def shown(settings, found, networks, s):
-    """{Cell: what is known of it, or None} of this command, and the line above their tables."""
+    """This command's cells {Cell: its result, or None}, and the line above their tables."""
     cells = {cell: found.get(cell.key(s)) for name in networks for cell in cells_of(s, name)}
     return cells, report.protocol(report_gcm.facts(settings, s, STEPS, cells))
 
 
 def save_report(folder, settings, found, networks, s, progress):
-    """Writes the tables that this command makes of its cells; -> these, and where they are"""
+    """Writes this command's tables. -> the tables, and where they are"""
     cells, head = shown(settings, found, networks, s)
     twins = {name: network.differences(s.defense, s.w, progress) for name, network
              in networks.items()} if s.audit and s.defense != "none" else {}  # by all processes
@@ -213,25 +213,25 @@ def get_args():
     parser.shared("data_dir", "data_root", "labels", "classes", "num_images")
     add = parser.add_argument
     parser.shared("model_name", "weights", "geometry")
-    add("--image_size", type=at_least(8), help="side; None: 224, --geometry's, of small images own")
+    add("--image_size", type=at_least(8), help="side; None: 224, --geometry's; small images: own")
     parser.shared("defense", "low", defense={"default": "gcm"})
     add("--w", type=at_least(0, float), default=1e20, help="of gcm")
     add("--epsilon", type=at_least(0, float), default=1e-8, help="of gcm")
-    add("--draws", type=at_least(1), default=10, help="with a random defence: forward passes that "
+    add("--draws", type=at_least(1), default=10, help="for a random defence: forward passes that "
         "the adaptive attacker averages (AutoAttack: at least 20), and that classify each image")
     add("--attacks", nargs="+", choices=(*papers.GCM_COLUMNS, *MORE),
-        default=list(papers.GCM_COLUMNS), help="columns")
+        default=list(papers.GCM_COLUMNS), help="columns of the table")
     add("--eps", type=radius, help="Linf radius; None: 8/255, on digits and mnist 0.2")
-    add("--eps_l2", type=fraction, help="L2 radius; None: 255 eps at 224 pixels, as much "
+    add("--eps_l2", type=fraction, help="L2 radius; None: 255 eps at 224 pixels, the same "
         "per pixel at other sizes")
     add("--eps_l1", type=fraction, help="L1 radius; None: 51000 eps, likewise")
     parser.shared("queries")
     add("--metric", choices=("attack_robustness", "robust_acc"),
-        default="attack_robustness", help="of the table; the files hold both")
+        default="attack_robustness", help="shown in the table; the files hold both")
     add("--audit", action="store_true", help="instead of the table: signs of gradient masking")
     add("--w_sweep", action="store_true", help="instead of the table: pgd_linf against w")
     add("--stop_early", action="store_true", help="fooled images leave PGD: faster and stronger "
-        "than as published, where the last step counts")
+        "than the published protocol, where the last step counts")
     add("--amp", choices=("off", "bf16"), default="off", help="precision of the attackers' "
         "gradients; their images are measured in float32")
     parser.shared("batch_size", "seed", "device", "workers", "cache", "overwrite")
@@ -240,7 +240,7 @@ def get_args():
 
 
 def settle(args, team):
-    """The settings, and the images (names only); refuses what cannot work."""
+    """The settings, and the images (names only). UserError for what cannot work."""
     targets, images, note = open_targets(args, imagenet=papers.GCM_TABLE)
     if args.audit and args.w_sweep:
         raise UserError("--audit --w_sweep: one at a time; they share a folder")
@@ -254,10 +254,10 @@ def settle(args, team):
 
 
 def stated(target, images, s):
-    """What all cells of a network depend on, as results.json keeps it."""
+    """What all cells of a network depend on, as stored in results.json."""
     found = {"size": target.size, "eps": radii(images, target.size, s.eps, s.eps_l2, s.eps_l1),
              "weights": target.described}
-    if target.geometry != data.paper_geometry(target.size):  # without it: that of all older tables
+    if target.geometry != data.paper_geometry(target.size):  # absent from older tables
         found["geometry"] = str(target.geometry)
     return found
 

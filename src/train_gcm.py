@@ -1,7 +1,7 @@
 """The challenge's classifier, trained in two stages (Pei et al., 2022, arXiv:2205.10617).
 
     published (paper and code)             here
-    clean loss, by chance that of CutMix   terms; --w_clean, --cutmix_prob, --w_cutmix
+    clean loss, or at random CutMix's      terms; --w_clean, --cutmix_prob, --w_cutmix
     MixUp                                  terms; --w_mixup
     FGSM, untargeted and targeted          both_signs; --w_fgsm, --w_fgsm_target, --fgsm_eps
     augmentations, p of each               PRESETS in utils/augment.py; --augment
@@ -14,8 +14,8 @@
     python train_gcm.py --stage 2
     torchrun --nproc_per_node 5 train_gcm.py --stage 1 --data_dir /data/train_phase1/label.txt
 
-A run leaves NAME.pth (the state dict of the best epoch, which every script takes as --weights, with
-its head), NAME.json, log.csv, curve.png and checkpoint.pth. A run that was killed continues with
+A run leaves NAME.pth (the state dict of the best epoch, head included, which every script takes as
+--weights), NAME.json, log.csv, curve.png and checkpoint.pth. A killed run continues with
 --resume; on a CPU it ends with the same bytes. eval_net.py and gcm.py measure the network;
 train_gcm.sh runs both stages and both scripts.
 """
@@ -39,7 +39,7 @@ from utils.defenses import adaptive, defend
 from utils.loop import Trainer, loop
 from utils.team import in_parallel, join_team, joint_batch_norm, without_sync
 
-BLOCK = 50  # held-out images that are validated at a time, fewer where memory runs out
+BLOCK = 50  # held-out images validated at a time, fewer if memory runs out
 AUGMENTED, DEFENDED = range(2)  # independent streams of an image's random numbers
 
 
@@ -54,12 +54,12 @@ def terms(attacked, x, y, drawn, s, loss=core.cross_entropy):
     """Yields (weight, images, labels) for every term of the loss of x (n, C, H, W), y (n,).
 
     attacked, loss: what FGSM attacks; s: --w_clean and the other weights. The images of a term
-    are made when it is asked for; a term of weight 0 is left out. MixUp and CutMix draw from the
-    global generator; their labels are (n, K).
+    are made only when it is requested; terms of weight 0 are skipped. MixUp and CutMix draw from
+    the global generator; their labels are (n, K).
     """
     labels, mixing = y, {"alpha": 1.0, "num_classes": len(s.classes)}
     if drawn.cutmix:
-        x, labels = v2.CutMix(**mixing)(x, y)  # for all that follows, as published
+        x, labels = v2.CutMix(**mixing)(x, y)  # for all terms below, as published
     if s.w_clean:
         yield s.w_clean, x, labels
     if s.w_mixup:
@@ -80,7 +80,7 @@ class ChallengeTraining(Trainer):
         if images.pixels is not None:
             images = replace(images, pixels=images.pixels_on(device))
         self.s, self.images, self.held = s, images, held
-        self.generator = run.make_generator(s.seed)  # of all processes
+        self.generator = run.make_generator(s.seed)  # same in all processes
         model = models.trainable(s.model_name, kind=images.kind, weights=s.pretrained, seed=s.seed,
                                  head=s.head, classes=len(s.classes), image_size=s.image_size,
                                  data_dir=s.data_dir, data_root=s.data_root)
@@ -108,8 +108,8 @@ class ChallengeTraining(Trainer):
     def step(self, x, y, joint):
         """One weight step on x, y, this process's part of a minibatch of `joint` images.
 
-        The terms are differentiated one after another, so that one graph is in memory at a time.
-        -> summed loss, how many clean images were classified correctly, of how many, all images
+        The terms are differentiated one at a time, so that only one graph is in memory.
+        -> summed loss; numbers of correctly classified clean images, clean images, all images
         """
         s, team, sums = self.s, self.team, torch.zeros(4, device=self.device)
         drawn = challenge.draw_once(joint, s, self.generator)
@@ -143,7 +143,7 @@ class ChallengeTraining(Trainer):
         factor = s.gamma ** (len(self.rows) // s.step_epochs)
         head["lr"], body["lr"] = s.lr_head * factor, s.lr_backbone * factor
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(mixing + self.team.rank)  # dropout, MixUp, CutMix: no generator
+            torch.manual_seed(mixing + self.team.rank)  # dropout, MixUp, CutMix take no generator
             for joint, index, x in self.minibatches(passes.one_pass(
                     self.images, s.batch_size, self.generator, self.team, workers=s.workers,
                     vary=bool(s.chances), smallest=self.smallest, skip=self.skip,
@@ -160,7 +160,7 @@ class ChallengeTraining(Trainer):
                 "images_per_s": len(self.images) / self.pass_seconds}
 
     def after(self):
-        """Validation; the network of the best epoch is kept."""
+        """Validates; keeps the network of the best epoch."""
         plain, augmented = self.validate()
         if (plain + augmented) / 2 > self.best["score"]:
             net = {k: v.cpu().clone() for k, v in self.final()[1].state_dict().items()}
@@ -168,14 +168,14 @@ class ChallengeTraining(Trainer):
         return {"val_acc": plain, "val_aug_acc": augmented}
 
     def final(self):
-        """What is validated and saved: the model, or the running mean of its weights."""
+        """The network to validate and save: the model, or the running mean of its weights."""
         return self.mean.module if self.mean else self.model
 
     @torch.no_grad()
     def validate(self):
-        """Accuracy on the held-out images, plain and augmented; every time in the same way.
+        """Accuracy on the held-out images, plain and augmented, with the same draws every time.
 
-        Every process decodes blocks of its own. What is random belongs to the image.
+        Each process decodes its own blocks. The random numbers depend on the image alone.
         """
         team, model = self.team, self.final()
         mode, defended = model.training, self.behind_defense(model).eval()
@@ -217,23 +217,23 @@ def get_args():
         "type": at_least(4), "help": "training images, evenly over the classes; None: all"})
     add("--image_size", type=at_least(16), help="side in pixels; None: the network's, 224")
     add("--hold_out", type=at_least(0.001, float, 0.5), default=0.05, help="share of the training "
-        "images that is held out to choose the best epoch")
+        "images held out to choose the best epoch")
     add("--model_name", help="network: torchvision's, timm/NAME (timm/seresnet50), "
-        "FILE.py:FUNCTION (run as it is), or one of utils/nets.py; None: convnext_tiny, for small "
-        "images that of the data set")
+        "FILE.py:FUNCTION (which is run), or one of utils/nets.py; None: convnext_tiny; for small "
+        "images, that of the data set")
     add("--head", choices=nets.HEADS, help="own: the network's; None: that of --pretrained, or fc")
     add("--pretrained", help="weights to start from: V1 or another of torchvision's, the path of a "
         "state dict, or random; None: random, in stage 2 those in ../stage1 of the run folder")
     parser.shared("defense", "low", defense={
         "default": None, "help": "layers in front; None: gcm, in stage 2 gcm+resizepad"})
-    add("--stage", type=int, choices=tuple(challenge.STAGES), default=1, help="of the training")
+    add("--stage", type=int, choices=tuple(challenge.STAGES), default=1, help="training stage")
     add("--augment", type=names, help="phase1, released, all, names of operations in "
-        "utils/augment.py (rain,rotation), or none: no random crops either; None: phase1, in "
+        "utils/augment.py (rain,rotation), or none, without random crops either; None: phase1, in "
         "stage 2 released")
     add("--p", type=at_least(0, float, 1), help="probability of every operation of --augment; "
         "phase1 and released have their own; None: 0.1")
     add("--w_clean", type=at_least(0, float), default=1.0, help="weight of the clean loss")
-    add("--cutmix_prob", type=at_least(0, float, 1), help="chance that CutMix stands in place of "
+    add("--cutmix_prob", type=at_least(0, float, 1), help="probability that CutMix replaces "
         "the clean images of a minibatch; None: 0.3, in stage 2 0")
     add("--w_mixup", type=at_least(0, float), default=1.0, help="weight of the loss on MixUp")
     add("--w_cutmix", type=at_least(0, float), help="weight of a CutMix loss besides the clean "
@@ -244,7 +244,7 @@ def get_args():
     add("--fgsm_eps", type=at_least(0, float, 1), nargs=2, default=[0.001, 0.08], help="range of "
         "FGSM's eps, on the [0, 1] scale; one of 20 values is drawn for every minibatch and term")
     add("--epochs", type=at_least(1), help="passes over the images; None: that of the data set")
-    add("--batch_size", type=at_least(2), help="images of a weight step over all processes; None: "
+    add("--batch_size", type=at_least(2), help="images in a weight step, over all processes; None: "
         "that of the data set")
     add("--lr_head", type=at_least(0, float), help="learning rate of the head; None: that of the "
         "data set, a tenth of it in stage 2")
@@ -260,7 +260,7 @@ def get_args():
     add("--save", type=Path, help="run folder; None: runs/gcm_DATA_MODEL/stage1 or stage2")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, if it is installed")
     parser.shared(*TRAINING, "cache", cache={"help": "folder that keeps decoded photographs: the "
-        "held-out ones, with --augment none all; random crops are cut from the files themselves"})
+        "held-out ones, or all with --augment none; random crops are always cut from the files"})
     return parser.parse_args()
 
 
@@ -273,7 +273,7 @@ def main(args):
                              processes=team.size, device=device.type)
     state = folder.load_checkpoint(flags, resume=s.resume, overwrite=s.overwrite, grows=True,
                                    name=challenge.name_of(s))
-    if images.kind in nets.RECIPES or not s.chances:  # else every epoch has crops of its own
+    if images.kind in nets.RECIPES or not s.chances:  # else every epoch has new crops
         images = data.load(data.cached(images, s.cache, workers=s.workers), workers=s.workers,
                            aloud=team.first)
     held = data.cached(held, s.cache, workers=s.workers)

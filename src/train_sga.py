@@ -8,11 +8,11 @@
 
     python train_sga.py                                            # digits, offline, a minute
     python train_sga.py --model_name vgg16 --data_dir /data/imagenet/train     # the paper's setting
-    python train_sga.py --preset few_images ...      # ours, as is transfer: docs/uap.md
+    python train_sga.py --preset few_images ...      # ours, like transfer: docs/uap.md
     python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
 
-The loss is ascended. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt and
-checkpoint.pth in its folder. A killed run continues with --resume and ends in the same bytes.
+The loss is maximised. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt
+and checkpoint.pth in its folder. A killed run continues with --resume and ends in the same bytes.
 """
 
 from argparse import BooleanOptionalAction
@@ -34,16 +34,16 @@ from utils.sga_team import SPGD_CHUNK
 from utils.team import Team, join_team
 
 ALONE = Team()    # one process
-HELD = ("delta", "v", "labels", "amp", "layout")  # by a checkpoint, besides the generator
+HELD = ("delta", "v", "labels", "amp", "layout")  # in a checkpoint, besides the generator
 
 
 # ---------------------------------------------------------------- the method
 
 def model_gradient(model, x, delta, y, loss, chance=None):
-    """Mean loss of a model over images at x + delta, cut to [0, 1], and its gradient.
+    """Mean loss of a model at x + delta, clipped to [0, 1], and its gradient with respect to delta.
 
-    x (N, C, H, W), delta (1, C, H, W) -> scalar, (1, C, H, W). y: labels (N,), or the outputs for
-    x (N, D), None: computed here. chance: of a random defence, which draws the same for both.
+    x (N, C, H, W), delta (1, C, H, W) -> scalar, (1, C, H, W). y: labels (N,), or outputs (N, D)
+    for x, None: computed here. chance: random numbers of a defence, the same in both passes.
     """
     if y is None:
         with torch.no_grad(), universal.drawing(chance):
@@ -55,9 +55,9 @@ def model_gradient(model, x, delta, y, loss, chance=None):
 
 
 def input_gradient(models, x, delta, y, chance=None, *, loss, team=ALONE):
-    """Means over the models of their losses and of their gradients, added in the models' order.
+    """Mean loss and mean gradient over the models, summed in the models' order.
 
-    y: what model_gradient takes, for each model. chance: from which each has draws of its own.
+    y: what model_gradient takes, one for each model. chance: each model makes its own draws.
     team: processes that share the models.
     """
     works = [partial(model_gradient, model, x, delta, of_model, loss, chance and chance.fold(k))
@@ -67,10 +67,10 @@ def input_gradient(models, x, delta, y, chance=None, *, loss, team=ALONE):
 
 
 def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, tick=lambda: None, **chosen):
-    """Gradients summed along an inner pre-search that starts at delta and is thrown away.
+    """Sum of the gradients along an inner pre-search, which starts at delta and is discarded.
 
-    gradient(x, delta, y) -> loss, g; x (N, C, H, W); y: of each model, for the N images; draws
-    (M, n) indices into them; chosen: of universal.drawn. -> mean loss, (1, C, H, W)
+    gradient(x, delta, y) -> loss, g; x (N, C, H, W); y: for each model and the N images; draws
+    (M, n): indices into them; chosen: for universal.drawn. -> mean loss, (1, C, H, W)
     """
     inner, total, losses = delta, torch.zeros_like(delta), 0
     for j, index in enumerate(draws):
@@ -84,7 +84,7 @@ def sga_gradient(gradient, x, y, delta, draws, *, eps, alpha, tick=lambda: None,
 
 def spgd_gradient(gradient, x, y, delta, draws, *, tick=lambda: None, team=ALONE, eps=None,
                   alpha=None, **chosen):
-    """The gradient of the whole batch; draws (M, n) partition it, and the team shares them."""
+    """Gradient over the whole batch; draws (M, n) partition it, and the team shares them."""
     def chunk(j, index):
         tick()
         return gradient(*universal.drawn(j, index, x, delta, y, **chosen))
@@ -97,7 +97,7 @@ def spgd_gradient(gradient, x, y, delta, draws, *, tick=lambda: None, team=ALONE
 
 
 def update(delta, g, v, *, eps, alpha, mu):
-    """One outer step: sign of g, or with momentum of v = mu v + g/||g||_1. -> delta, v"""
+    """One outer step along sign(g), or with momentum sign(v), v = mu v + g/||g||_1. -> delta, v"""
     if mu:
         v = mu * v + g / g.abs().sum().clamp_min(1e-30)
     return (delta + alpha * (v if mu else g).sign()).clamp(-eps, eps), v
@@ -106,7 +106,7 @@ def update(delta, g, v, *, eps, alpha, mu):
 # ------------------------------------------------------------------ the epochs
 
 def index_draws(s, n, generator):
-    """Which of a batch's n images each step uses: SGA (M, minibatch), others a partition."""
+    """Indices of the n batch images in each step: (M, minibatch) for SGA, else a partition."""
     if s.method != "sga":
         return torch.arange(n).split(SPGD_CHUNK)
     size, steps = min(s.minibatch, n), max(1, s.iter * n // s.minibatch)  # Sec. 3.3: K |LB| / |SB|
@@ -114,9 +114,9 @@ def index_draws(s, n, generator):
 
 
 class SgaTraining(Trainer):
-    """The epochs of SGA or SPGD with settings s; models: the surrogates without their defence."""
+    """Trains a perturbation with settings s; models: the surrogates without their defence."""
     advice = "the last checkpoint is kept; look at the weights, or try --amp off"
-    asked = 1  # a large batch of SGA is a thousand gradients
+    asked = 1  # a large batch of SGA takes a thousand gradients
 
     def __init__(self, s, models, images, generator, device, team=ALONE):
         parts = torch.arange(len(images)).split(s.batch_size)
@@ -126,7 +126,7 @@ class SgaTraining(Trainer):
         super().__init__(device, steps=len(self.uses), team=team, keep={"generator": generator})
         self.s, self.models, self.images, self.generator = s, models, images, generator
         self.random, self.chance = defenses.is_random(s.defense), numbered(s.seed, len(images))
-        self.behind = cache(lambda model: defenses.defend(  # which keeps how many images fit
+        self.behind = cache(lambda model: defenses.defend(  # Halving remembers how many images fit
             halving.Halving(model, "surrogate"), s.defense, size=s.image_size))
         self.measured = [self.behind(model) for model in models]
         self.pixels, self.loss = images.pixels_on(device), make_loss(s.loss, s.beta, s.target)
@@ -134,10 +134,10 @@ class SgaTraining(Trainer):
         self.watched = sga_run.watched(len(images), sum(self.uses))
 
     def start(self):
-        """What a new run keeps to: labels f(x) (S, N), precision, memory order; delta is zero."""
+        """Fix, once per run, labels f(x) (S, N), precision and memory order; set delta to zero."""
         s, n = self.s, self.s.minibatch if self.s.method == "sga" else SPGD_CHUNK
         self.labels = sga_team.predicted(self.team, self.measured, self.pixels, self.device,
-                                         chance=self.chance.fold(0))  # 1: figures, 2 on: passes
+                                         chance=self.chance.fold(0))  # 1: figures, from 2: passes
         self.delta, self.v = (torch.zeros((k, *self.pixels.shape[1:])) for k in (1, self.moments))
         x, y = data.to_float(self.pixels[:n].to(self.device)), self.labels[:, :n].to(self.device)
         y = [None] * len(y) if s.loss in universal.COMPARING else y
@@ -147,7 +147,7 @@ class SgaTraining(Trainer):
             x, amp=s.amp, layout=s.layout, deterministic=s.deterministic))
 
     def seen(self, fast):
-        """What the loss is of: a layer of each Fast(Sequential(first, net)), or its logits."""
+        """What enters the loss: a layer of each Fast(Sequential(first, net)), or its logits."""
         if not self.layers:
             return fast
         return [universal.Features(model, f"model.1.{layer}")
@@ -159,20 +159,20 @@ class SgaTraining(Trainer):
 
     @cached_property
     def attacked(self):
-        """What is differentiated: the outputs that the loss is of, behind the defence."""
+        """The models to differentiate: those of `seen`, behind the defence."""
         models = [self.behind(model) for model in self.seen(self.fast)]
         return [defenses.adaptive(model) for model in models] if self.s.bpda else models
 
     @cached_property
     def gradient(self):
-        """gradient(x, delta, y, chance) -> loss, g; the last one behind random defences alone"""
+        """gradient(x, delta, y, chance) -> loss, g; chance only behind random defences"""
         team = self.team if len(self.models) > 1 else ALONE
         found = partial(input_gradient, self.attacked, loss=self.loss, team=team)
         still = self.device.type == "cuda" and team.size == 1 and not self.random
         return Graphed(found) if still else found
 
     def compared(self, x, index):
-        """y of each model: labels, or clean outputs, None where each step has other images."""
+        """y for each model: labels, or clean outputs, None if these differ from step to step."""
         if self.s.loss not in universal.COMPARING:
             return self.labels[:, index].to(self.device)
         if self.s.augment or self.random:
@@ -182,7 +182,7 @@ class SgaTraining(Trainer):
                     for model in self.attacked]
 
     def large_batch(self, index):
-        """x (N, C, H, W), y of each model, and indices and affine maps (or None) of each step."""
+        """x (N, C, H, W), y for each model, and indices and affine maps (or None) for each step."""
         x = data.to_float(self.pixels[index.to(self.pixels.device)].to(self.device))
         x = precision.to_layout(x, self.layout)
         draws = index_draws(self.s, len(x), self.generator)
@@ -192,7 +192,7 @@ class SgaTraining(Trainer):
 
     @property
     def step(self):
-        """The outer step that comes next."""
+        """The next outer step."""
         if self.s.method not in universal.ADAMS:
             return partial(update, mu=self.s.momentum)
         return partial(universal.adam_step, step=1 + self.at + self.batches * len(self.rows))
@@ -249,33 +249,33 @@ def get_args():
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd", *universal.ADAMS), default="sga", help="spgd: no inner "
-        "pre-search; adam: nor a sign, a step of Adam, as FG-UAP; dm: as DM-UAP")
-    add("--preset", choices=tuple(sga_run.PRESET_FLAGS), default="paper", help="what --augment, "
-        "--momentum, --loss and --batch_size are where they are not typed: docs/uap.md")
+        "pre-search; adam: also Adam steps, not signs, as in FG-UAP; dm: as in DM-UAP")
+    add("--preset", choices=tuple(sga_run.PRESET_FLAGS), default="paper", help="sets "
+        "--augment, --momentum, --loss and --batch_size where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
-        "of the logits, of the last feature map, with those of the clean image; None: preset, ce")
+        "minus the cosine to the clean image's logits, or last feature map; None: preset, ce")
     add("--layer", type=cli.names, help="layer that --loss feature compares, one for all networks "
-        "or one for each; None: found by a dry run, the last feature map before pooling")
-    add("--beta", type=at_least(0, float), default=9.0, help="where the cross-entropy is clamped")
+        "or one for each; None: the last feature map before pooling, found by a dry run")
+    add("--beta", type=at_least(0, float), default=9.0, help="upper clamp of the cross-entropy")
     add("--eps", type=radius, help="Linf radius in [0, 1] pixels; None: preset, 10/255 on ImageNet")
-    add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet; of adam "
-        "and dm the rate; None: 0.51 and 2.55 eps, as published")
+    add("--alpha", type=radius, help="size of all steps; None: preset, 1/255 on ImageNet; adam "
+        "and dm: learning rate, None: 0.51 and 2.55 eps, as published")
     add("--epochs", type=at_least(1), default=20, help="passes over the images")
-    add("--batch_size", type=at_least(1), help="images of an outer step; None: preset, 250")
-    add("--minibatch", type=at_least(1), help="images of an inner step of sga; None: 10")
+    add("--batch_size", type=at_least(1), help="images in an outer step; None: preset, 250")
+    add("--minibatch", type=at_least(1), help="images in an inner step of sga; None: 10")
     add("--iter", type=at_least(1), help="K of sga: mean uses of an image per epoch; None: 4")
     add("--momentum", type=at_least(0, float), help="mu; None: preset, 0; 0.9 with --augment")
     add("--target", type=cli.numbers, help="class to steer all images to; 3,5: one run each")
-    add("--augment", action=BooleanOptionalAction, help="ours, for few images: flip, scale, shift "
-        "them; None: preset, no")
-    add("--save", "--uaps_save", type=Path, help="run folder, of several perturbations that of "
-        "their folders; None: runs/DATA_METHOD_MODEL")
+    add("--augment", action=BooleanOptionalAction, help="ours, for few images: random flips, "
+        "scales and shifts; None: preset, no")
+    add("--save", "--uaps_save", type=Path, help="run folder; for several perturbations, the "
+        "parent of their folders; None: runs/DATA_METHOD_MODEL")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="precision of the "
-        "gradients; auto: the faster by timing; figures are float32 always")
+        "gradients; auto: the faster, by timing both; figures are always float32")
     add("--layout", choices=("auto", *precision.LAYOUTS), default="auto", help="memory order of "
-        "the images; auto: the faster by timing")
+        "the images; auto: the faster, by timing both")
     parser.shared(*cli.TRAINING, "cache", seed={"type": cli.numbers, "default": [0], "help":
-        "fixes everything random; several, as 0,1,2: one run each, which processes share"})
+        "fixes everything random; several, such as 0,1,2: one run each, shared by the processes"})
     return parser.parse_args()
 
 

@@ -277,9 +277,9 @@ case("labels without end", (*NETS[:1], "--model_name", "squeezenet1_1", "--weigh
                             "--data_dir", "list/images", "--labels", "/dev/zero"),
      ("--labels /dev/zero", "no such file"))
 for flags, words in ((("--eps", 2), ("--eps 2", "8/255")), (("--norm", "l2"), ("without --eps",)),
-                     (("--norm", "l2", "--eps", 1), ("--attacks fgsm --norm l2", "Linf alone")),
+                     (("--norm", "l2", "--eps", 1), ("--attacks fgsm --norm l2", "only in Linf")),
                      (("--norm", "l1", "--eps", 1, "--attacks", "none", "--eps_curve"),
-                      ("--eps_curve --norm l1", "Linf alone"))):
+                      ("--eps_curve --norm l1", "only in Linf"))):
     case(f"a norm with {' '.join(map(str, flags))}", (*NETS, *flags), words)
 case("eps of a hundred million digits", (*NETS, "--eps", "1e-99999999999"), ("--eps",))
 case("--lr beyond float32", (*FREE, "--lr", 1e39), ("--lr", "at most 1e+30"))
@@ -295,7 +295,7 @@ case("--p of no operation", (*STAGE, "--augment", "none", "--p", 0.1),
      ("--p 0.1", "--augment none has no operations"))
 case("--shift of images that are not cropped", (*FREE, "--shift", 2), ("--shift 2", "digits"))
 for flag in (("--defense", "gcm"), ("--low", 20)):
-    case(f"{flag[0]} beside --runs", (*NETS, *flag), ("--runs", "a run says its own"))
+    case(f"{flag[0]} beside --runs", (*NETS, *flag), ("--runs", "a run has its own"))
 case("--momentum nan", (*SGA, "--momentum", "nan"), ("--momentum",))
 case("--out that is no PNG", ("figures.py", "--augmentations", "--out", "free/log.csv"), ("PNG",))
 
