@@ -1,10 +1,10 @@
-# Sourced by every script: sets PYTHON to one that has what the scripts import, and torchrun to the
-# words after it that start PROCESSES processes, none for one process; and defines `table`.
-# The caller's Python if it has torch, torchvision and the rest; else .venv beside src/, made once
-# from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that is 2.4 or
-# newer and not in a virtual environment of its own.
+# Sourced by every script. Sets PYTHON to one that has all that the scripts import, and torchrun to
+# the arguments that start PROCESSES processes (empty for one); defines `table`.
+# PYTHON is the caller's if it has torch, torchvision and the rest; else that of .venv beside src/,
+# made once from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that
+# is 2.4 or newer and not in a virtual environment.
 
-case ${PYTHON:-} in  # some scripts change the folder
+case ${PYTHON:-} in  # some scripts change directory
 /*) ;;
 */*) PYTHON=$PWD/$PYTHON ;;
 esac
@@ -66,8 +66,8 @@ choose_python() {
 
 choose_python
 
-# table "NAME..." "OPTION..." FLAG...: eval_net.py with these options on these runs in $RUNS; of the
-# flags of their training those that only say how to compute.
+# table "NAME..." "OPTION..." FLAG...: runs eval_net.py with these options on these runs in $RUNS. Of
+# the training flags it passes on those that only say how to compute.
 table() {
     names=$1 options=$2 left=$(($# - 2)) model=${MODEL:-}
     shift 2

@@ -8,7 +8,7 @@ set -eu
 DATA=${DATA:-digits}     # as in train.sh; for a named data set, its test split
 MODELS=${MODELS:-}       # networks; empty: the data set's five (ImageNet: the paper's six)
 DEFENSE=${DEFENSE:-gcm}  # none, gcm, resizepad, gcm+resizepad
-PROCESSES=${PROCESSES:-} # that share the images; empty: one
+PROCESSES=${PROCESSES:-} # processes that share the images; empty: one
 
 . "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2086  # lists, separated by spaces

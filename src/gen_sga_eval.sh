@@ -7,7 +7,7 @@ set -eu
 DATA=${DATA:-digits}     # as in train.sh; its test split is used
 UAPS=${UAPS:-runs}       # files, or folders with runs on this kind of data
 MODELS=${MODELS:-}       # targets; empty: the data set's five (ImageNet: the paper's)
-PROCESSES=${PROCESSES:-} # that share the images; empty: one
+PROCESSES=${PROCESSES:-} # processes that share the images; empty: one
 
 . "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2086  # lists, separated by spaces

@@ -7,9 +7,9 @@
 #   MODEL="cnn mlp" sh src/train.sh --target 3,5                  a perturbation for each of the four
 set -eu
 DATA=${DATA:-digits}     # digits, mnist, cifar10, imagenette, or a folder (docs/data.md)
-MODEL=${MODEL:-}         # surrogates, a run each; a,b: a run on both; empty: the data set's own; names
-                         # with spaces in their paths: --model_name of train_sga.py
-PROCESSES=${PROCESSES:-} # that share the runs, or the surrogates of one; empty: one
+MODEL=${MODEL:-}         # surrogates, one run each; a,b: one run on both; empty: the data set's own;
+                         # paths with spaces: --model_name of train_sga.py
+PROCESSES=${PROCESSES:-} # processes that share the runs, or the surrogates of one; empty: one
 
 . "$(dirname "$0")/env.sh"
 # shellcheck disable=SC2086  # a list, separated by spaces

@@ -4,7 +4,7 @@
 #   sh src/train_free.sh                                            digits, offline
 #   DATA=mnist REPLAYS="2 4 8" sh src/train_free.sh                 free with three values of m
 #   DATA=cifar10 sh src/train_free.sh --schedule onecycle           PreActResNet-18; needs a GPU
-#   DATA=cifar10 METHODS="natural free pgd" sh src/train_free.sh --recipe free    WRN-32-10; the same
+#   DATA=cifar10 METHODS="natural free pgd" sh src/train_free.sh --recipe free    WRN-32-10; needs a GPU
 # shellcheck disable=SC2086  # lists, separated by spaces
 set -eu
 DATA=${DATA:-digits}                         # digits, mnist, cifar10, cifar100, or a folder
@@ -12,9 +12,9 @@ MODEL=${MODEL:-}                             # network; empty: the data set's ow
 METHODS=${METHODS:-natural free pgd fast}    # what to train
 REPLAYS=${REPLAYS:-}                         # m of free; several, separated by spaces; empty: 8, or
                                              # that of --recipe or --replays
-RUNS=${RUNS:-runs/free}                      # folder for the runs' folders and for the table
+RUNS=${RUNS:-runs/free}                      # parent folder of the runs, and of the table
 EVAL_IMAGES=${EVAL_IMAGES:-}                 # test images to attack; empty: all
-PROCESSES=${PROCESSES:-}                     # that share a training, then the images; empty: one
+PROCESSES=${PROCESSES:-}                     # processes that share a training, then the images; empty: one
 
 . "$(dirname "$0")/env.sh"
 again=

@@ -1,23 +1,23 @@
 #!/bin/sh
-# Trains both stages of the challenge's classifier, makes the robustness table of each, and one table
-# of both with their accuracy under corruptions. Any flag of train_gcm.py applies to both stages.
+# Trains both stages of the challenge's classifier, then makes a robustness table for each and one
+# table of both stages' accuracy under corruptions. Any flag of train_gcm.py applies to both stages.
 #   sh src/train_gcm.sh                                          digits, offline, 5 minutes
 #   DATA=/data/train_phase1/label.txt sh src/train_gcm.sh        the challenge: ConvNeXt-T, needs a GPU
 #   DATA=/data/photos PROCESSES=4 sh src/train_gcm.sh            four GPUs
 # shellcheck disable=SC2086  # lists, separated by spaces
 set -eu
 DATA=${DATA:-digits}         # digits, mnist, cifar10, or a folder or list (docs/data.md)
-MODEL=${MODEL:-}             # network, timm/NAME too; empty: convnext_tiny, for small images that of the data set
-RUNS=${RUNS:-runs/challenge}  # a folder for the runs' folders
+MODEL=${MODEL:-}             # network, also timm/NAME; empty: convnext_tiny; for small images, the data set's own
+RUNS=${RUNS:-runs/challenge}  # parent folder of the runs
 EPOCHS2=${EPOCHS2:-}         # epochs of stage 2; empty: those of stage 1
 ATTACKED=${ATTACKED:-}       # test images of the robustness tables; empty: all
 TESTED=${TESTED:-}           # test images of the corruption table; empty: all
-PROCESSES=${PROCESSES:-}     # that share a training, then the images; empty: one
+PROCESSES=${PROCESSES:-}     # processes that share a training, then the images; empty: one
 
 . "$(dirname "$0")/env.sh"
 again=
 case " $* " in *" --overwrite "*) again=--overwrite ;; esac
-measure() {  # measure WEIGHTS DEFENSE FLAG...: the table, with those of the flags that gcm.py has
+measure() {  # measure WEIGHTS DEFENSE FLAG...: the robustness table, with the flags that gcm.py has too
     weights=$1 defense=$2 left=$(($# - 2))
     model=${weights##*/stage"$stage"_}
     model=${MODEL:-${model%.pth}}
@@ -52,7 +52,7 @@ for stage in 1 2; do
     "$PYTHON" $torchrun "$root/src/train_gcm.py" --stage $stage --data_dir "$DATA" \
         ${MODEL:+--model_name "$MODEL"} --save "$RUNS/stage$stage" "$@" \
         ${epochs:+--epochs "$epochs"} ${weights:+--pretrained "$weights"}
-    [ "$before" = "$(digest)" ] || again=--overwrite  # tables of the old network are of no use
+    [ "$before" = "$(digest)" ] || again=--overwrite  # the old network's tables are stale
     for weights in "$RUNS/stage$stage"/stage"$stage"_*.pth; do
         measure "$weights" "$defense" "$@"
     done

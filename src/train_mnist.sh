@@ -7,7 +7,7 @@
 set -eu
 DATA=${DATA:-digits}                     # digits, mnist, cifar10, or a folder that holds MNIST
 TRAIN=${TRAIN:-clean noise fgs fgv}      # what is added to the clean batches
-RUNS=${RUNS:-runs/exercise}              # the folder for the folders of the runs
+RUNS=${RUNS:-runs/exercise}              # parent folder of the runs
 
 . "$(dirname "$0")/env.sh"
 trained=

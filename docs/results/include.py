@@ -2,8 +2,8 @@
 
     python docs/results/include.py
 
-A page marks the place by the comments <!-- results/NAME --> and <!-- end -->; tests/test_docs.py
-fails when what stands between them is not results.md.
+A page marks the place with the comments <!-- results/NAME --> and <!-- end -->; tests/test_docs.py
+fails if the text between them differs from results.md.
 """
 
 import re

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Eight attacks on three undefended networks, 300 photographs, compared with other libraries.
-# Needs requirements-dev.txt. Seconds of every attack stand in the table.
+# Needs requirements-dev.txt. The table gives the seconds of every attack.
 #   sh docs/results/attack_photographs/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/attack_photographs}
 

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Speed of our attacks and of those of five other libraries, on the same network in the same
-# precision and memory layout, and on the network as it is loaded. Needs requirements-dev.txt;
+# Speed of our attacks and those of five other libraries, on the same network in the same
+# precision and memory layout, and on the network as loaded. Needs requirements-dev.txt;
 # nothing else may run on the machine meanwhile.
 #   sh docs/results/attack_speed/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/attack_speed}
 

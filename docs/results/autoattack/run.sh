@@ -1,10 +1,10 @@
 #!/bin/sh
-# AutoAttack beside pyautoattack: small networks trained against each norm, on 200 digits; three
-# networks of torchvision as they are, on 30 photographs. Needs requirements-dev.txt.
+# AutoAttack compared with pyautoattack: small networks trained against each norm, on 200 digits;
+# three torchvision networks without a defence, on 30 photographs. Needs requirements-dev.txt.
 #   sh docs/results/autoattack/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/autoattack}
 

@@ -1,10 +1,10 @@
 #!/bin/sh
 # The challenge's classifier on 25,000 images of CIFAR-10: both stages with the published losses, and
-# stage 1 without FGSM and without augmentation. One thread, then the attacks.
+# stage 1 without FGSM and without augmentation. Training, then the attacks, on one thread.
 #   sh docs/results/challenge_cifar10/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
-DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
+DATA=${DATA:-cifar10}            # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/challenge_cifar10}
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Robust accuracy over the Linf radius, on 200 images of CIFAR-10: natural, free-8 and K-PGD training,
+# Robust accuracy against the Linf radius, on 200 images of CIFAR-10: natural, free-8 and K-PGD training,
 # and the natural network behind GCM. Needs the networks of docs/results/free_cifar10/run.sh.
 #   sh docs/results/eps_curves/run.sh        from the root of the repository
 set -eu
-DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+DATA=${DATA:-cifar10}            # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/eps_curves}
 FREE=${FREE:-runs/free_cifar10}

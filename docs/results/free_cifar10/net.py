@@ -21,5 +21,5 @@ def conv(cin, cout, stride=1):
 
 
 def small(num_classes):
-    """Random weights."""
+    """Small with random weights."""
     return Small(num_classes)

@@ -1,15 +1,15 @@
 #!/bin/sh
-# Natural, free, K-PGD and fast training of a small network on all of CIFAR-10, with as many weight
-# steps each: about three hours of one thread, then the attacks. What is done is kept, and a run that
-# was stopped goes on from its checkpoint.
+# Natural, free, K-PGD and fast training of a small network on all of CIFAR-10, with the same number
+# of weight steps each: about three hours on one thread, then the attacks. Finished runs are kept; a
+# stopped run continues from its checkpoint.
 #   METHODS="natural free8 pgd" sh docs/results/free_cifar10/run.sh     from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
-DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
+DATA=${DATA:-cifar10}            # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_cifar10}
 METHODS=${METHODS:-natural free2 free4 free8 pgd fast}  # or fast_stop instead of fast
-N=${N:-1000}                     # test images that are attacked
+N=${N:-1000}                     # test images to attack
 
 train() {  # train NAME FLAG...
     name=$1; shift

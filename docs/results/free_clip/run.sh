@@ -1,10 +1,10 @@
 #!/bin/sh
 # Free-8 training on the first 20,000 images of MNIST, with delta clipped to the ball alone (the
 # paper's) and to the ball and [0, 1] (--clip_delta box), three seeds each. A run takes two minutes
-# on one quiet thread, the attacks on all six a quarter of an hour.
+# on one undisturbed thread, the attacks on all six a quarter of an hour.
 #   sh docs/results/free_clip/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
 DATA=${DATA:-mnist}
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_clip}

@@ -1,9 +1,9 @@
 #!/bin/sh
-# What a weight step of natural, free, K-PGD and fast training costs. Nothing else may run on the
+# Cost of a weight step of natural, free, K-PGD and fast training. Nothing else may run on the
 # machine meanwhile.
 #   sh docs/results/free_cost/run.sh        from the root of the repository
 set -eu
-DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+DATA=${DATA:-cifar10}            # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_cost}
 

@@ -4,7 +4,7 @@
 # free8 with each --clip_delta from three seeds.
 #   sh docs/results/free_mnist/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
 DATA=${DATA:-mnist}
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_mnist}

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Natural, free, K-PGD and fast training of a smaller network on CIFAR-10: an hour of one
+# Natural, free, K-PGD and fast training of a smaller network on CIFAR-10: an hour on one
 # thread, then the attacks.
 #   sh docs/results/free_small/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
-DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
+DATA=${DATA:-cifar10}            # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_small}
 

@@ -3,7 +3,7 @@
 # on the K-PGD network. Needs the networks of docs/results/free_small/run.sh.
 #   sh docs/results/free_uap/run.sh        from the root of the repository
 set -eu
-DATA=${DATA:-cifar10}            # ours: the same images as a folder of JPEG files
+DATA=${DATA:-cifar10}            # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/free_small}
 

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Signs of gradient masking, with GCM and without. Takes over the cells that
-# docs/results/gcm_photographs/run.sh has left.
+# Signs of gradient masking, with GCM and without. Reuses the cells that
+# docs/results/gcm_photographs/run.sh measured.
 #   sh docs/results/gcm_audit/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/gcm_photographs}
 

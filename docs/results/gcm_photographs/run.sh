@@ -3,9 +3,9 @@
 # attacks on one thread.
 #   sh docs/results/gcm_photographs/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/gcm_photographs}
 

@@ -1,4 +1,4 @@
-"""The tables of results.md from what run.sh left, and those of gcm_audit.
+"""Makes the tables of results.md from the output of run.sh, and those of gcm_audit.
 
     python docs/results/gcm_photographs/table.py runs/gcm_photographs
 """
@@ -27,7 +27,7 @@ def of_networks(runs):
 
 
 def of_audit(runs, defense):
-    """[head, rows ...]: the checklists of the three networks beside each other."""
+    """[head, rows ...]: the checklists of the three networks side by side."""
     lists = [json.loads((runs / name / f"audit_{defense}.json").read_text()) for name in NETWORKS]
     rows = [[one[0]["sign"], one[0]["flagged_if"],
              *(f"**{each['figure']}**" if each["flagged"] else each["figure"] for each in one)]

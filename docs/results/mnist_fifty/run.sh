@@ -3,12 +3,12 @@
 # sheet's own step (SGD), three seeds each; PGD-40 on 500 test images after every epoch; at the end
 # PGD-50-10 and AutoAttack on 1000. Flags of fgsm_mnist.py are passed on.
 #   sh docs/results/mnist_fifty/run.sh        from the root of the repository
-# The same command continues what was stopped and leaves alone what is finished. Two processes
-# share the work, each with variations of its own; then the command as it stands makes the tables:
+# The same command continues stopped runs and skips finished ones. Two processes can share the work,
+# each with its own variations; then the plain command makes the tables:
 #   TRAIN="clean noise" SGD="" TABLES="" sh docs/results/mnist_fifty/run.sh
 #   TRAIN="fgs fgv" TABLES="" sh docs/results/mnist_fifty/run.sh
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
 DATA=${DATA:-mnist}                     # downloaded, or a folder that holds MNIST
 TRAIN=${TRAIN-clean noise fgs fgv}      # variations with Adam
 SGD=${SGD-fgs}                          # variations with SGD
@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/mnist_fifty}
 flags=$*
 
-all() {  # all OPTIMIZER PREFIX VARIATION...: those that are not finished; then their table
+all() {  # all OPTIMIZER PREFIX VARIATION...: trains those not finished, then makes their table
     optimizer=$1 prefix=$2 folders=
     shift 2
     for bn in "" _bn; do

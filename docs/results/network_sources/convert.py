@@ -1,10 +1,10 @@
-"""Files of weights as others write them, for run.sh; the logits are compared before they are saved.
+"""Weight files in other libraries' formats, for run.sh; the logits are compared after saving.
 
     PYTHONPATH=src python convert.py timm WEIGHTS OUT.safetensors     torchvision's MobileNetV2
                                                                       under timm's names
     PYTHONPATH=src python convert.py robust FREE.pth OUT.pth          a network of free_at.py
-                                                                      in the names of the library
-                                                                      robustness
+                                                                      under the names of the
+                                                                      robustness library
 """
 
 import sys
@@ -21,7 +21,7 @@ def tensors(net):
 
 
 def to_timm(weights, out):
-    """By the order of the tensors, which is that of the layers, and their shapes."""
+    """Matches tensors by their order, which is that of the layers, and checks their shapes."""
     theirs = load_model("mobilenet_v2", weights=weights)
     ours = load_model("timm/mobilenetv2_100", weights="random")
     was, new = tensors(theirs[1]), tensors(ours[1])
@@ -35,7 +35,7 @@ def to_timm(weights, out):
 
 
 def to_robust(path, out):
-    """The names of a DataParallel(AttackerModel), with the normalizer that ours has."""
+    """Writes the names of a DataParallel(AttackerModel), with our normalizer."""
     model = load_model("mlp", weights=path, kind="digits")
     state = {f"module.{part}.{k}": v for part in ("model", "attacker.model")
              for k, v in model[1].state_dict().items()}

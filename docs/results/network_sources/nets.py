@@ -1,4 +1,4 @@
-"""A network by a function, for run.sh: the mean logits of two networks of torchvision."""
+"""A network given by a function, for run.sh: the mean logits of two torchvision networks."""
 
 import os
 
@@ -19,6 +19,6 @@ class Mean(nn.Module):
 
 
 def both():
-    """SqueezeNet 1.0 and MobileNetV2, with the weights that $WEIGHTS says."""
+    """SqueezeNet 1.0 and MobileNetV2, with the weights named by $WEIGHTS."""
     return Mean(*(load_model(name, weights=os.environ.get("WEIGHTS", "V1"))
                   for name in ("squeezenet1_0", "mobilenet_v2")))

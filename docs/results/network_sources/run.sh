@@ -1,12 +1,12 @@
 #!/bin/sh
 # A network from each source: clean accuracy and PGD-20, on 100 photographs and on digits.
 # Needs timm and safetensors. A few minutes on one thread. The radius on photographs is small, because
-# at 4/255 no image is left.
+# at 4/255 no image survives.
 #   sh docs/results/network_sources/run.sh        from the root of the repository
 set -eu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as ours
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/network_sources}
 HERE=docs/results/network_sources

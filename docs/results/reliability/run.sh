@@ -1,10 +1,10 @@
 #!/bin/sh
 # kill -9 at a hundred random moments, every bad input of the suite through the real command line,
-# and full disks. What was stopped continues where it was. The last part needs the right to mount a
+# and full disks. A stopped run continues where it left off. The last part needs the right to mount a
 # tmpfs: run it as root, or with PYTHON="unshare -rm python". Needs requirements-dev.txt.
 #   sh docs/results/reliability/run.sh        from the root of the repository
 set -eu
-KILLS=${KILLS:-20}               # of each of the five commands
+KILLS=${KILLS:-20}               # for each of the five commands
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/reliability}
 

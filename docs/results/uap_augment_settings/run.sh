@@ -1,10 +1,10 @@
 #!/bin/sh
-# What was tried for --augment: without and with momentum, 10 epochs. The row with rotation has no
-# flag: type ROTATE = 20.0 in src/utils/attack/universal.py.
+# Settings tried for --augment: without and with momentum, 10 epochs. The row with rotation has no
+# flag: set ROTATE = 20.0 in src/utils/attack/universal.py.
 #   sh docs/results/uap_augment_settings/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_augment_settings}
 

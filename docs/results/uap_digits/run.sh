@@ -1,6 +1,6 @@
 #!/bin/sh
-# A perturbation of scikit-learn's digits, measured on five small networks: three minutes on one core,
-# the training of the networks included.
+# A perturbation for scikit-learn's digits, measured on five small networks: three minutes on one core,
+# including the training of the networks.
 #   sh docs/results/uap_digits/run.sh        from the root of the repository
 set -eu
 RUNS=${RUNS:-runs/uap_digits}

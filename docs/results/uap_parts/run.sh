@@ -1,10 +1,10 @@
 #!/bin/sh
 # What momentum and random transforms each bring to SGA: 400 photographs, three seeds of each part
-# alone, measured on 300 others. On one thread beside other jobs, a run took 40 to 50 minutes.
+# alone, measured on 300 others. On one thread while other jobs ran, a run took 40 to 50 minutes.
 #   sh docs/results/uap_parts/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_parts}
 

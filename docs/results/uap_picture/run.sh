@@ -3,7 +3,7 @@
 #   sh docs/results/uap_picture/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_picture}
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The inner step of SGA compared with the published step, as it is and in our precision and layout,
+# The inner step of SGA compared with the published step, unchanged and in our precision and layout,
 # and with bare forward and backward passes. Nothing else may run on the machine meanwhile.
 #   sh docs/results/uap_speed/run.sh        from the root of the repository
 set -eu

@@ -1,17 +1,16 @@
 #!/bin/sh
 # What makes a perturbation fool other networks: presets and their parts from 400 photographs,
-# measured on 300 others. What is done is kept, and a run that was stopped goes on from its
-# checkpoint.
+# measured on 300 others. Finished runs are kept; a stopped run continues from its checkpoint.
 #   ROWS=adam SEEDS=0 sh docs/results/uap_transfer/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uap_transfer}
 SEEDS=${SEEDS:-0 1 2}
 ROWS=${ROWS:-parts adam maximin long surrogates images floor}
 
-run() {  # run NAME EPOCHS FLAG...: trains NAME that far, and keeps the perturbation as NAME_EPOCHS
+run() {  # run NAME EPOCHS FLAG...: trains NAME up to EPOCHS, keeps the perturbation as NAME_EPOCHS
     name=$1 epochs=$2 kept=$RUNS/uaps/$1_$2; shift 2
     [ -d "$kept" ] && return
     "$PYTHON" src/train_sga.py --data_dir "$SAMPLE/train" --weights "$WEIGHTS" --amp bf16 \
@@ -28,7 +27,7 @@ small() {  # on SqueezeNet 1.0
 for s in $SEEDS; do
     for rows in $ROWS; do
         case $rows in
-        parts)   # 6,400 gradients: each part alone, those of a preset, and SPGD with them
+        parts)   # 6,400 gradients: each part alone and combined, and SPGD with and without them
             small "paper_$s" 4
             small "few_images_$s" 4 --preset few_images
             small "few_images_batch50_$s" 4 --preset few_images --batch_size 50
@@ -42,7 +41,7 @@ for s in $SEEDS; do
         adam)    # the losses of Cos-UAP and FG-UAP with FG-UAP's optimiser and batch
             small "adam_cosine_$s" 16 --method adam --loss cosine --batch_size 32
             small "adam_feature_$s" 16 --method adam --loss feature --batch_size 32 ;;
-        maximin) # DM-UAP with its batch; 21 gradients of an image in each outer step
+        maximin) # DM-UAP with its batch; 21 gradients per image in each outer step
             small "maximin_$s" 4 --method dm --batch_size 125 ;;
         long)    # 1,600 to 32,000 gradients
             for epochs in 1 2 4 10 20; do

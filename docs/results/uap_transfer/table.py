@@ -1,4 +1,4 @@
-"""The table of results.md from what run.sh left: a row for each setting, mean over its seeds.
+"""Makes the table of results.md from the output of run.sh: a row per setting, mean over its seeds.
 
     python docs/results/uap_transfer/table.py runs/uap_transfer/eval
 """
@@ -19,7 +19,7 @@ HEAD = ("name", "surrogate", "images", "method", "augment", "momentum", "loss", 
 
 
 def settings(name, facts):
-    """The cells of HEAD but the last two; of the floor without facts, its name."""
+    """The cells of HEAD except the last two; for a floor without facts, only its name."""
     if "method" not in facts:
         return (name.rpartition("/")[-1], *("-" for _ in HEAD[1:-2]))
     untrained = "random" in facts["weights"]
@@ -46,13 +46,13 @@ def table(results):
 
 
 def place(made):
-    """Where a row stands: the presets, the floors, then the others by name."""
+    """Sort key of a row: the presets, the floors, then the others by name."""
     name, first = made[0], ("paper", "few_images", "transfer", "signs", "random_network")
     return first.index(name) if name in first else len(first), name, made[-1]
 
 
 def spread(values):
-    """'91.7 ± 1.2', of one seed '91.7'."""
+    """'91.7 ± 1.2', for one seed '91.7'."""
     more = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return f"{mean(values):.1f}{more}"
 

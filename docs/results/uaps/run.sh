@@ -1,15 +1,15 @@
 #!/bin/sh
-# Makes the perturbations of imgs/uaps and measures them. What is done is kept, and a run that was
-# stopped goes on from its checkpoint. UAPS=imgs/uaps ROWS= measures those that are there.
+# Makes the perturbations of imgs/uaps and measures them. Finished runs are kept; a stopped run
+# continues from its checkpoint. UAPS=imgs/uaps ROWS= only measures those already there.
 #   sh docs/results/uaps/run.sh        from the root of the repository
 set -eu
 SAMPLE=${SAMPLE:-sample}         # photographs, made by docs/results/sample.sh
-WEIGHTS=${WEIGHTS:-V1}           # torchvision's; ours were others, see docs/data.md
-CIFAR=${CIFAR:-cifar10}          # ours: the same images as a folder of JPEG files
+WEIGHTS=${WEIGHTS:-V1}           # torchvision's; we used others, see docs/data.md
+CIFAR=${CIFAR:-cifar10}          # we used the same images as a folder of JPEG files
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/uaps}
-UAPS=${UAPS:-$RUNS/uaps}         # where the finished ones go; ours: imgs/uaps
-ROWS=${ROWS-photographs digits cifar10}   # what to make; all that is there is measured
+UAPS=${UAPS:-$RUNS/uaps}         # where finished ones go; ours are in imgs/uaps
+ROWS=${ROWS-photographs digits cifar10}   # what to make; everything in $UAPS is measured
 
 run() {  # run NAME FLAG...: a perturbation, and its picture and facts in $UAPS
     name=$1; shift
@@ -31,7 +31,7 @@ import sys
 made, kept = map(pathlib.Path, sys.argv[1:])
 kept.mkdir(parents=True, exist_ok=True)
 facts = json.loads((made / f"{made.name}.json").read_text())
-del facts["data_dir"]  # where the images lay is of no use elsewhere
+del facts["data_dir"]  # this machine's path is of no use elsewhere
 (kept / f"{made.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 shutil.copy(made / f"{made.name}.png", kept)
 END

@@ -1,4 +1,4 @@
-"""The tables of results.md from what run.sh left: each perturbation, its figures and its hash.
+"""Makes the tables of results.md from the output of run.sh: perturbations, figures, hashes.
 
     python docs/results/uaps/table.py runs/uaps/eval imgs/uaps
 """
