@@ -15,7 +15,7 @@ from utils.attack.telling import telling
 from utils.cells import Progress
 from utils.data import to_float
 
-POINTS = 0.05      # by how much of attack_robustness one attack must beat another
+POINTS = 0.05      # in attack_robustness: by how much one attack must beat another
 LEFT = 0.05        # highest attack_robustness allowed at the largest eps
 AGREE = 0.75       # share of gradient signs that must agree where the forward passes do
 SAME = 0.01        # forward passes agree: at most this share of predictions differs
@@ -28,7 +28,7 @@ VERDICTS = ("no sign of gradient masking", "one sign of gradient masking: look c
 
 
 def ascents(losses):
-    """Net rise over total variation of each image (N,): 1 always uphill, 0 a random walk.
+    """Net rise over total variation for each image (N,): 1 always uphill, 0 a random walk.
 
     losses (steps, N) along the attack; images whose loss never changes count as 0.
     """
@@ -40,11 +40,11 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
                      cell=None):
     """Forward passes and input gradients of a defended network and its undefended twin, compared.
 
-    progress: of utils/cells.py, which keeps what is done of the `cell`.
+    progress: Progress of utils/cells.py, which saves the pass as `cell`.
 
     -> {changed: share of predictions that differ, logits: largest difference of a logit,
     agree: share of equal gradient signs where both are nonzero, mean over images, factor: ratio of
-    the largest gradient entries, median over images}; the last two of the images with entries where
+    the largest gradient entries, median over images}; the last two over images with entries where
     both are nonzero, None if there are none
     """
     def compared(index, x):
@@ -72,8 +72,8 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
 def checklist(ar, *, radii, queries, losses, blind, twin):
     """The report's lines [{sign, figure, flagged_if, flagged: True, False, None: does not apply}].
 
-    ar {fgsm, pgd, square}, and {transfer, adaptive} of a defended network: attack_robustness in
-    [0, 1]; radii {eps as text: the same under PGD}, growing; losses: mean loss at each step and
+    ar {fgsm, pgd, square}, and {transfer, adaptive} for a defended network: attack_robustness in
+    [0, 1]; radii {eps as text: the same under PGD}, ascending; losses: mean loss at each step and
     `ascent`; blind: share of images with a zero gradient; twin: from twin_differences(), None for
     an undefended network, which is its own twin.
     """

@@ -1,6 +1,6 @@
 """Photographs that are decoded once: --cache DIR keeps their pixels for the next command.
 
-    images = cached(images.prepared(224, None), folder, workers=4)   # folder None: as they are
+    images = cached(images.prepared(224, None), folder, workers=4)   # folder None: unchanged
     for index, x in batches(images, 100, workers=4, skipped=[]): ... # decodes nothing
     images = load(images, workers=4)                                 # pixels are mapped, not read
 
@@ -8,12 +8,12 @@ A file KIND_NxSIZE_HASH.pixels in the folder holds, one after another:
 
     pixels    (M, 3, size, size) uint8 of the M images that can be decoded, in the list's order
     facts     JSON: what the pixels were made of, and which images of the list are missing
-    end       8 bytes, how long the facts are; 8 bytes, CRC-32 of pixels and facts
+    end       8 bytes, length of the facts; 8 bytes, CRC-32 of pixels and facts
 
-HASH is that of the image list, its geometry and its folder. On opening, a process reads the file
-once and compares its length, its checksum and what it was made of: the list, size and times of
-every photograph (of every shard), and the versions that decoded it. Any difference, and the file
-is made again. It is never written to in place.
+HASH covers the image list, its geometry and its folder. On opening, a process reads the file once
+and checks its length, its checksum and what it was made of: the list, the size and times of every
+photograph (or shard), and the versions of the decoders. If anything differs, the file is made
+again. It is never modified in place.
 """
 
 import hashlib
@@ -44,9 +44,9 @@ AT_ONCE = 2 ** 24  # bytes
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """Where the pixels of a list are: in a file that is mapped, which must not be written to."""
+    """The pixels of a list, mapped from a file, which must not be written to."""
     pixels: torch.Tensor  # (M, 3, size, size) uint8
-    rows: torch.Tensor    # (N,) int64: of each image of the list, in `pixels`; -1: it is broken
+    rows: torch.Tensor    # (N,) int64: each listed image's row in `pixels`; -1: it is broken
 
     def __getitem__(self, i):
         row = int(self.rows[i])
@@ -56,8 +56,8 @@ class Stored:
         return replace(self, rows=self.rows[index])
 
     def together(self):
-        """(N, 3, size, size) where none is broken: mapped if their rows are evenly spaced, as those
-        of a whole list or of each process's share are, else a copy in memory.
+        """(N, 3, size, size) if none is broken: mapped if the rows are evenly spaced, as for a
+        whole list or a process's share, else a copy in memory.
         """
         steps = self.rows.diff()
         step = int(steps[0]) if len(steps) else 1
@@ -67,10 +67,10 @@ class Stored:
 
 
 def cached(images, folder, *, workers):
-    """The same list, its pixels in a file of the folder, which is made if need be.
+    """The same list with its pixels in a file in the folder, which is made if necessary.
 
-    folder None, or images in memory: as they are. UserError: no folder that can be written to, or
-    not enough space there.
+    folder None, or images in memory: unchanged. UserError: the folder cannot be written to, or has
+    too little space.
     """
     if folder is None or images.pixels is not None:
         return images
@@ -93,7 +93,7 @@ def cached(images, folder, *, workers):
 
 
 def _made_of(images):
-    """What decides on the pixels, besides the bytes of the photographs, of which none is read."""
+    """What determines the pixels, apart from the photographs' bytes, which are not read."""
     state, names = hashlib.sha256(), map(Path, images.names)
     files = dict.fromkeys(name.parent if parquet.is_row(name) else name for name in names)
     for file in files:
@@ -111,7 +111,7 @@ def _made_of(images):
 # ---------------------------------------------------------------------- the file
 
 def _opened(path, made_of, images):
-    """-> Stored or None, and what is wrong with the file that is there, or ''."""
+    """-> Stored or None, and what is wrong with the existing file, or ''."""
     try:
         about = path.stat()
     except OSError:
@@ -124,12 +124,12 @@ def _opened(path, made_of, images):
 
 
 class _Other(ValueError):
-    """A whole file, made of something else."""
+    """An intact file, made of something else."""
 
 
-@cache  # a process checks a file once; `state` is that of the file
+@cache  # a process checks a file once per `state`: its inode, size and time
 def _read(path, made_of, n, size, state):
-    """Stored, for n images of this size; any error of DAMAGE if the file is not whole."""
+    """Stored, for n images of this size; any error of DAMAGE if the file is damaged."""
     with open(path, "rb") as file:
         end = file.seek(-16, os.SEEK_END)
         length, crc32 = (int.from_bytes(file.read(8), "little") for _ in range(2))
@@ -148,12 +148,12 @@ def _read(path, made_of, n, size, state):
     rows = torch.full((n,), -1)
     rows[good] = torch.arange(len(good))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that it must not be written to
+        warnings.simplefilter("ignore")  # torch's, about read-only memory
         return Stored(torch.from_numpy(pixels), rows)
 
 
 def _crc32(file, length):
-    """Of the first bytes: read, because mapped ones would count as memory of this process."""
+    """Of the first `length` bytes: read, as mapped ones would count as this process's memory."""
     file.seek(0)
     value = 0
     for at in range(0, length, AT_ONCE):
@@ -187,7 +187,7 @@ def _make(path, made_of, images, workers):
 
 @contextmanager
 def _alone(path):
-    """One process at a time makes the file. UserError, before anything is decoded, if it cannot."""
+    """Lets one process at a time make the file. UserError, before decoding, if none can."""
     import fcntl  # POSIX, like the shell scripts
 
     folder = path.parent
@@ -204,7 +204,7 @@ def _alone(path):
         except BlockingIOError:
             tqdm.write(f"{path}: another process is making it; waiting", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: each process makes it, the last one stays
+        except OSError:  # a file system without locks: each process makes it, the last one wins
             left_by_a_kill = ()
         for temporary in left_by_a_kill:
             temporary.unlink()

@@ -1,17 +1,16 @@
-"""Passes over images: shared by any number of processes, streamed, continued where they stopped.
+"""Passes over images: shared by any number of processes, streamed, resumed where they stopped.
 
     progress = Progress(team, folder / "partial.json", settings)
-    state = progress.count(images, index, work, batch_size=50, cell=key)  # alike in every process
+    state = progress.count(images, index, work, batch_size=50, cell=key)  # same in all processes
     progress.clear()                                                      # when the result is saved
 
-Process r works on every size-th batch that is left; what is random in one belongs to its images. So
-every batch holds the same images and draws the same numbers whatever the number of processes, and
-their results are added in the order of the batches: the sums are the same, to the last bit. The
-processes work in rounds. After a round every process has the results of all of them, and the first
-one saves the sum so far, from which the same command goes on, also with another number of processes
-or another batch size: networks round differently then, and nothing else changes. Where memory runs
-out, also in an attack, the rest of the pass works on smaller parts of its batches, which again
-changes no more than rounding.
+Process r takes every size-th of the remaining batches, and random numbers belong to the images. So
+every batch holds the same images and draws the same numbers whatever the number of processes.
+Results are added in batch order: the sums are the same, to the last bit. The processes work in
+rounds. After each round every process has all results, and the first one saves the sum so far. The
+same command resumes from it, even with another number of processes or another batch size; only the
+rounding in the networks changes then. Where memory runs out, even during an attack, the rest of the
+pass splits its batches into smaller parts, which again changes only rounding.
 """
 
 import hashlib
@@ -34,14 +33,14 @@ from utils.reading import alive, load, none_decoded, stack, warned
 from utils.run import compared, write_atomic
 from utils.team import Team
 
-ROUND = 200                         # images that a process works on before results are gathered
-NOTHING = {"done": 0, "skipped": [], "state": {}}  # of a pass: images done, and what they gave
-EVERY = 5.0                         # seconds from one save to the next, at least
-KEPT = 10_000 * 3 * 224 * 224       # bytes of pixels; longer lists are decoded in every pass
+ROUND = 200                         # images of a process in a round, before results are gathered
+NOTHING = {"done": 0, "skipped": [], "state": {}}  # a pass: images done, their results
+EVERY = 5.0                         # minimum seconds between two saves
+KEPT = 10_000 * 3 * 224 * 224       # bytes of pixels; larger lists are decoded again in every pass
 
 
 def added(total, part):
-    """Numbers are summed, lists continued, dicts added by their keys; `largest` is the largest."""
+    """Sums numbers, joins lists, adds dicts key by key; `largest` takes the maximum."""
     if not isinstance(part, dict):
         return total + part
     return total | {key: value if key not in total else max(total[key], value)
@@ -53,8 +52,8 @@ def added(total, part):
 
 def pixels_of(images, parts, *, workers, pinned=False):
     """Yields (positions (n,), x (n, C, H, W) uint8) for every tensor of positions in `parts`,
-    without those whose files cannot be decoded; x is None where none can. pinned: decoded ones in
-    memory from which a GPU copies without waiting.
+    without those whose files cannot be decoded; x is None if none can. pinned: decoded images go
+    into pinned memory, from which a GPU copies asynchronously.
     """
     if images.pixels is not None:
         yield from ((index, images.pixels[index]) for index in parts)
@@ -69,10 +68,10 @@ def pixels_of(images, parts, *, workers, pinned=False):
 
 
 def shared(images, parts, work, *, team, workers=0, each=1, pinned=False):
-    """Yields (positions that cannot be decoded, work(index, x)) of every batch, in order, in every
-    process; None where nothing of a batch can be decoded.
+    """Yields (positions that cannot be decoded, work(index, x)) for every batch, in order, in every
+    process; None for work if nothing in a batch can be decoded.
 
-    parts: tensors of positions; each: batches of a process in a round; pinned: of pixels_of.
+    parts: tensors of positions; each: batches per process and round; pinned: as in pixels_of.
     """
     own = parts[team.rank::team.size]
     made = (_worked(part, index, x, work) for part, (index, x) in zip(
@@ -89,21 +88,21 @@ def _worked(wanted, index, x, work):
 
 
 def at_hand(images, *, workers, team):
-    """The same list without broken files: all pixels mapped from a temporary file, or, where there
-    are more of them than KEPT or than fit there, checked once and decoded again in every pass.
-    Processes share this work.
+    """The same list without broken files: all pixels mapped from a temporary file, or, if they
+    exceed KEPT or the free space, checked once and decoded again in every pass. The processes
+    share this work.
     """
     if images.pixels is not None or images.stored is not None:
         found = load(images, workers=workers, aloud=team.first)
         if len(set(team.everyone(found.sha256()))) > 1:
-            raise UserError("the processes have other images in their caches; delete the folders "
-                            "of --cache")
+            raise UserError("the processes have different images in their caches; delete the "
+                            "folders of --cache")
         return found
     shape = (3, images.size, images.size)
     most = min(KEPT, shutil.disk_usage(tempfile.gettempdir()).free // team.size)
     small = team.first_says(len(images) * math.prod(shape) <= most)
     if not small and team.first:
-        print(f"{len(images)} images of {images.size} pixels are too many to be kept: they are "
+        print(f"{len(images)} images of {images.size} pixels are too many to keep: they are "
               "checked now and decoded again in every pass; --cache DIR decodes them once",
               flush=True)
     keep, skipped, parts = [], [], torch.arange(len(images)).split(32)
@@ -128,16 +127,16 @@ def at_hand(images, *, workers, team):
 # ------------------------------------------------------------------------ passes
 
 class Progress:
-    """The passes of a run. What is done of a pass is kept in a file until clear().
+    """The passes of a run over its images. Progress is saved to a file until clear() is called.
 
-    path, settings: that file, and what all passes depend on; without them nothing is kept.
-    device: where `work` computes. skipped: positions of the last pass whose files could not be
-    decoded.
+    path, settings: that file, and what all passes depend on; without them nothing is saved.
+    device: where `work` computes. skipped: positions whose files could not be decoded in the last
+    pass.
     """
 
     def __init__(self, team=None, path=None, settings=None, device=None):
         self.team, self.path, self.settings, self.kept = team or Team(), path, None, {}
-        if path is not None:  # of the first: a device may be called otherwise elsewhere
+        if path is not None:  # from the first: device names may differ elsewhere
             self.settings, self.kept = self.team.from_first(
                 lambda: (compared(settings), self._read()))
         self.skipped, self.saved = [], time.monotonic()
@@ -146,15 +145,15 @@ class Progress:
     def count(self, images, index, work, *, batch_size, cell=None, workers=0, desc="", whole=True):
         """The sum, by `added`, of work(index, x) over batches of the positions `index` (N,).
 
-        work: gets positions (n,) and pixels (n, C, H, W) uint8 and gives a dict that JSON can hold.
-        cell: what the pass depends on besides the settings; None: it is not kept. whole: a file
-        that cannot be decoded is a UserError.
+        work: takes positions (n,) and pixels (n, C, H, W) uint8, returns a dict that JSON can hold.
+        cell: what the pass depends on besides the settings; None: it is not saved. whole: a file
+        that cannot be decoded raises UserError.
         """
         key = self._key(images, cell)
         now = self.kept.get(key, NOTHING)
         if now["done"] > len(index) or max([-1, *now["skipped"]]) >= len(images):
             now = NOTHING
-        work = partial(Halves(desc), work, added)  # images at a time: of this pass
+        work = partial(Halves(desc), work, added)  # its batch limit holds for this pass
         left = index[now["done"]:]
         parts = left.split(batch_size) if len(left) else ()
         each = max(1, ROUND // batch_size) if self.team.size > 1 else 1
@@ -173,7 +172,7 @@ class Progress:
         return now["state"]
 
     def clear(self):
-        """Forgets what is kept: the result that it was for is saved."""
+        """Delete the saved progress, once the result itself is saved."""
         self.kept = {}
         if self.path is not None and self.team.first:
             self.path.unlink(missing_ok=True)
@@ -185,7 +184,7 @@ class Progress:
         warned(images, broken, self.team.first)
 
     def _key(self, images, cell):
-        """Of a pass in the file: a hash of all that it depends on, the code too."""
+        """A pass's key in the file: a hash of all that it depends on, including the code."""
         if self.path is None or cell is None:
             return None
         return _hash(json.dumps([_code(), self.settings, images.sha256(), cell], sort_keys=True))
@@ -200,7 +199,7 @@ class Progress:
             self.saved = time.monotonic()
 
     def _read(self):
-        """What an earlier run left; {} if there is nothing, or if it is damaged, which is said."""
+        """Progress of an earlier run; {} if there is none, or if it is damaged, with a message."""
         if not self.path.is_file():
             return {}
         try:
@@ -227,6 +226,6 @@ def _hash(text):
 
 @cache
 def _code():
-    """A hash of the source files: a pass is not continued by other code."""
+    """A hash of the source files, so that changed code does not resume a pass."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

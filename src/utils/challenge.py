@@ -1,7 +1,7 @@
-"""Of train_gcm.py: settings, what is random in a weight step, and what a run leaves.
+"""For train_gcm.py: settings, the random choices of a weight step, and what a run saves.
 
-Stage 1 is the authors' last script with FGSM (b42da2e, April 2022), stage 2 the one that they
-released (dab6e50, May 2022).
+Stage 1 is the authors' last script with FGSM (b42da2e, April 2022), stage 2 the one they released
+(dab6e50, May 2022).
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ DEFAULTS |= {"cifar100": DEFAULTS["cifar10"], "folder": DEFAULTS["imagenet"]}
 
 
 def settle(args, team, device):
-    """Fills in what was not typed. -> frozen settings, training images, held-out images
+    """Fills in flags that were not typed. -> frozen settings, training images, held-out images
 
     UserError: flags that cannot work.
     """
@@ -117,17 +117,17 @@ def _check(s, count, held, team):
 # ------------------------------------------------------------ a weight step, the end of a run
 
 def number_of_terms(s):
-    """How many terms the loss of a minibatch has: one for each sign of FGSM."""
+    """Number of terms in a minibatch's loss; FGSM has one for each sign."""
     return sum(n for flag, n in TERMS.items() if getattr(s, flag))
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What chance decides for a minibatch, whatever the number of processes."""
-    cutmix: bool          # whether CutMix stands in place of the clean images
+    """The random choices for a minibatch, the same for any number of processes."""
+    cutmix: bool          # whether CutMix replaces the clean images
     eps: float            # of FGSM
     eps_target: float     # of targeted FGSM
-    target: torch.Tensor  # (N,) the classes that it is targeted at; one may be the true class
+    target: torch.Tensor  # (N,) its target classes; one may be the true class
 
 
 def draw_once(n, s, generator):
@@ -149,12 +149,12 @@ def tensorboard():
 
 
 def name_of(s):
-    """What the run's network is called."""
+    """The name of the run's network."""
     return f"stage{s.stage}_{label_of(s.model_name)}"
 
 
 def finish(training, folder):
-    """Saves the network of the best epoch, what made it, and the curve."""
+    """Saves the best epoch's network, the facts about its training, and the curve."""
     s, name = training.s, name_of(training.s)
     facts = {"name": name, "kind": training.images.kind, "data_dir": str(s.data_dir),
              **run.result_flags(s, "num_images", "device", "tensorboard", "chances"),
