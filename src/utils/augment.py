@@ -2,19 +2,19 @@
 
     x = augment(x, {"rain": 0.5, "rotation": 0.1}, generator=generator)   # x (n, C, H, W)
     x = augment(x, PRESETS["released"], generator=generator)              # the authors' pipeline
-    x = OPS["fog"](x, generator=Chance(5, index))                         # images (n,) of a list
+    x = OPS["fog"](x, generator=Chance(5, index))                         # index (n,) in a list
 
 34 operations: the 32 augmentations of the challenge's classifier (arXiv:2205.10617) at their
 published strengths, and two more, random_cut and colour_jitter. 17 of the 32 are corruptions of
-ImageNet-C (arXiv:1903.12261), each time at one of the five severities, all equally likely. Sizes
-in pixels are meant for 224 and scale with the shorter side, down to the least that still changes
-an image.
+ImageNet-C (arXiv:1903.12261), each time at one of its five severities, all equally likely. Sizes
+in pixels are for 224-pixel images and scale with the shorter side, down to the smallest that still
+changes an image.
 
 uint8 in, uint8 out; floats in [0, 1] stay floats in [0, 1]; the result is on the device of x. All
-parameters and fields of noise come from utils/attack/chance.py, on that device: they belong to the
-image, whatever the batch, the order and the number of processes. `generator` is a Chance of the
-images, or a torch.Generator that gives a seed to images 0 .. n - 1. Unlike in the published
-pipeline, every parameter is drawn at every call, for each image.
+parameters and noise fields come from utils/attack/chance.py, on that device: they belong to the
+image, whatever the batch, the order and the number of processes. `generator` is the Chance of the
+images, or a torch.Generator that provides a seed for images 0 .. n - 1. Unlike the published
+pipeline, every call draws every parameter, for each image.
 """
 
 import io
@@ -33,8 +33,8 @@ from utils.errors import UserError
 from utils.precision import moved
 
 OPS = {}      # {name: function(x, *, p=1.0, generator) -> x}, filled by @op
-CHANGES = {}  # {name: the same of all images x, with their Chance}
-PARAMETERS = 8  # numbers that an operation may draw of an image, besides fields of noise
+CHANGES = {}  # {name: function(x, chance), which changes all images}
+PARAMETERS = 8  # numbers that an operation may draw per image, besides noise fields
 PHASE1 = {  # the authors' revision b42da2e: {operation: probability}, in the order of application
     "pepper_salt": 0.1, "colour_points": 0.1, "gaussian_noise": 0.1, "mosaic_block": 0.1,
     "rgb_shuffle": 0.05, "rotation": 0.05, "horizontal_flip": 0.1, "vertical_flip": 0.01,
@@ -59,7 +59,7 @@ GREY = (0.299, 0.587, 0.114)  # weights of R, G, B in luma
 
 
 class Draw:
-    """Random numbers of n images, on their device."""
+    """Random numbers for n images, on their device."""
 
     def __init__(self, x, chance):
         self.n, self.chance, self.used, self.fields = len(x), chance, 0, 0
@@ -67,23 +67,23 @@ class Draw:
 
     @cached_property
     def parameters(self):
-        return self.chance.words(PARAMETERS)  # at once: a call costs as much for eight as for one
+        return self.chance.words(PARAMETERS)  # at once: eight cost as much as one
 
     def words(self, count):
-        """(n, count): the next of the image's parameters, 32 random bits each."""
+        """(n, count): each image's next parameters, 32 random bits each."""
         self.used += count
         if self.used > PARAMETERS:
-            raise ValueError(f"an operation draws {self.used} parameters, PARAMETERS is less")
+            raise ValueError(f"an operation draws {self.used} parameters, more than PARAMETERS")
         return self.parameters[:, self.used - count:self.used]
 
     def uniform(self, low, high, *shape):
-        """(n, *shape), a number for each image; shape: 1, 1, 1 if not given."""
+        """(n, *shape) between low and high; shape: 1, 1, 1 if not given."""
         shape = shape or (1, 1, 1)
         u = (self.words(math.prod(shape)) >> 8).to(torch.float32) / 2 ** 24
         return (low + (high - low) * u).to(self.x).view(self.n, *shape)
 
     def one_of(self, values):
-        """(n, 1, 1, 1): one of the values for each image; of rows of values, each column so."""
+        """(n, 1, 1, 1): one of the values for each image; from rows, a tensor per column."""
         values = torch.as_tensor(values, dtype=torch.float64).to(self.x.dtype)
         which = self.integers(0, len(values) - 1)
         found = moved(values, self.x.device)[which].view(self.n, -1)
@@ -95,7 +95,7 @@ class Draw:
         return low + below(self.words(1)[:, 0], high - low + 1)
 
     def field(self, *shape, normal=False):
-        """(n, *shape): uniform numbers in [0, 1), or normal ones; others at every call."""
+        """(n, *shape): uniform numbers in [0, 1), or normal ones; new ones at every call."""
         self.fields += 1
         own = self.chance.fold(self.fields)
         return own.normal(*shape) if normal else own.uniform(*shape)
@@ -104,8 +104,8 @@ class Draw:
 def op(function=None, *, as_it_is=False):
     """Turns function(x, draw) into operation(x, *, p, generator) for any dtype; adds it to OPS.
 
-    The function gets floats and may change them in place. as_it_is: it gets uint8 as well and must
-    not change it in place; operations that only move pixels take a tenth of the time that way.
+    The function gets floats and may change them in place. as_it_is: it gets x itself, uint8 too,
+    and must not change it; operations that only move pixels take a tenth of the time that way.
     """
     if function is None:
         return lambda function: op(function, as_it_is=as_it_is)
@@ -129,8 +129,8 @@ def op(function=None, *, as_it_is=False):
 def augment(x, chances, *, generator):
     """Applies the operations of {name: p} in turn, each to every image with probability p.
 
-    Under one Chance, an operation does the same to an image alone and after others. x itself if
-    nothing is chosen. UserError: no such operation, no images.
+    Under one Chance, an operation draws the same for an image alone and after other operations.
+    Returns x itself if nothing is chosen. UserError: no such operation, x not images.
     """
     numbers = {name: k for k, name in enumerate(OPS)}
     p = torch.zeros(len(OPS))
@@ -142,7 +142,7 @@ def augment(x, chances, *, generator):
         raise UserError(f"augmentations: given {tuple(x.shape)} {x.dtype}; wanted images "
                         "(n, C, H, W), uint8 or float in [0, 1]")
     own, out = chance_of(generator, x), x
-    chosen = own.uniform(len(OPS)).cpu() < p  # waits, once for all operations
+    chosen = own.uniform(len(OPS)).cpu() < p  # synchronises, once for all operations
     for name in chances:
         rows, stream = chosen[:, numbers[name]], own.fold(numbers[name])
         if rows.any() and rows.all():
@@ -163,7 +163,7 @@ def grid(x):
 
 
 def take(x, row, column):
-    """Pixel (row, column), each (n, H, W) int64, in the place of every pixel."""
+    """Replaces every pixel by pixel (row, column), each (n, H, W) int64."""
     n, c, h, w = x.shape
     index = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).flatten(1)[:, None].expand(n, c, -1)
     return x.flatten(2).gather(2, index).view(x.shape)
@@ -197,7 +197,7 @@ def filtered(x, kernels):
 
 
 def constant(values, x):
-    """Numbers as a tensor like x, for which nobody waits."""
+    """Numbers as a tensor like x, copied without waiting."""
     return moved(torch.tensor(values, dtype=x.dtype), x.device)
 
 
@@ -211,7 +211,7 @@ def gaussian(x, sigma, most):
 
 
 def smooth(noise, sigma):
-    """Gaussian blur of noise, around its borders; sigma (n, 1, 1, 1) may exceed the side."""
+    """Gaussian blur of noise with periodic borders; sigma (n, 1, 1, 1) may exceed the side."""
     h, w = noise.shape[2:]
     f = [make(size, device=noise.device) for make, size in ((torch.fft.fftfreq, h),
                                                             (torch.fft.rfftfreq, w))]
@@ -220,7 +220,7 @@ def smooth(noise, sigma):
 
 
 def scaled(x, size, least=1.0):
-    """A size in pixels of a 224-pixel image, in pixels of x; `least` or more. A tensor."""
+    """A size in pixels of a 224-pixel image, scaled to x; at least `least`. -> tensor"""
     return (torch.as_tensor(size) * (min(x.shape[2:]) / 224)).clamp_min(least)
 
 
@@ -239,7 +239,7 @@ def line_kernels(length, width, angle):
 
 
 def dragged(x, radius, sigma, angle, most):
-    """Drawn out to one side of every pixel, by half a normal curve of up to 2 radius pixels.
+    """Motion blur to one side of every pixel: half a Gaussian over up to 2 radius pixels.
 
     radius (n, 1, 1, 1), up to `most`.
     """
@@ -251,7 +251,7 @@ def dragged(x, radius, sigma, angle, most):
 
 
 def clouds(draw, x, roughness):
-    """(n, 1, H, W) in [0, 1]: noise on finer and finer grids, each time `roughness` as strong."""
+    """(n, 1, H, W) in [0, 1]: noise on finer and finer grids, each `roughness` times as strong."""
     total, weight, cells = 0, 1.0, 3
     while cells < 2 * max(x.shape[2:]):
         coarse = draw.field(1, cells, cells)
@@ -262,7 +262,7 @@ def clouds(draw, x, roughness):
 
 
 def stretched(x):
-    """Each image's values moved and scaled to reach from 0 to 1."""
+    """Shifts and scales each image's values to span [0, 1]."""
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     return (x - low) / (high - low).clamp_min(1e-8)
 
@@ -304,7 +304,7 @@ def gaussian_noise(x, draw):
 
 @op
 def shot_noise(x, draw):
-    """Poisson noise of 60 to 3 photons at white."""
+    """Poisson noise with 60 to 3 photons at white."""
     photons = draw.one_of((60, 25, 12, 5, 3))
     u, v = draw.field(2, *x.shape[1:]).unbind(1)
     return poisson(x * photons, u, v).to(x) / photons
@@ -313,11 +313,11 @@ def shot_noise(x, draw):
 def poisson(mean, u, v):
     """Poisson numbers, int64, for means up to 60, from uniform numbers u, v of the same shape.
 
-    Poisson(a + b) = Poisson(a) + Poisson(b), a in sixteenths, whose distribution functions are a
-    table, and b what is left of the mean; each by inversion.
+    Poisson(a + b) = Poisson(a) + Poisson(b): a in sixteenths, with a table of distribution
+    functions, and b the rest of the mean; each by inversion.
     """
     row = (16 * mean).long()
-    where = ((row << 24) + (u * 2 ** 24).long()).contiguous()  # torch warns of others
+    where = ((row << 24) + (u * 2 ** 24).long()).contiguous()  # torch warns otherwise
     found = torch.searchsorted(_distributions(mean.device), where, right=True).sub_(COUNTS * row)
     rest = mean - row / 16
     term = (-rest).exp()
@@ -358,14 +358,14 @@ def speckle_noise(x, draw):
 
 @op(as_it_is=True)
 def rgb_shuffle(x, draw):
-    """The channels in any order, their own among them."""
+    """The channels in a random order, possibly unchanged."""
     order = draw.uniform(0, 1, x.shape[1]).argsort(1)
     return x.gather(1, order[:, :, None, None].expand_as(x))
 
 
 @op
 def colour_jitter(x, draw):
-    """Brightness, contrast, saturation by 0.6 to 1.4; hue by up to 36 degrees, in YIQ."""
+    """Brightness, contrast, saturation times 0.6 to 1.4; hue turned by up to 36 degrees, in YIQ."""
     x.mul_(draw.uniform(0.6, 1.4))
     x.lerp_(luma(x).mean((1, 2, 3), keepdim=True), 1 - draw.uniform(0.6, 1.4))
     if x.shape[1] != 3:
@@ -385,14 +385,14 @@ def turned(x, angle):
 
 @op
 def brightness(x, draw):
-    """HSV's value raised by 0.1 to 0.5."""
+    """Raises HSV's value by 0.1 to 0.5."""
     by, value = draw.one_of((0.1, 0.2, 0.3, 0.4, 0.5)), x.amax(1, keepdim=True)
     return torch.where(value > 0, x * ((value + by).clamp_max(1) / value), by)
 
 
 @op
 def contrast(x, draw):
-    """Reduced to 40 to 5 %, around each channel's mean."""
+    """Contrast reduced to 40 to 5 %, around each channel's mean."""
     share = draw.one_of((0.4, 0.3, 0.2, 0.1, 0.05))
     return x.lerp_(x.mean((2, 3), keepdim=True), 1 - share)
 
@@ -445,8 +445,7 @@ def random_cut(x, draw):
 
 @op
 def random_padding(x, draw):
-    """Resized to 65 to 95 % and placed anywhere on one of 10 greys or on a colour for every pixel.
-    """
+    """Resized to 65 to 95 % and placed anywhere on one of 10 greys or on random colours."""
     scale, grey = (draw.one_of(torch.linspace(*ends, 10)) for ends in ((0.65, 0.95), (0, 1)))
     out = torch.where(draw.uniform(0, 1) < 0.5, grey, draw.field(*x.shape[1:]).to(x))
     for canvas, one, (top, left), (high, wide) in zip(out, x, *places(x, draw, scale), strict=True):
@@ -456,7 +455,7 @@ def random_padding(x, draw):
 
 
 def places(x, draw, scale):
-    """n random rectangles of `scale` times the sides: their corners (top, left), their sides."""
+    """n random rectangles of `scale` times the sides: their corners (top, left) and sides."""
     size = torch.tensor(x.shape[2:])
     sides = (scale.cpu().view(-1, 1) * size).long().clamp_min(1)
     corner = draw.uniform(0, 1, 2).cpu()
@@ -491,8 +490,8 @@ def elastic(x, draw):
 
 @op(as_it_is=True)
 def mosaic_block(x, draw):
-    """A square of 13 to 26 pixels, its corner two sides from the border or more: in 70 % a random
-    colour for every pixel, else black, white or grey.
+    """A square with sides of 13 to 26 pixels, its corner at least two sides from the border: in
+    70 % of cases a random colour for every pixel, else black, white or grey.
     """
     n, channels, h, w = x.shape
     side = scaled(x, draw.integers(13, 26)).round().long()
@@ -524,7 +523,7 @@ def block_shuffle(x, draw):
 
 @op(as_it_is=True)
 def local_shuffle(x, draw):
-    """Square patches of 80 to 100 pixels, permuted; the last row and column of them overlap."""
+    """Permutes square patches of 80 to 100 pixels; the last row and column of patches overlap."""
     grids, (h, w) = grid(x), x.shape[2:]
     side = scaled(x, draw.integers(80, 100)).round().long().view(-1, 1, 1)
     count = [(size - 1) // side + 1 for size in (h, w)]  # (n, 1, 1)
@@ -545,7 +544,7 @@ def local_shuffle(x, draw):
 
 @op(as_it_is=True)
 def extend(x, draw):
-    """Every pixel taken from up to 2 to 8 pixels further down and right, drawn for each pixel."""
+    """Takes every pixel from a random place, up to 2 to 8 pixels further down and right."""
     (row, column), (h, w) = grid(x), x.shape[2:]
     most = scaled(x, draw.integers(2, 8)).round().view(-1, 1, 1)
     away = [(draw.field(h, w) * (most + 1)).long() for _ in range(2)]
@@ -575,7 +574,7 @@ def gaussian_blur(x, draw):
 
 @op
 def blur(x, draw):
-    """PIL's BLUR, at every size of image: the mean of the 16 pixels two away, not at the border."""
+    """PIL's BLUR, the same at every size: the mean of the 16 pixels two away, except at borders."""
     kernel = torch.ones_like(x[:, 0, :1, :1]).expand(-1, 5, 5).clone()
     kernel[:, 1:4, 1:4] = 0
     inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))
@@ -585,7 +584,7 @@ def blur(x, draw):
 
 @op
 def motion_blur(x, draw):
-    """Drawn out in a direction within 45 degrees of the horizontal, by 20 to 40 pixels at most."""
+    """Motion blur within 45 degrees of the horizontal, over 20 to 40 pixels at most."""
     radius, sigma = draw.one_of(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)))
     return dragged(x, scaled(x, radius), scaled(x, sigma, 0.5),
                    draw.uniform(-math.pi / 4, math.pi / 4), scaled(x, 20))
@@ -603,7 +602,7 @@ def defocus_blur(x, draw):
 
 @op
 def zoom_blur(x, draw):
-    """The mean of zooms, the largest 1.1 to 1.3 times."""
+    """The mean of zoomed images, with zooms up to 1.1 to 1.3."""
     most, total = draw.one_of((0.1, 0.15, 0.2, 0.25, 0.3)), 2 * x
     for k in range(1, 11):
         scale = 1 / (1 + most * k / 10)
@@ -613,7 +612,7 @@ def zoom_blur(x, draw):
 
 @op
 def glass_blur(x, draw):
-    """Blurred, each pixel taken from up to 1 to 4 pixels away, up to three times, blurred again."""
+    """Blurs, takes each pixel from up to 1 to 4 pixels away, up to three times, and blurs again."""
     sigma, most, rounds = draw.one_of(((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2),
                                        (1.5, 4, 2)))
     (row, column), (h, w) = grid(x), x.shape[2:]
@@ -630,7 +629,7 @@ def glass_blur(x, draw):
 
 @op
 def rain(x, draw):
-    """White streaks of 10 x 3 pixels, slanted by up to 30 degrees, from 2 to 6 % of the pixels."""
+    """White streaks of 10 x 3 pixels, slanted by up to 30 degrees, at 2 to 6 % of the pixels."""
     share = draw.one_of(range(500, 1501, 200)) / 25600
     angle = draw.one_of(torch.linspace(-30, 30, 10)).deg2rad() + math.pi / 2
     white = draw.one_of(torch.linspace(0.7, 1, 10))
@@ -642,7 +641,7 @@ def rain(x, draw):
 
 @op
 def snow(x, draw):
-    """Flakes drawn out downwards, over a whiter, paler image."""
+    """Flakes with downward motion blur, over a whiter, paler image."""
     mean, std, zoom, least, radius, sigma, keep = draw.one_of((
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
         (0.55, 0.3, 4, 0.9, 12, 8, 0.7), (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
@@ -667,7 +666,7 @@ def fog(x, draw):
 
 @op
 def frost(x, draw):
-    """A weaker image and pale blue ice, generated from the ridges of clouds."""
+    """A dimmed image plus pale blue ice, generated from the ridges of clouds."""
     keep, ice = draw.one_of(((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)))
     ridges = (1 - (2 * clouds(draw, x, 0.8) - 1).abs()) ** 4
     pale = draw.uniform(0.3, 0.6) + 0.5 * ridges

@@ -23,7 +23,7 @@ LACKS = " is not currently implemented for the "  # torch: The operator 'x' ... 
 
 
 def run_script(get_args, main):
-    """main(get_args()), where bad input or a full disk is one line on stderr and exit status 2."""
+    """main(get_args()); bad input or a full disk gives one line on stderr and exit status 2."""
     try:
         main(get_args())
     except UserError as error:
@@ -35,14 +35,14 @@ def run_script(get_args, main):
         if not out_of_memory(error):
             raise
         sys.exit(_complain("out of memory on the device; type a smaller --batch_size, --minibatch"))
-    except OSError as error:  # disk full, permission denied: what is on disk is whole
+    except OSError as error:  # disk full, permission denied: no file is left half-written
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
     except UnicodeEncodeError as error:
-        start, end = error.object[:error.start], error.object[error.start:]  # a list, line by line
+        start, end = error.object[:error.start], error.object[error.start:]  # a line of a list
         name = ascii(start.rpartition("\n")[2] + end.partition("\n")[0])
         sys.exit(_complain(f"{name}: a name that is not UTF-8; rename the file or folder"))
     except KeyboardInterrupt:
-        print("\ninterrupted; a training run goes on with --resume", file=sys.stderr)
+        print("\ninterrupted; continue a training run with --resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -97,7 +97,7 @@ def radius(text):
 
 
 def at_least(low, kind=int, high=None):
-    """argparse type: a number from `low` to `high`; None: as far as sizes and float32 go."""
+    """argparse type: a number from `low` to `high`; None: what sizes and float32 allow."""
     high = {int: 10 ** 9, float: 1e30}[kind] if high is None else high
 
     def number(text):
@@ -126,7 +126,7 @@ def numbers(text):
         raise argparse.ArgumentTypeError(
             f"'{text}': wanted whole numbers with commas; type 0,1,2") from error
     if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"'{text}' holds a number twice; type others: 0,1,2")
+        raise argparse.ArgumentTypeError(f"'{text}' lists a number twice; type each once: 0,1,2")
     return found
 
 

@@ -1,10 +1,10 @@
 """Robust accuracy over the radius: eval_net.py --eps_curve.
 
-FAB's nearest images give a curve at all radii at once, and say where it reaches zero; if FAB does
-not fool every image, the last radius is about 4 eps. From there down to 0, APGD on cross-entropy
-attacks at ten radii: the adaptive attacker, and for a defended network also the naive one. What is
-fooled within a radius stays fooled within all larger ones. Behind a random defence FAB only sets
-the radii.
+FAB's nearest adversarial images give a curve at all radii at once and show where it reaches zero;
+if FAB does not fool every image, the last radius is at least 4 eps. APGD on cross-entropy covers
+ten radii from 0 to there: the adaptive attacker, and for a defended network also the naive one. An
+image fooled within a radius counts as fooled within all larger ones. Behind a random defence FAB
+only sets the radii.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from utils.run import save_csv, write_atomic
 
 RADII = 10
 FAB_STEPS, FAB_TARGETS = 50, 3
-BEYOND = 1.02     # times the largest of FAB's norms: the last radius
+BEYOND = 1.02     # last radius over the largest of FAB's norms
 FARTHEST = 4      # times eps, where FAB found nothing
 
 
@@ -35,7 +35,7 @@ def attackers(net, s):
 
 
 def missing_cells(net, ready, done, s, progress):
-    """Yields (key, cell) of what is not yet in `done`, where the caller puts it."""
+    """Yields (key, cell) for each cell not yet in `done`, to which the caller adds it."""
     own, images = f"{net.name} | ", ready(net.target.geometry)
     clean = done[own + "clean"]["before"]
     if own + "norms" not in done:
@@ -59,7 +59,7 @@ def key_of(attacker, eps):
 
 
 def norm_cell(net, images, before, s, progress):
-    """Norms of FAB's images (n,), None where it found none or where the image is wrong at first."""
+    """Norms of FAB's perturbations (n,), None if it found none or the clean image is wrong."""
     chance, targets = numbered(s.seed, len(images)), min(FAB_TARGETS, net.classes - 1)
 
     def nearest(index, x):
@@ -81,7 +81,7 @@ def norm_cell(net, images, before, s, progress):
 
 
 def radii(cell, eps):
-    """Ten, from 0 to just beyond the largest norm of FAB's images; where it has none, of 4 eps."""
+    """Ten, from 0 to just beyond the largest of FAB's norms; 4 eps stands in for a missing one."""
     found = [size for right, size in zip(cell["before"], cell["norms"], strict=True) if right]
     last = max((FARTHEST * eps if size is None else size for size in found),
                default=FARTHEST * eps)
@@ -103,13 +103,13 @@ def rows_of(net, cells):
     for attacker, own in cells_of(net, cells).items():
         found = [clean, *(measure.figures(cell)["robust_acc"] for cell in own)]
         rows += [_row(net, f"APGD-CE, {attacker}", *one) for one in zip(every, found, strict=True)]
-    if is_random(net.defense):  # to FAB's images on the border another draw gives another class
+    if is_random(net.defense):  # FAB's images lie on the boundary: another draw, another class
         return rows
     return rows + [_row(net, "FAB, adaptive", eps, _beyond(norms, eps)) for eps in every]
 
 
 def _beyond(cell, eps):
-    """The share of the images that are right and that FAB does not fool within eps."""
+    """The share of images that are classified correctly and not fooled by FAB within eps."""
     left = [right for right, size in zip(cell["before"], cell["norms"], strict=True)
             if size is None or size > eps]
     return measure.share(measure.divide(sum(left), cell["draws"]), cell["n"])

@@ -1,16 +1,16 @@
 """Images by path or by name: uint8 on disk and in memory, labels that are true ImageNet indices.
 
     images = open_images("/data/imagenet/val", split="test")     # names and labels
-    images = images.prepared(224, 1000)                          # pixels, how many
+    images = images.prepared(224, 1000)                          # side, how many
     for index, x in batches(images, 100, workers=4, skipped=[]): ...  # x (n, C, H, W) uint8
     images = load(images, workers=4)                             # all in memory
-    images = cached(images, folder, workers=4)                   # before these two: decoded once
+    images = cached(images, folder, workers=4)                   # before either: decode once
 
 Geometry of photographs: shorter side to 256 pixels (bilinear, PIL, antialiased), then the central
 224 x 224 crop, as in the papers' tables and in proportion at other sizes. Up to 64 pixels: shorter
 side to the size of the crop, because networks see such images whole.
 
-The other modules of images are behind this one:
+The other image modules are behind this one:
     images.py   what a list of images is        folders.py, lists.py   class folders, flat, lists
     reading.py  decoding                        labels.py, imagenet.py ground truth of ImageNet
     named.py    data sets by name               parquet.py             Hugging Face's shards
@@ -45,7 +45,7 @@ from utils.reading import (
     to_float,
 )
 
-__all__ = [  # what the other floors use, of whichever module
+__all__ = [  # what the rest of the code uses, from any of these modules
     "CIFAR10", "DIGITS", "NAMED", "NO_LABELS", "PRESETS", "SMALL", "Geometry", "Images", "Preset",
     "alive", "batches", "cached", "decode", "default_workers", "hold_out", "imagenet_classes",
     "load", "need_labels", "open_both", "open_images", "opened", "paper_geometry", "read_image",
@@ -53,13 +53,13 @@ __all__ = [  # what the other floors use, of whichever module
 
 
 def open_images(data_dir, *, split, data_root="data", labels=None, classes=None):
-    """The images of a path or of a named data set; reads names and labels, no pixels of files.
+    """The images of a path or of a named data set; reads names and labels, no image files.
 
     data_dir: one of NAMED, or a folder: of class folders; of images, with or without labels
     (utils/labels.py); of train/ and val/ with either; of parquet shards; one that holds
     torchvision's MNIST or CIFAR; or an image list (utils/lists.py) or the folder of one.
-    split: 'train' or 'test'; without test images the training images are those of both, see
-    `unseen`. labels: --labels, a file of the flat folder's classes. classes: 'imagenet' if class
+    split: 'train' or 'test'; without test images both are the training images, see `unseen`.
+    labels: --labels, a file of the flat folder's classes. classes: 'imagenet' if class
     folders or lists name ImageNet's classes by index or name. UserError: no such data, no images
     in it, labels that do not fit, a failed download.
     """
@@ -75,7 +75,7 @@ def open_images(data_dir, *, split, data_root="data", labels=None, classes=None)
 
 
 def opened(args, split):
-    """open_images with the flags of a command line."""
+    """open_images with the command line's flags."""
     return open_images(args.data_dir, split=split, data_root=args.data_root or "data",
                        labels=args.labels, classes=args.classes)
 
@@ -107,7 +107,7 @@ def unseen(data_dir, data_root, share, num, labels=None, classes=None):
     test = open_images(data_dir, split="test", **where)
     try:
         train = open_images(data_dir, split="train", **where)
-    except UserError:  # --labels of the test images do not go with those for training
+    except UserError:  # --labels of the test images do not fit those for training
         if not labels:
             raise
         return test, False

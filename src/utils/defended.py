@@ -49,7 +49,7 @@ class Network:
 
     @cached_property
     def classes(self):
-        """How many classes it tells apart."""
+        """Number of classes."""
         x = torch.zeros((1, self.images.channels, self.size, self.size), device=self.device)
         with torch.no_grad():
             return self.model(x).shape[1]
@@ -59,8 +59,7 @@ class Network:
         return self.s.draws if is_random(defense) else 1
 
     def right(self, defense, w, progress):
-        """In how many of the draws the defended network is right about a clean image, (N,) int64.
-        """
+        """Number of correct draws for each clean image behind the defence: (N,) int64."""
         if (defense, w) not in self.before:
             self.before[defense, w] = times_right_on(
                 self.behind(defense, w), self.images, draws=self.draws(defense),
@@ -69,10 +68,10 @@ class Network:
         return self.before[defense, w]
 
     def recall(self, cells, progress):
-        """Takes what finished cells know of the clean images.
+        """Reuses the results of finished cells on the clean images.
 
-        cells {Cell: what results.json has of it, or None}. UserError: nothing is known yet, and no
-        image is right.
+        cells {Cell: its entry in results.json, or None}. UserError: there are none, and every
+        clean image is misclassified.
         """
         for cell, counts in cells.items():
             if counts and cell.model == self.name and len(counts.get("before", ())) == len(
@@ -83,7 +82,7 @@ class Network:
                             "type --weights of a trained network")
 
     def differences(self, defense, w, progress):
-        """What the defence changes in forward passes and gradients: of twin_differences."""
+        """What the defence changes in forward passes and gradients, from twin_differences."""
         return twin_differences(
             self.behind(defense, w), self.model, self.images, self.chance, self.s.batch_size,
             self.device, workers=self.s.workers, progress=progress,
@@ -94,13 +93,13 @@ class Network:
         return digest(self.images.labels)
 
     def cell_of(self, what, defense, w):
-        """Of a pass over the clean images: what it depends on besides the settings of all cells."""
+        """What a pass over the clean images depends on besides the settings of all cells."""
         return [self.name, what, defense, w, self.s.epsilon, self.s.low, self.draws(defense)]
 
 
 def open_targets(args, *, imagenet):
-    """[Target] of the flags, the test images, names only, and what a reader must know of these, or
-    ''; refuses what cannot work.
+    """-> [Target] of the flags, the test images, names only, and what a reader must know about
+    them, or ''. UserError: flags that cannot work.
 
     imagenet: the networks on ImageNet if --model_name names none.
     """
@@ -120,7 +119,7 @@ def open_targets(args, *, imagenet):
 
 
 def open_networks(s, images, device):
-    """{name: Network} of the run's targets; images that stay in memory are decoded once for every
+    """{name: Network} of the run's targets; images that stay in memory are decoded once per
     geometry.
     """
     found, in_memory = {}, {}

@@ -54,10 +54,10 @@ class GradientConcealment(nn.Module):
 class ResizePad(nn.Module):
     """(N, C, H, W) -> (N, C, size, size): scaled to a side from low to size, on a black square.
 
-    Side and place are drawn anew for every image and at every call. Attacks and evaluations say
-    which images they are (utils/attack/telling.py), so that an image's draws do not depend on the
-    others; elsewhere every call takes a seed of `generator` (a CPU torch.Generator; None: one of
-    its own, seed 0). Bilinear without antialiasing, as F.interpolate; differentiable. UserError
+    Side and place are drawn anew for every image at every call. Attacks and evaluations say which
+    images they pass (utils/attack/telling.py), so that an image's draws do not depend on the
+    others; otherwise every call takes a seed from `generator` (a CPU torch.Generator; None: its
+    own, seed 0). Bilinear without antialiasing, like F.interpolate; differentiable. UserError
     unless 1 <= low <= size.
     """
 
@@ -72,7 +72,7 @@ class ResizePad(nn.Module):
         return place(x, *self.draw(x), self.size)
 
     def draw(self, x):
-        """Sides and upper left corners (n,) each, int64, for images x (n, ...)."""
+        """Sides, tops and lefts, each (n,) int64, for images x (n, ...)."""
         one, *two = told(x, self.generator).words(3).unbind(1)
         side = self.low + below(one, self.size - self.low + 1)
         return side, *(below(word, self.size - side + 1) for word in two)
@@ -82,7 +82,7 @@ class ResizePad(nn.Module):
 
 
 def place(x, side, top, left, size):
-    """x (N, C, H, W), each image scaled to its side and pasted at (top, left) of a black square."""
+    """x (N, C, H, W), each image scaled to its side and pasted at (top, left) on a black square."""
     at = torch.arange(size, device=x.device)
     row, column = at - top[:, None], at - left[:, None]  # (N, size), within the scaled image
     inside = _within(row, side)[:, None, :, None] & _within(column, side)[:, None, None, :]

@@ -29,11 +29,11 @@ def _figure(width, height):
 def _png(figure):
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # names of classes and files are no formulas
+    for text in figure.findobj(Text):  # class and file names are not formulas
         text.set_parse_math(False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # matplotlib's, of letters that its font does not have
+        warnings.simplefilter("ignore")  # matplotlib's, about letters missing from its font
         figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
@@ -41,8 +41,8 @@ def _png(figure):
 def encode_delta(delta):
     """A perturbation (C, H, W) on the [0, 1] scale as an 8-bit PNG that can be read back.
 
-    Grey level 128 is zero. A step of 1/255 is `delta_gain` levels, a number that is kept in the
-    file's text, so that the picture is easy to see and, up to 127/255, only rounded to 8 bits.
+    Grey level 128 is zero. A step of 1/255 is `delta_gain` levels, a number stored in the file's
+    text. The picture is easy to see and, up to 127/255, only rounded to 8 bits.
     """
     steps = (delta * 255).round()
     gain = max(1, int(127 // max(1, steps.abs().max().item())))
@@ -89,7 +89,7 @@ def curves(rows, title):
 def training_curve(rows, title, **also):
     """Loss and accuracy over the epochs of a log.csv; also: a label for each further column.
 
-    Columns of older rows, and all but the loss, may be missing.
+    Older rows may lack columns; all columns but the loss may be missing.
     """
     figure = _figure(6, 3.4)
     left = figure.add_subplot()
@@ -118,7 +118,7 @@ def training_curve(rows, title, **also):
 def family_accuracies(found):
     """{operation: share of n images} -> {family: the mean share over its operations}.
 
-    All operations change the same n images, so that the interval of a mean is that of n images.
+    All operations change the same n images, so the interval of a mean is that of n images.
     """
     every = [name for names in FAMILIES.values() for name in names]
     families = {"clean": ("clean",), **FAMILIES, f"all {len(every)}": every}
@@ -174,8 +174,8 @@ def _difference(one, other):
 def variations(logs):
     """Accuracies over the epochs, a panel for each {variation: [rows of log.csv of each seed]}.
 
-    The line is the mean over the seeds, the band reaches from the lowest to the highest. Older
-    logs have no PGD-40.
+    The line is the mean over the seeds, the band spans the lowest to the highest. Older logs have
+    no PGD-40.
     """
     columns = min(4, len(logs))
     lines = -(-len(logs) // columns)
@@ -205,7 +205,7 @@ def variations(logs):
 
 
 def exercise(shown, title="", most=4):
-    """Images that several networks classify correctly, clean once, then attacked for each network.
+    """Images that all networks classify correctly: clean once, then attacked for each network.
 
     shown: {what it was trained on: {x (3, n, C, H, W) clean, FGS, FGV; seen (3, n); y (n,); and
     labels, for FGS and FGV}} -> PNG, or None if they have no image in common
@@ -319,8 +319,8 @@ def _bars(axes, ratios):
 def against(curves, names, x):
     """Fooling ratio over gradients or images (log scale), a panel for each network.
 
-    curves {method: {number: [{network: (share, whether the perturbation was made on it)}]}}, a
-    share for each seed. Lines join the means; dashed: a network that was not used for making it.
+    curves {method: {number: [{network: (share, whether the perturbation was made on it)}]}}, one
+    entry per seed. Lines join the means; dashed: the perturbation was not made on that network.
     """
     figure = _figure(3.1 * len(names) + 0.6, 3.2)
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
@@ -391,14 +391,14 @@ def eps_curves(rows):
         axes.set(ylim=(-2, 102), xlabel="Linf radius x 255", title=f"{name} (n={n})")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("robust accuracy, %")
-    max(panels, key=lambda axes: len(axes.lines)).legend(fontsize=8)  # every attacker there is
+    max(panels, key=lambda axes: len(axes.lines)).legend(fontsize=8)  # the fullest panel
     return _png(figure)
 
 
 def examples(x, x_adv, delta, before, after, title, clean=None, seen=None):
     """Three rows: images (n, C, H, W), the perturbation (C, H, W), perturbed; with classes.
 
-    clean, seen: {network: n classes} of the images and of the perturbed ones, below them.
+    clean, seen: {network: n classes} of the clean and the perturbed images, shown below them.
     """
     clean, seen = (clean, seen) if seen and len(seen) > 1 else ({}, {})
     figure = _figure(max(4, 1.7 * len(x) + 0.4), 5.9 + 0.28 * len(seen))
@@ -426,13 +426,13 @@ def _show(axes, x):
 
 
 def _name(axes, seen, wanted, prefix="", size=8):
-    """The predicted class above a picture, orange where it is not the wanted one."""
+    """The predicted class above a picture, orange if it is not the wanted one."""
     axes.set_title(f"{prefix}{str(seen)[:22]}", fontsize=size, pad=3,
                    color="black" if seen == wanted else ORANGE)
 
 
 def _predictions(axes, classes, size):
-    """{network: (class, wanted one)} below a picture, orange where it is another."""
+    """{network: (class, wanted one)} below a picture, orange where they differ."""
     for line, (name, (one, wanted)) in enumerate(classes.items()):
         axes.annotate(f"{name[:16]}: {str(one)[:18]}", (0.5, 0), (0, -2 - 1.3 * size * line),
                       "axes fraction", "offset points", ha="center", va="top", fontsize=size,
@@ -440,7 +440,7 @@ def _predictions(axes, classes, size):
 
 
 def _show_delta(axes, delta):
-    """A perturbation amplified as far as it goes, zero grey. -> how many times"""
+    """A perturbation amplified as far as possible, zero as grey. -> the gain"""
     gain = 0.5 / (delta.abs().max().item() or 0.5)
     _show(axes, delta * gain + 0.5)
     return gain

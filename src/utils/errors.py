@@ -1,4 +1,4 @@
-"""The one exception of this repository that a user is meant to see, and what else becomes one."""
+"""The one exception that users are meant to see, and what else is turned into one."""
 
 import csv
 import warnings
@@ -16,14 +16,14 @@ class UserError(Exception):
 
 @contextmanager
 def reading(given, script):
-    """Around what reads and draws files of `script`: what other files or junk in them do to it
-    becomes a UserError, and numpy and matplotlib do not warn of NaN or of missing glyphs.
+    """For code that reads and draws files of `script`: errors caused by other or damaged files
+    become a UserError, and numpy and matplotlib do not warn about NaN or missing glyphs.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except DAMAGE as error:
-        raise UserError(f"{given}: other files than those of {script}, or damaged ones "
+        raise UserError(f"{given}: files not written by {script}, or damaged ones "
                         f"({type(error).__name__}: {str(error)[:100]}); wanted a folder that it "
                         "wrote") from error

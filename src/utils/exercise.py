@@ -1,4 +1,4 @@
-"""Of fgsm_mnist.py: its optimisers, and the flags filled in for a data set."""
+"""For fgsm_mnist.py: its optimisers, and the flags filled in for a data set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DIGITS_EPOCHS, DIGITS_CURVE_IMAGES = 30, 100
 
 @dataclass(frozen=True)
 class Optimizer:
-    """make(parameters, lr), and the learning rate that stands in for --lr None."""
+    """make(parameters, lr), and the learning rate used if --lr is None."""
     make: Callable
     lr: float
 
@@ -25,7 +25,7 @@ OPTIMIZERS = {"adam": Optimizer(torch.optim.Adam, 1e-3), "sgd": Optimizer(torch.
 
 
 def settle(args):
-    """The flags with all that is None filled in; training images, test images.
+    """-> the flags with every None filled in, training images, test images
 
     UserError: data of another kind, or too few images.
     """

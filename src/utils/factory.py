@@ -1,6 +1,6 @@
-"""A function in a user's own Python file that returns a network: running it, reading what it says.
+"""A function in a user's Python file that returns a network: running it, reading what it declares.
 
-The file is the user's own code and is run as such, once in a process. name: PATH.py:FUNCTION.
+The file is the user's own code and is run as such, once per process. name: PATH.py:FUNCTION.
 """
 
 import importlib.util
@@ -29,9 +29,9 @@ def function_of(name):
                         "the function in it that returns the network")
     found = getattr(calling(name, _run, path.resolve()), function, None)
     if not callable(found):
-        raise UserError(f"--model_name {name}: {function} is no function of {path}; wanted one "
+        raise UserError(f"--model_name {name}: {function} is not a function in {path}; wanted one "
                         "that returns the network")
-    calling(name, inspect.signature, found)  # says now if it has none
+    calling(name, inspect.signature, found)  # fails now if it has none
     return found
 
 
@@ -40,13 +40,13 @@ def _run(path):
     """The module of a Python file."""
     spec = importlib.util.spec_from_file_location(f"_network_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # as dataclasses and pickle in the file want it
+    sys.modules[spec.name] = module  # dataclasses and pickle in the file need this
     spec.loader.exec_module(module)
     return module
 
 
 def calling(name, function, *args, **options):
-    """What the user's code returns; UserError with what it raised."""
+    """What the user's code returns; UserError with what it raises."""
     try:
         return function(*args, **options)
     except UserError:  # of this repository's own functions
@@ -58,15 +58,15 @@ def calling(name, function, *args, **options):
 
 
 def takes_classes(function):
-    """Whether the function has a parameter num_classes, and whether it can do without."""
+    """Whether the function has a parameter num_classes, and whether it can be left out."""
     parameter = inspect.signature(function).parameters.get("num_classes")
     return parameter is not None, parameter is None or parameter.default is not parameter.empty
 
 
 def normalize_of(name, net):
-    """Normalize of the network's mean and std, None if it has none. UserError: not of pixels.
+    """Normalize with the network's mean and std, None if it has none. UserError: unfit for pixels.
 
-    Tensors are taken to be what the network uses itself, as many do.
+    Tensors are assumed to be applied by the network itself, as many networks do.
     """
     found = [getattr(net, key, None) for key in ("mean", "std")]
     if any(map(torch.is_tensor, found)):
@@ -87,5 +87,5 @@ def normalize_of(name, net):
 
 
 def kind_of(value):
-    """What a message calls something else than a network."""
+    """How a message describes a value that is not a network."""
     return "nothing" if value is None else f"an object of type {type(value).__name__}"

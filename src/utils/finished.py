@@ -1,5 +1,5 @@
-"""Networks that free_at.py, train_gcm.py and fgsm_mnist.py trained: finding them, what NAME.json
-says of them, and the images that they may be tested on.
+"""Networks trained by free_at.py, train_gcm.py and fgsm_mnist.py: finding them, reading their
+NAME.json, and the images that they may be tested on.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ VALID = {  # fact: whether its value can be used
     "w_fgsm_target": _number(0, 1e12),
     "hold_out": _or_none(_number(1e-3, 0.5)), "held_out": COUNT, "validated": COUNT,
     "best_pass": COUNT, "given_images": _or_none(COUNT)}
-NEEDED = {  # the fact by which a script's run is known: what else it must say
+NEEDED = {  # the fact that identifies a script's run: what else it must have
     "replays": ("method", "steps", "eps", "alpha", "weight_steps", "image_size"),
     "hold_out": ("given_images", "classes", "head", "defense", "low", "image_size", "stage",
                  "augment", "w_fgsm"),
@@ -66,14 +66,14 @@ NEEDED = {  # the fact by which a script's run is known: what else it must say
 ORIGIN = ("data_dir", "data_root", "labels", "classes_are", "hold_out", "given_images",
           "validated")  # images
 OPTIONAL = {*ORIGIN, "held_out", "clip_delta", "seed", "w_fgsm_target",  # not in older runs
-            "best_pass",        # not of the last network
-            "head", "classes"}  # of class folders and cifar100
+            "best_pass",        # not for the last network
+            "head", "classes"}  # for class folders and cifar100
 
 
 # ---------------------------------------------------------------------- finding them
 
 def read_runs(paths):
-    """[(name, NAME.pth, facts)] of run folders or files, with names that tell them apart."""
+    """[(name, NAME.pth, facts)] of run folders or files, with distinct names."""
     files = list(dict.fromkeys(map(find_run, paths)))
     facts = [read_facts(file) for file in files]
     found = [name_of(one, file.parent) for file, one in zip(files, facts, strict=True)]
@@ -85,7 +85,7 @@ def read_runs(paths):
 
 
 def find_run(path):
-    """NAME.pth of the one run that `path` is or holds; fgsm_mnist.py has seeds in RUN/seedN."""
+    """NAME.pth of the one run that `path` is or holds; fgsm_mnist.py puts seeds in RUN/seedN."""
     if not path.is_dir():
         return path
     for pattern in ("*.json", "seed*/*.json"):
@@ -102,7 +102,7 @@ def find_run(path):
 
 
 def _beside_the_last(path):
-    """Whether it is NAME_best.json beside NAME.pth, which stands for the run."""
+    """Whether it is NAME_best.json beside NAME.pth, which represents the run."""
     name = path.stem.removesuffix("_best")
     return name != path.stem and path.with_name(f"{name}.pth").is_file()
 
@@ -114,7 +114,8 @@ def _of_network(path):
 
 
 def read_facts(path):
-    """What NAME.json says of NAME.pth. UserError: one of them is missing, or it says nonsense."""
+    """What NAME.json says about NAME.pth. UserError: a file is missing, or the facts are invalid.
+    """
     beside = path.with_suffix(".json")
     if not path.is_file() or not beside.is_file():
         raise UserError(f"--runs {path}: no such run; wanted a run folder, or NAME.pth with "
@@ -123,7 +124,7 @@ def read_facts(path):
 
 
 def checked(facts, path):
-    """The same facts. UserError unless they are those of a run, with values that can be used."""
+    """The same facts. UserError unless they describe a run and have valid values."""
     facts = facts if isinstance(facts, dict) else {}
     kind = next((key for key in NEEDED if key in facts), None)
     if kind is None:
@@ -138,8 +139,8 @@ def checked(facts, path):
 
 
 def name_of(facts, folder):
-    """natural, free8, 'free8 (alpha 0.25 eps, box)', 'pgd (best pass)'; of other runs the folder's
-    name.
+    """natural, free8, 'free8 (alpha 0.25 eps, box)', 'pgd (best pass)'; for other runs the
+    folder's name.
     """
     if "replays" not in facts:
         folder = folder.resolve()
@@ -156,15 +157,15 @@ def name_of(facts, folder):
 # ----------------------------------------------------------------- how they are tested
 
 def linf_radius(facts, kind):
-    """Linf radius of the network's training, else 8/255, on digits and MNIST the preset."""
+    """Linf radius of the network's training, else 8/255, or the preset on digits and MNIST."""
     preset = PRESETS[kind].eps if kind in ("digits", "mnist") else 8 / 255
     return facts.get("eps", facts.get("alpha_fgs", preset))
 
 
 def origin(path):
-    """Of the NAME.json next to weights: what decides on which images they are tested; {}: nothing.
+    """The facts in NAME.json next to weights that determine their test images; {}: none.
 
-    UserError: a run of ours, but with values that cannot be used.
+    UserError: a run of ours, but with invalid values.
     """
     facts = trained(path) if path else {}
     if not facts.keys() & NEEDED:
@@ -175,16 +176,16 @@ def origin(path):
 
 
 def named(targets, *where):
-    """What images_for takes, of networks that are given by name and --weights, [models.Target].
+    """What images_for takes, for networks given by name and --weights, [models.Target].
 
-    where: data_dir, data_root, and if they were typed --labels and --classes.
+    where: data_dir, data_root, and --labels and --classes if they were typed.
     """
     return [(target.name, facts_of(target), *where) for target in targets]
 
 
 def facts_of(target):
-    """Of a models.Target: what decides on its images, and the classes of its outputs if these are
-    the folders of a data set with class names of its own.
+    """The facts that determine a models.Target's test images, and its output classes if these are
+    the folders of a data set with its own class names.
     """
     found = origin(weights_path(target.typed, target.weights))
     return found | ({"classes": list(target.classes)} if target.classes else {})
@@ -193,9 +194,9 @@ def facts_of(target):
 def images_for(networks):
     """-> test images that no network was trained on, names only; what a reader must know, or ''.
 
-    networks: [(name, facts, data_dir, data_root, labels, classes)], facts {} of one that is no run
-    of ours; the last two may be missing.
-    UserError: there are none, or every network would get others.
+    networks: [(name, facts, data_dir, data_root, labels, classes)], facts {} for one that is not a
+    run of ours; the last two may be missing.
+    UserError: there are no such images, or the networks would get different ones.
     """
     ours = [network for network in networks if "data_dir" in network[1]] or networks[:1]
     opened = {}
@@ -222,7 +223,7 @@ def unseen_by(facts, data_dir, data_root, labels=None, classes=None):
     note = "held out of the training images" + (
         ", and the best epoch was chosen on them" * ("stage" in facts))
     train = _trained_on(facts)
-    if train is None and facts.get("hold_out"):  # perhaps on these
+    if train is None and facts.get("hold_out"):  # perhaps trained on these
         images, held = unseen(data_dir, data_root, facts["hold_out"], facts.get("given_images"),
                               labels, classes)
         return images, note * held
@@ -233,7 +234,7 @@ def unseen_by(facts, data_dir, data_root, labels=None, classes=None):
     train = train.prepared(train.geometry, facts.get("given_images"))
     if facts.get("hold_out"):
         held = hold_out(train.labels, facts["hold_out"]).nonzero()[:, 0].tolist()
-        if len(held) != facts.get("held_out", len(held)):  # by an older version
+        if len(held) != facts.get("held_out", len(held)):  # held out by an older version
             raise UserError(f"--data_dir {data_dir}: --hold_out {facts['hold_out']} holds out "
                             f"{len(held)} images today, {facts['held_out']} in the training; train "
                             "again, or type --data_dir with test images")
@@ -246,7 +247,7 @@ def unseen_by(facts, data_dir, data_root, labels=None, classes=None):
 
 
 def _trained_on(facts):
-    """The images that a run was given, for training and to hold out; None: they are gone."""
+    """The images given to a run, including the held-out ones; None: they are gone."""
     labels, classes = (facts.get(key) if VALID[key](facts.get(key)) else None
                        for key in ("labels", "classes_are"))
     try:
@@ -256,9 +257,9 @@ def _trained_on(facts):
 
 
 def said_of(uaps, images, num_images, note):
-    """The note of images_for, and of [uaps.Uap] which were made on the images they are measured on.
+    """The note of images_for, and which of [uaps.Uap] were made on the images they are measured on.
 
-    images: the whole list, names only; num_images: how many of it are measured, or None.
+    images: the whole list, names only; num_images: how many of these are measured, or None.
     """
     measured = set(images.prepared(images.geometry, num_images).names)
     opened, notes = {}, [note, NO_LABELS * (not images.has_labels)]
@@ -273,9 +274,9 @@ def said_of(uaps, images, num_images, note):
 
 
 def _made_on(uap, images, opened):
-    """The names of the images that a perturbation was made on, if they are of the same folder.
+    """The names of the images that a perturbation was made on, if they are in the same folder.
 
-    opened {data_dir: Images} is added to.
+    opened {data_dir: Images}: lists opened so far, to which it adds.
     """
     facts = uap.facts
     num, skipped, where = (facts.get(key) for key in ("num_images", "skipped", "data_dir"))
@@ -297,7 +298,7 @@ def _made_on(uap, images, opened):
 
 
 def check_images(networks, images, num_images):
-    """UserError unless the labels are classes of the networks, and there are so many images."""
+    """UserError unless the labels are the networks' classes and there are enough images."""
     for _, facts, data_dir, *_ in networks:
         need_labels(images, data_dir)
         if images.kind != facts.get("kind", images.kind):

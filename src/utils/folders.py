@@ -56,13 +56,13 @@ def _images_in(folder):
 
 
 def _folder_of(root, split):
-    """Where the split's images are. Of .../train the test images are beside it."""
+    """The folder of the split's images. For .../train the test images are beside it."""
     found = next((root / sub for sub in SPLITS[split] if (root / sub).is_dir()), None)
     if split == "test" and found is None:
         if root.absolute().name == "train":
             found = next((folder for sub in SPLITS[split]
                           if (folder := root.parent / sub).is_dir()), None)
-        elif any(entry.is_dir() for entry in root.glob("train/*")):  # and no class of that name
+        elif any(entry.is_dir() for entry in root.glob("train/*")):  # train is not a class
             found = root / "train"
     return found or root
 
@@ -103,7 +103,7 @@ def _classes(root, folders, classes):
 # --------------------------------------------------------------- flat folders and lists
 
 def _open_flat(root, names, labels, classes):
-    """Images in one folder, with labels from a file beside them or of --labels, or without."""
+    """Images in one folder, with labels from a file beside them or from --labels, or without."""
     path = given_labels(labels) if labels else find_labels(root, names)
     if path is None:
         known = classes == "imagenet" or all(name.startswith("ILSVRC2012_") for name in names)
@@ -111,7 +111,7 @@ def _open_flat(root, names, labels, classes):
                       imagenet_classes() if known else (), root)
     if classes == "imagenet" or is_imagenet(path, names):
         return listed("imagenet", names, imagenet_labels(path, names), imagenet_classes(), root)
-    kind = "imagenet" if _of_imagenet(path) else "folder"  # there are other images beside them
+    kind = "imagenet" if _of_imagenet(path) else "folder"  # the folder holds other images too
     _, names, indices, own = read_list(path, root, kind)
     return listed(kind, names, indices, own, root)
 
@@ -128,15 +128,15 @@ def _open_list(path, classes):
 
 
 def _of_imagenet(path):
-    """Whether a list is val.txt of ImageNet's images, or another whose classes are the wnids that
-    the files' names begin with."""
+    """Whether a list is ImageNet's val.txt, or one whose classes are the wnids that its file names
+    begin with."""
     names = [name for name, _ in read_pairs(path)] if path.suffix == ".txt" else []
     return is_imagenet(path, names) and (path.name == "val.txt" or wnid_of(names[0]) is not None)
 
 
 def _list_of(root, split):
-    """The image list of a path, unless the split's images are sorted into class folders, or are
-    there without one while the list is that of the training images."""
+    """The image list of a path; None if the split's images are sorted into class folders, or if
+    they have no list of their own and this one is for the training images."""
     if not root.exists() or any(entry.is_dir() for sub in SPLITS[split]
                                 for entry in root.glob(f"{sub}/*")):
         return None
@@ -167,7 +167,7 @@ def _classes_of_shards(folder, own, found, classes):
     """-> kind of data, class names, labels. Shards without names hold indices of ImageNet."""
     if own is None or is_in_order(own):
         return "imagenet", imagenet_classes(), found
-    if classes is None or max(found) >= len(own):  # a label that is none is refused later
+    if classes is None or max(found) >= len(own):  # an invalid label is refused later
         return "folder", own, found
     index = [class_index(name, f"{folder}, class {k}") for k, name in enumerate(own)]
     return "imagenet", imagenet_classes(), [index[k] if k >= 0 else k for k in found]

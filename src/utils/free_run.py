@@ -1,4 +1,4 @@
-"""Of free_at.py: the held-out images that validate a run, and what the run leaves."""
+"""For free_at.py: the held-out images that validate a run, and what the run saves."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,15 @@ from utils.data import cached, load, to_float, unseen
 from utils.errors import UserError
 from utils.sources import beside_runs
 
-MOST, SHARE = 500, 10  # --validate: at most so many images, and a tenth of the training images
-BLOCK = 50             # images that are measured at once, fewer where memory runs out
+MOST, SHARE = 500, 10  # --validate: at most this many images, and a tenth of the training images
+BLOCK = 50             # images measured at once, fewer where memory runs out
 
 
 def validation(s, images, team):
-    """The images of --validate, in memory; None: there are none, which the first process says.
+    """The images of --validate, in memory; None: there are none, as the first process prints.
 
-    Of the images that training does not see they are the last ones of each class, as evaluations
-    on a part of them take the first ones.
+    They are the last ones of each class among the images that training does not see, because
+    evaluations on a part of those take the first ones.
     """
     number = min(MOST, len(images) // SHARE) if s.validate is None else s.validate
     if not number:
@@ -42,10 +42,10 @@ def validation(s, images, team):
 
 
 def measured(model, images, attack, team, device, halves):
-    """Mean loss of images in memory, accuracy, and accuracy under attack(model, x, y), or None.
+    """Mean loss, accuracy and accuracy under attack(model, x, y) of images in memory.
 
-    Every process takes blocks of the images, and `halves` of them (utils/halving.py) where memory
-    runs out. The model is in eval mode afterwards.
+    attack None: the last is the accuracy again. Every process takes blocks of the images; `halves`
+    splits them (utils/halving.py) where memory runs out. The model is in eval mode afterwards.
     """
     def counted(index):
         x, y = to_float(images.pixels[index].to(device)), images.labels[index].to(device)
@@ -71,9 +71,9 @@ def check_same(chosen, held):
 
 
 def finish(training, folder, name):
-    """The network and the best one, with their facts, and the curve."""
+    """Saves the network and the best one, with their facts, and the curve."""
     s, images, best, rows = training.s, training.images, training.chosen, training.rows
-    kept = training.best.get("pass") if training.stopped else None  # its weights, by --guard stop
+    kept = training.best.get("pass") if training.stopped else None  # its weights, with --guard stop
     own = {"head": "own", "classes": s.classes} if images.kind in ("cifar100", "folder") else {}
     facts = {"name": name, "kind": images.kind, "data_dir": str(s.data_dir), **own,
              "data_root": str(s.data_root), **run.result_flags(s, "classes", "validate"),
@@ -97,7 +97,7 @@ def finish(training, folder, name):
 
 
 def _taken(rows):
-    """What the passes of these rows of log.csv took."""
+    """What the passes in these rows of log.csv took."""
     return {"passes": len(rows), "weight_steps": rows[-1]["weight_steps"],
             "seconds": round(sum(row["seconds"] for row in rows), 3)}
 

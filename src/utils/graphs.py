@@ -1,11 +1,11 @@
-"""A gradient as one CUDA graph: the host starts one thing in place of hundreds of kernels.
+"""A gradient as one CUDA graph: the host launches one graph instead of hundreds of kernels.
 
     gradient = Graphed(gradient)        # gradient(x, delta, y) -> tensors; on a GPU only
     loss, g = gradient(x, delta, y)     # the first call records, the next ones replay
 
-The graph reads buffers of its own, into which the arguments are copied, and runs the kernels of the
-first call: the same bytes. Arguments of another shape, type or memory order than at first, and what
-cannot be recorded, are computed as without a graph. Not run on a GPU.
+The arguments are copied into the graph's own buffers, and it runs the kernels of the first call:
+the same bytes. Where shape, dtype or memory layout differ from the first call, or recording fails,
+the gradient is computed without a graph. Not run on a GPU.
 """
 
 import torch
@@ -14,8 +14,8 @@ WARM_UP = 3  # calls before the recording, as torch advises: libraries allocate 
 
 
 class Graphed:
-    """gradient(x, delta, y), y a list of tensors or None, for which nothing waits and nothing is
-    drawn.
+    """gradient(x, delta, y), y a list of tensors and Nones. The gradient must not synchronise or
+    draw random numbers.
     """
 
     def __init__(self, gradient):
@@ -40,12 +40,12 @@ class Graphed:
         try:
             self.replay, self.out = record(lambda: self.gradient(*buffers[:2], y))
             self.buffers, self.like = buffers, like
-        except RuntimeError:  # the network reads a value back, or does what no graph can hold
+        except RuntimeError:  # the network reads a value back, or does what no graph can record
             self.failed = True
 
 
 def record(work):
-    """work() -> tensors, as a CUDA graph: replay(), and tensors that every replay writes."""
+    """Records work() -> tensors as a CUDA graph. -> replay(), tensors that every replay writes"""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -57,5 +57,5 @@ def record(work):
         with torch.cuda.graph(graph):
             out = work()
     finally:
-        torch.cuda.set_stream(stream)  # a recording that fails would stay on its own
+        torch.cuda.set_stream(stream)  # a failed recording would stay on its own stream
     return graph.replay, out

@@ -1,4 +1,4 @@
-"""Batches that are taken in parts once memory has run out, instead of ending the command.
+"""Batches that are split once memory runs out, instead of ending the command.
 
     halves = Halves("vgg16")
     halves(work, add, x, y)         # work(x, y), or add(work of one half, work of the other)
@@ -16,16 +16,16 @@ from utils.precision import out_of_memory
 
 
 class Halves:
-    """How many images at a time fit into memory, which is found out by running out of it."""
+    """How many images at a time fit into memory, found by running out of it."""
 
     def __init__(self, name):
         self.name, self.most = name, None  # None: all at once
 
     def __call__(self, work, add, *batch):
-        """work(*batch) of tensors (n, ...); what it gives for parts of the batch goes through add.
+        """work(*batch) of tensors (n, ...); add joins the results for parts of the batch.
 
-        Where memory runs out, half as many images at a time from there on, as a line on stderr
-        says. One image that does not fit is the error itself.
+        Where memory runs out, it takes half as many images at a time from there on and says so on
+        stderr. If one image alone does not fit, the error is raised.
         """
         n = len(batch[0])
         if self.most is None or n <= self.most:
@@ -40,13 +40,13 @@ class Halves:
 
     def _halve(self, n):
         self.most = n // 2
-        torch.cuda.empty_cache()  # nothing where there is no GPU
+        torch.cuda.empty_cache()  # does nothing without a GPU
         tqdm.write(f"warning: {self.name}: out of memory with {n} images at a time, {self.most} "
                    "from here on", file=sys.stderr)
 
 
 def _no_workspace(error):
-    """Whether cuDNN finds no algorithm, as it also says where memory for one cannot be had."""
+    """Whether cuDNN found no algorithm, which it also reports if it cannot get memory for one."""
     return any(words in str(error) for words in (
         "unable to find an engine", "valid cuDNN algorithm"))
 
@@ -54,9 +54,9 @@ def _no_workspace(error):
 class Halving(nn.Module):
     """The same forward pass, in parts where memory runs out.
 
-    It stands behind a defence, which draws its random numbers for the whole batch, so that the
-    batch decides nothing. A forward pass whose gradient is wanted is not divided, as that would
-    free nothing: there the whole attack is (utils/cells.py).
+    It comes after a defence, which draws its random numbers for the whole batch, so splitting does
+    not change them. A forward pass that needs gradients is not split, as that would free nothing:
+    there the whole attack is split (utils/cells.py).
     """
 
     def __init__(self, model, name):
