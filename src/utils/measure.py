@@ -1,19 +1,19 @@
-"""What is measured, one name for each figure, always with n and a 95 % Wilson interval.
+"""The measured figures: one name for each, always with n and a 95 % Wilson interval.
 
     fooling_ratio       share of ALL images whose predicted class changes; no labels needed
-    clean_acc, adv_acc  top-1 accuracy against the labels, before and after (top-5: _top5); an image
-                        that the perturbation repairs counts as right
-    robust_acc          right before and still right after, of all images
-    attack_robustness   the same, of the images right before
-    changed_by_chance   share of images that two forward passes of a random defence see differently
-    targeted_success    share of the images not predicted as the target before that are after
+    clean_acc, adv_acc  top-1 accuracy before and after the attack (top-5: _top5); an image that
+                        is right only with the perturbation counts as right in adv_acc
+    robust_acc          share of all images that are right before and after the attack
+    attack_robustness   the same, as a share of the images that are right before it
+    changed_by_chance   share of images that two passes of a random defence classify differently
+    targeted_success    of the images not predicted as the target before, the share that are after
 
-A *cell* is one attack by one attacker on one network. What the attack returns is measured again by
-the network that it was meant for: an image counts as fooled if that network is wrong about it and
-the image lies in the ball and in [0, 1]. Networks with a random defence classify every image
-`draws` times. A cell keeps, image by image, in how many of these draws the network was right before
-and after; all figures, and worst cases, are made from that. An image's random numbers depend on the
-seed and on its place in the list of images alone: `chance`, a Chance of all images.
+A *cell* is one attack by one attacker on one network. The images that the attack returns are
+measured again on the target network: an image counts as fooled if that network misclassifies it and
+it lies in the ball and in [0, 1]. Networks with a random defence classify every image `draws`
+times. For each image, a cell stores the number of correct draws before and after the attack; all
+figures and worst cases are computed from these counts. An image's random numbers depend only on the
+seed and its position in the list of images: `chance` is a Chance of all images.
 """
 
 import math
@@ -33,7 +33,7 @@ from utils.data import to_float
 from utils.precision import synchronize
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-COUNTED = ("zero_gradient", "gradients", "queries")  # of the attacks' reports
+COUNTED = ("zero_gradient", "gradients", "queries")  # summed from the attacks' reports
 BEFORE, ATTACK, AFTER = range(3)  # independent streams of an image's random numbers
 
 
@@ -57,7 +57,7 @@ def share(k, n):
 def predictions(models, pixels, device, *, delta=None, chance=None, batch_size=50):
     """Predicted classes (S, N) of S models at clamp(x + delta, 0, 1); pixels (N, C, H, W) uint8.
 
-    chance: what random layers draw from, None: from their own generators.
+    chance: what random layers draw from; None: their own generators.
     """
     found = []
     for index in torch.arange(len(pixels)).split(batch_size):
@@ -76,7 +76,7 @@ class Attack:
     """run(model, x, y, generator=, report=) -> images, and the ball that they must lie in. The
     generator is a Chance.
 
-    follow: whether the cell keeps the mean of the loss at each step, from the attack's report.
+    follow: whether the cell stores the mean loss at each step, from the attack's report.
     """
     title: str
     norm: str
@@ -87,15 +87,17 @@ class Attack:
 
 @torch.no_grad()
 def times_right(model, x, y, draws, chance):
-    """In how many of `draws` forward passes on x (n, C, H, W) the model says y: (n,) int64, CPU."""
+    """Number of forward passes, out of `draws`, in which the model classifies x (n, C, H, W) as y.
+    -> (n,) int64, on the CPU
+    """
     with telling(chance_of(chance, x)):
         return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
 
 
 def times_right_on(model, images, *, draws, batch_size, chance, device, workers=0, progress=None,
                    cell=None):
-    """The same for all images, (N,), before an attack. progress: of utils/cells.py, which keeps
-    what is done of the `cell`.
+    """times_right of all images before an attack: (N,). progress: from utils/cells.py, saves how
+    far the `cell` has got.
     """
     def counted(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
@@ -107,15 +109,13 @@ def times_right_on(model, images, *, draws, batch_size, chance, device, workers=
 
 def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chance, device, desc,
              workers=0, progress=None, keep=None):
-    """The attack on `attacker`, measured on `model`, for the images with before (N,) > 0.
+    """Run the attack on `attacker` and measure it on `model`, on the images with before (N,) > 0.
 
-    progress: of utils/cells.py, which keeps what is done of this cell, `desc`. keep(index, x,
-    x_adv): saves images in 8 bit and reads them again (utils/saved.py); how often they are right
-    is `after8`.
-    -> what results.json keeps: before and after as lists of counts, seconds of the attack alone,
-    summed over processes, the reports' counts, the largest norm and how many images were not
-    allowed (they count as not attacked), and the loss over the steps if the attack is to be
-    followed.
+    progress: from utils/cells.py, saves how far this cell, `desc`, has got. keep(index, x, x_adv):
+    saves images in 8 bit and reads them back (utils/saved.py); their counts are `after8`.
+    -> the entry of results.json: before and after as lists of counts, seconds of the attack alone,
+    summed over processes, the reports' counts, the largest norm, the number of images outside the
+    ball or [0, 1] (they count as not attacked), and the loss at each step if attack.follow.
     """
     def attacked(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
@@ -154,14 +154,14 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chan
 
 
 def _spread(counts, tried):
-    """Counts of the images tried, as a list of all images."""
+    """The counts of the `tried` images in a list of all images; 0 for the others."""
     whole = torch.zeros(len(tried), dtype=torch.int64)
     whole[tried] = torch.tensor(counts, dtype=whole.dtype)
     return whole.tolist()
 
 
 def _parts_of(report):
-    """What AutoAttack reports of its attacks, to be summed over batches."""
+    """AutoAttack's report on its member attacks, to be summed over batches."""
     if "flags" not in report:
         return {}
     return {"parts": {"random": report["random"], **{
@@ -169,7 +169,7 @@ def _parts_of(report):
 
 
 def _followed(report):
-    """Sums over the images of a batch: of their losses at each step, and of their ascents."""
+    """Sums over a batch of the images' losses at each step, and of their ascents."""
     losses = torch.stack(report["losses"]).cpu()  # (steps, images)
     return {"losses": {str(k): value for k, value in enumerate(losses.double().sum(1).tolist())},
             "ascents": ascents(losses).double().sum().item(), "followed": losses.shape[1]}
@@ -178,7 +178,7 @@ def _followed(report):
 @torch.no_grad()
 def accuracy_cell(model, images, operations, *, batch_size, chance, device, workers=0,
                   progress=None, cell=None):
-    """How many images are classified correctly: clean, and under each of {name: operation}."""
+    """Number of images classified correctly: clean, and under each of {name: operation}."""
     def counted(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
         right = dict.fromkeys(("clean", *operations), 0)
@@ -195,7 +195,7 @@ def accuracy_cell(model, images, operations, *, batch_size, chance, device, work
 @torch.no_grad()
 def fooling_cell(model, images, delta, chance, device, *, batch_size=50, workers=0, progress=None,
                  cell=None):
-    """Of how many images a universal perturbation (C, H, W) changes the predicted class."""
+    """Number of images whose predicted class a universal perturbation (C, H, W) changes."""
     def counted(index, x):
         before, after = (predictions([model], x, device, delta=d, chance=chance[index].fold(k),
                                      batch_size=batch_size)
@@ -207,12 +207,12 @@ def fooling_cell(model, images, delta, chance, device, *, batch_size=50, workers
 
 
 def in_ball(x, x_adv, attack, audit):
-    """Which images (n,) bool lie in the ball and in [0, 1], on the CPU; counted in `audit`."""
+    """Whether each image lies in the ball and in [0, 1]: (n,) bool, on the CPU; fills `audit`."""
     if x.device.type == "mps":  # which has no float64
         x, x_adv = x.cpu(), x_adv.cpu()
     size = norm_of(x_adv.double() - x.double(), attack.norm)
     boxed = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # NaN is neither
-    size, boxed = torch.stack([size, boxed.double()]).cpu()  # waits once
+    size, boxed = torch.stack([size, boxed.double()]).cpu()  # one wait for the device
     allowed = boxed.bool() & (size <= attack.eps * (1 + 1e-5) + 1e-6)  # float32 rounds x + delta
     audit["largest"] = max(audit["largest"], size.max().item())
     audit["outside"] += int((~allowed).sum())
@@ -222,8 +222,8 @@ def in_ball(x, x_adv, attack, audit):
 def figures(cell):
     """{metric: share}; k and n may be fractions for a random network.
 
-    With b and a the shares of an image's draws that are right before and after, robust_acc is the
-    sum of a b over the images, attack_robustness that over the sum of b.
+    Let b and a be the shares of an image's draws that are right before and after. robust_acc is
+    the mean of a b over the images, attack_robustness the sum of a b over the sum of b.
     """
     before, after, draws = cell["before"], cell["after"], cell["draws"]
     right = divide(sum(before), draws)
@@ -233,12 +233,12 @@ def figures(cell):
 
 
 def divide(total, by):
-    """total / by, whole where it can be."""
+    """total / by, as an int if it is whole."""
     return total // by if total % by == 0 else total / by
 
 
 def worst_of(cells):
-    """The cell that has, for every image, the result of the attack that was worst for it."""
+    """One cell of several: for each image, the result of the attack that was strongest on it."""
     after = zip(*(cell["after"] for cell in cells), strict=True)
     return {**{key: cells[0][key] for key in ("n", "draws", "before")},
             "after": [min(counts) for counts in after],
@@ -248,10 +248,10 @@ def worst_of(cells):
 # --------------------------------------------------------------- universal perturbations
 
 def logits_under(model, x, pairs, *, seed, index, again):
-    """Logits (n, K) of images x (n, C, H, W): of the clean ones, of these once more, or None, and
-    [adv, adv8] for each of the pairs of perturbations; None has none.
+    """Logits (n, K) of images x (n, C, H, W): clean; clean once more if `again`, else None; and
+    [adv, adv8] for each pair of perturbations, None for a perturbation that is None.
 
-    index (n,): where the images stand in the list. Random layers draw the same for every pair.
+    index (n,): positions of the images in the list. Random layers draw the same for every pair.
     """
     own, found = chance_of(Chance(seed, index), x), []
     with telling(own.fold(BEFORE)):
@@ -264,11 +264,11 @@ def logits_under(model, x, pairs, *, seed, index, again):
 
 @dataclass
 class UapCounts:
-    """Counts of one perturbation on one target, summed over batches."""
-    target: int = None              # class that a targeted perturbation steers to
+    """Counts of one perturbation on one target network, summed over batches."""
+    target: int = None              # target class of a targeted perturbation
     n: int = 0
     counts: dict = field(default_factory=dict)
-    became: dict = field(default_factory=dict)  # {class as text: how many fooled images became it}
+    became: dict = field(default_factory=dict)  # {class as text: images fooled into it}
 
     def add(self, clean, adv, adv8, y, again=None):
         """Logits (N, K) before, after, and after 8-bit rounding (None: same); labels (N,).
@@ -294,11 +294,11 @@ class UapCounts:
         self.n += len(y)
 
     def state(self):
-        """What UapCounts(target, **state) is made of again; such dicts can be added."""
+        """A dict from which UapCounts(target, **state) is restored; such dicts can be added."""
         return {"n": self.n, "counts": self.counts, "became": self.became}
 
     def figures(self, labelled, class_names):
-        """{metric: share}; accuracies only where the labels mean something to the target.
+        """{metric: share}; accuracies only if the labels are classes of the target network.
 
         dominant_class, the most frequent prediction of fooled images, is None if there are none.
         """
@@ -323,7 +323,7 @@ class UapCounts:
 
 
 def class_name(names, k):
-    """Of class k; its number where it has no name."""
+    """Name of class k, or its number if it has none."""
     return names[k] if k < len(names) else str(k)
 
 

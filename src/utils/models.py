@@ -4,7 +4,7 @@
     model = load_model("vgg16", weights="/weights/vgg16.pth")     # a local state dict
     model = load_model("timm/seresnet50.a1_in1k")                 # timm's published weights
     model = load_model("mine.py:network", kind="folder")          # what network() returns
-    model = load_model("cnn", kind="digits", data_dir="digits")   # trained on first use, kept
+    model = load_model("cnn", kind="digits", data_dir="digits")   # trained on first use and cached
 
 The first layer is Normalize, Standardize (wrn_32_10), or nothing where a function's network takes
 [0, 1] pixels itself. Names: utils/sources.py; files of weights: utils/weights.py.
@@ -42,19 +42,19 @@ def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root=
 
     name: as in utils/sources.py; networks of SMALL are trained on the images of data_dir for kind
     'digits', 'mnist', 'cifar10' if not yet cached.
-    weights: 'V1', 'V2', 'random', another name of torchvision's, or a path: a state dict
-    NAME.pth or a folder that holds one.
-    classes: of a folder with names of its own, for networks that come in any number.
-    image_size: for networks of ours, whose layers depend on it. None: that of the weights, or of
-    the kind. UserError: no such name, no such weights, no fit.
+    weights: 'V1', 'V2', 'random', another name of torchvision's, or the path of a state dict
+    NAME.pth or of a folder that holds one.
+    classes: number of classes of a folder with its own names, for networks that take any number.
+    image_size: for our own networks, whose layers depend on it. None: that of the weights, or of
+    the kind. UserError: unknown name, unknown weights, or weights that do not fit.
     """
     origin, path, norm = source(name, kind), weights_path(name, weights), None
     outputs = None if kind == "folder" else num_classes(kind)
     size = image_size_of(path) or image_size
-    if path:  # the last layer becomes what the file has
+    if path:  # the last layer takes its shape from the file
         net, norm = fit(origin.build(outputs or classes, size=size), path, name,
                         any_classes=kind == "folder")
-    elif weights == "random" and not isinstance(origin, Factory):  # there the function decides
+    elif weights == "random" and not isinstance(origin, Factory):  # a function decides itself
         net = origin.build(outputs or (classes if isinstance(origin, Ours) else None), size=size)
     elif isinstance(origin, Ours) and origin.ready and weights == "V1":
         net = _trained_here(origin, data_dir, data_root, device)
@@ -68,7 +68,7 @@ def load_model(name, *, weights="V1", kind="imagenet", data_dir=None, data_root=
 
 
 def _first_layer(origin, net, weights, path, norm):
-    """The layer before the network; norm: (mean, std) that the file of its weights has, or None."""
+    """The layer before the network; norm: (mean, std) from the file of its weights, or None."""
     if norm and any(torch.is_tensor(getattr(net, key, None)) for key in ("mean", "std")):
         raise UserError(f"--weights {path}: has a normalizer, and the network of {origin.name} has "
                         "mean and std of its own; wanted one of them: remove the file's entries")
@@ -77,7 +77,7 @@ def _first_layer(origin, net, weights, path, norm):
 
 def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None, image_size=None,
               data_dir=None, data_root="data"):
-    """Sequential(first layer, net) to be trained, in training mode; its net[1] is what is saved.
+    """Sequential(first layer, net) in training mode; its [1], the net, is what is saved.
 
     weights: 'random' (drawn from the seed), or the weights to start from, as in load_model.
     head, classes: a head of utils/nets.py and its number of classes; initialised at random unless
@@ -107,7 +107,7 @@ def trainable(name, *, kind, weights="random", seed=0, head="own", classes=None,
 
 
 def _same_first_layer(first, norm, path, name):
-    """UserError if the file's (mean, std) are not those with which the saved network is read."""
+    """UserError if the file's (mean, std) are not those that the saved network is read with."""
     if norm and not (isinstance(first, Normalize) and all(
             torch.allclose(a.flatten(), b, atol=1e-3) for a, b in
             zip((first.mean, first.std), norm, strict=True))):
@@ -120,10 +120,10 @@ def _same_first_layer(first, norm, path, name):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A network that is measured.
+    """A network to be measured.
 
-    name: what tables and files call it; typed: what --model_name says; described: what a table says
-    of its weights; classes: names of its outputs, () where they are those of the kind of data.
+    name: its name in tables and files; typed: as given by --model_name; described: its weights, as
+    tables print them; classes: names of its outputs, () if they are those of the kind of data.
     """
     name: str
     typed: str
@@ -137,8 +137,8 @@ class Target:
         return self.geometry.size
 
     def load(self, images, *, data_dir, data_root, device):
-        """Its Sequential(first layer, net); UserError if it cannot take images of that size, or
-        gives something else than logits of their classes.
+        """Its Sequential(first layer, net); UserError if it cannot take images of this size, or
+        does not return logits of their classes.
         """
         model = load_model(self.typed, weights=self.weights, kind=images.kind, data_dir=data_dir,
                            data_root=data_root, device=device, classes=len(images.classes),
@@ -157,9 +157,9 @@ class Target:
 def targets_of(model_name, weights, preset, images, image_size=None, geometry="paper"):
     """[Target] of the flags --model_name and --weights, each a list of lists.
 
-    preset: names where --model_name is not given; image_size, geometry: as geometry_of. A network
-    that is typed several times, with other weights, is called by these as well. UserError: no such
-    network, weights that are not one for all or one for each.
+    preset: names if --model_name is not given; image_size, geometry: as in geometry_of. The name of
+    a network given several times, with different weights, includes these. UserError: unknown
+    network, or weights that are neither one for all nor one for each.
     """
     names = sum(model_name or [], []) or list(preset)
     pairs = list(dict.fromkeys(zip(names, one_each(names, sum(weights, [])), strict=True)))
@@ -172,7 +172,7 @@ def targets_of(model_name, weights, preset, images, image_size=None, geometry="p
 
 
 def _labels(pairs, kind):
-    """What tables call each (name, weights); UserError if two would have the same name."""
+    """Name of each (name, weights) in tables; UserError if two would have the same name."""
     plain = [source(name, kind).label for name, _ in pairs]
     names = [name for name, _ in pairs]
     found = [label if names.count(name) == 1 else f"{label}_{_called(weights, label)}"
@@ -187,7 +187,7 @@ def _labels(pairs, kind):
 
 
 def _called(weights, label):
-    """The weights in a name: the file's, of a folder with NAME.pth that of the folder."""
+    """The weights as part of a name: the file's name, or that of the folder with NAME.pth."""
     path = Path(weights)
     if path.suffix not in SUFFIXES:
         return path.resolve().name
@@ -195,10 +195,10 @@ def _called(weights, label):
 
 
 def _as_folders(name, weights, size, images):
-    """The classes of the network's outputs on a folder with class names of its own, () if unknown.
+    """Classes of the network's outputs, for a folder with its own class names; () if unknown.
 
-    They are those that it was trained on here, by its NAME.json, or the folder's if the network has
-    as many outputs, for which it is loaded; published ones of 1000 are ImageNet's.
+    They are those in its NAME.json if it was trained here, or the folder's if the network, which is
+    loaded to find out, has as many outputs; those of published networks with 1000 are ImageNet's.
     """
     path = weights_path(name, weights)
     published = not path and source(name, images.kind).outputs == 1000
@@ -214,7 +214,7 @@ def _as_folders(name, weights, size, images):
 
 @cache
 def _counted(name, weights, about, size, folders):
-    """How many outputs the network has; says so if they are taken as a data set's folders."""
+    """Number of the network's outputs; prints a line if they are taken as a data set's folders."""
     model = load_model(name, weights=weights, kind="folder", classes=folders, image_size=size)
     found = check_takes(model, name, 3, size, "cpu")
     if found == folders != 1000:
@@ -242,7 +242,7 @@ def check_name(name, kind):
 
 
 def one_each(models, weights):
-    """--weights, given once for all networks or once for each -> one for each; UserError if not."""
+    """--weights, given once for all networks or once for each -> one for each; else UserError."""
     if len(weights) not in (1, len(models)):
         raise UserError(f"--weights: {len(weights)} given for {len(models)} networks; type one for "
                         "all, or one for each")
@@ -250,12 +250,12 @@ def one_each(models, weights):
 
 
 def num_classes(kind):
-    """How many classes the networks for this kind of data have; of 'folder' the usual 1000."""
+    """Number of classes of the networks for this kind of data; for 'folder' the usual 1000."""
     return 10 if kind in RECIPES else {"cifar100": 100}.get(kind, 1000)
 
 
 def describe_weights(name, weights, kind):
-    """What a table says of a network's weights: the enum, 'random', or file and SHA-256."""
+    """A network's weights as tables print them: the enum, 'random', or file and SHA-256."""
     origin, path = source(name, kind), weights_path(name, weights)
     if path and isinstance(origin, Factory):
         return f"{described(path)} in {origin.described('V1')}"
@@ -265,7 +265,7 @@ def describe_weights(name, weights, kind):
 # ---------------------------------------------------------------- the size of the images
 
 def _fixed(kind):
-    """Whether the images of this kind all have one size."""
+    """Whether all images of this kind have the same size."""
     return PRESETS[kind].size <= 64
 
 
@@ -278,11 +278,11 @@ def input_size(name, kind, size, weights):
 
 
 def geometry_of(name, weights, images, image_size=None, geometry="paper"):
-    """How the images that a network is measured on are read.
+    """Geometry of the images that a network is measured on.
 
-    geometry: 'paper', the same for all networks, at image_size pixels (None: 224; networks that
-    were trained here: as in their training); 'weights', as the weights were published. Small
-    images are not scaled. UserError: an image_size that the published weights are not for.
+    geometry: 'paper', the same for all networks, at image_size pixels (None: 224, or the training
+    size of networks trained here); 'weights', as published with the weights. Small images are not
+    resized. UserError: an image_size other than that of the published weights.
     """
     if _fixed(images.kind):
         return paper_geometry(image_size or images.size)
@@ -298,7 +298,7 @@ def geometry_of(name, weights, images, image_size=None, geometry="paper"):
 
 
 def outputs(model, channels, size, device, name="the network"):
-    """How many logits the model gives for an image, by a dry run. UserError: it gives no logits."""
+    """Number of logits per image, by a dry run. UserError: the model returns no logits."""
     x = torch.zeros((1, channels, size, size), device=device)
     with torch.no_grad():
         found = model(x)
@@ -314,8 +314,8 @@ def outputs(model, channels, size, device, name="the network"):
 
 
 def check_takes(model, name, channels, size, device, trained_for=None):
-    """How many logits the network gives. UserError, before anything slow starts, if it gives none,
-    or cannot take images of that size.
+    """Number of the network's logits. UserError, before anything slow starts, if it returns none,
+    or cannot take images of this size.
     """
     try:
         return outputs(model, channels, size, device, name)
@@ -331,10 +331,10 @@ def check_takes(model, name, channels, size, device, trained_for=None):
 # -------------------------------------------------------------- small networks, on first use
 
 def _trained_here(origin, data_dir, data_root, device):
-    """The network with the weights that were trained on the images of data_dir, now or before.
+    """The network with weights trained on the images of data_dir, now or earlier.
 
-    A folder of one's own takes the weights of the data set by name where these are there, never the
-    other way round.
+    A user's folder without cached weights uses those of the named data set if they are cached,
+    never the other way round.
     """
     folder = Path(torch.hub.get_dir()) / "small"
     cached = folder / f"{origin.kind}_{origin.name}_{RECIPE_VERSION}.pth"
@@ -344,7 +344,7 @@ def _trained_here(origin, data_dir, data_root, device):
         cached = cached if cached.is_file() and not own.is_file() else own
     net = origin.build()
     if not cached.is_file():
-        with alone(cached):  # of several processes one trains it, the others wait
+        with alone(cached):  # one process trains it, the others wait
             if not cached.is_file():
                 model = nn.Sequential(origin.first_layer(net, "V1"), net).to(device)
                 train_small(model, origin.name, origin.kind, data_dir, data_root)

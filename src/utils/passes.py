@@ -1,4 +1,4 @@
-"""One pass over shuffled training images, every minibatch shared by any number of processes."""
+"""One pass over shuffled training images; any number of processes share each minibatch."""
 
 import sys
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from utils.precision import moved
 
 def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, shift=4, skip=0,
              device=None):
-    """Iterator over (n of the joint minibatch, index (m,) of this process's images,
-    x (m, C, H, W) uint8), of which the first `skip` are left out. All is drawn before the first.
+    """Iterator over (size n of the joint minibatch, index (m,) of this process's images,
+    x (m, C, H, W) uint8), without the first `skip`. All random numbers are drawn before the first.
 
     Process p takes images p, p + size, ... of every minibatch; a last minibatch of fewer than
-    `smallest` images is left out. vary: photographs are cropped by RandomResizedCrop and mirrored,
-    CIFAR-10 is shifted by up to `shift` pixels and mirrored, digits stay as they are. Every image
-    gets the same crop whatever the number of processes. device: where x is wanted; None: where it
-    was made. To a GPU it is copied from pinned memory while the workers crop the next minibatches.
+    `smallest` images is dropped. vary: photographs are cropped by RandomResizedCrop and mirrored,
+    CIFAR images are shifted by up to `shift` pixels and mirrored, digits are left as they are. An
+    image's crop does not depend on the number of processes. device: where x goes; None: where it
+    is made. Copies to a GPU are from pinned memory, while the workers crop the next minibatches.
     """
     gpu = device is not None and device.type == "cuda"
     order = torch.randperm(len(images), generator=generator)
@@ -43,7 +43,7 @@ def one_pass(images, batch_size, generator, team, *, vary, smallest, workers, sh
 
 
 def sent(x, device):
-    """x on the device, on the way to which nothing waits."""
+    """x on the device; a copy to a CUDA device does not block."""
     if x.device.type == "cpu" and device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return moved(x, device)
@@ -60,7 +60,7 @@ def _pixels(images, index, u, vary, shift):
 class Crops(torch.utils.data.Dataset):
     """Item (i, seed): a random crop of photograph i, mirrored half of the time.
 
-    (3, size, size) uint8, or None if it cannot be decoded; RandomResizedCrop as torchvision's.
+    (3, size, size) uint8, or None if it cannot be decoded; as torchvision's RandomResizedCrop.
     """
     images: Images
 
@@ -71,7 +71,7 @@ class Crops(torch.utils.data.Dataset):
             return None
         size = [self.images.size] * 2
         with torch.random.fork_rng(devices=[]):  # get_params uses the global generator
-            torch.default_generator.manual_seed(seed)  # not those of GPUs
+            torch.default_generator.manual_seed(seed)  # not the GPUs' generators
             box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
             mirrored = torch.rand(()) < 0.5
         image = TF.pil_to_tensor(TF.resized_crop(image, *box, size))
@@ -97,7 +97,7 @@ def random_crops(images, plan, *, workers, pinned=False):
 
 
 def crop_flip(x, size, u):
-    """uint8 (n, C, H, W) -> (n, C, size, size), place and mirror per image from u (3, n)."""
+    """uint8 (n, C, H, W) -> (n, C, size, size), position and flip of each image from u (3, n)."""
     n, channels, height, width = x.shape
     u, line = moved(u, x.device), partial(torch.arange, device=x.device)
     top, left = ((u[i] * (side - size + 1)).long().clamp_max(side - size)

@@ -1,8 +1,8 @@
-"""How numbers are computed: float32 that is float32, half precision, memory layout.
+"""Numerical precision and memory layout: true float32, half precision, channels-last.
 
-    measuring, training     contexts: exact float32 for figures; TF32 for trainings on a GPU
-    training_amp, Mixed     bf16 or fp16 of a training, the latter with its scaled gradients
-    Fast, fastest           a copy of a frozen model, and what it runs fastest in, by timing
+    measuring, training     contexts: true float32 for figures, TF32 for training on a GPU
+    training_amp, Mixed     bf16 or fp16 in training, fp16 with gradient scaling
+    Fast, fastest           a copy of a frozen model; the fastest precision and layout, timed
                             (channels-last bf16 is 2 to 5 times as fast as contiguous float32 on
                             some CPUs, slower on others)
 """
@@ -27,7 +27,7 @@ QUICK = {"float32_matmul": "high", "cudnn_tf32": True, "cudnn_benchmark": True,
 
 
 def arithmetic():
-    """How this process computes now, in the form of EXACT."""
+    """The current settings of this process, in the form of EXACT."""
     cudnn = torch.backends.cudnn
     return {"float32_matmul": torch.get_float32_matmul_precision(),
             "cudnn_tf32": cudnn.allow_tf32, "cudnn_benchmark": cudnn.benchmark,
@@ -53,18 +53,18 @@ def _computing(state):
 
 
 def measuring():
-    """Context in which figures are measured: float32 is float32 (convolutions on a GPU default to
-    TF32, which keeps 10 bits), and cuDNN's kernels give the same result at every run."""
+    """Context for measuring: true float32 (convolutions on a GPU default to TF32, which keeps 10
+    bits), and cuDNN kernels that give the same result in every run."""
     return _computing(EXACT)
 
 
 def training(device, deterministic):
-    """Context of weight steps and of a perturbation's gradients: TF32, and the kernels that cuDNN
-    finds fastest, on a GPU unless `deterministic`. Not run on a GPU."""
+    """Context for weight steps and for a perturbation's gradients: on a GPU, TF32 and cuDNN's
+    fastest kernels unless `deterministic`. Not yet run on a GPU."""
     return _computing(QUICK if device.type == "cuda" and not deterministic else EXACT)
 
 
-# ------------------------------------------------------------- half precision of trainings
+# ------------------------------------------------------------- half precision in training
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,9 +78,9 @@ def has_bf16(device):
 
 
 def training_amp(amp, device):
-    """'off', 'bf16' or 'fp16' for a training's --amp: auto, or one of these, which is kept.
+    """'off', 'bf16' or 'fp16' for the --amp of a training; values other than auto are kept.
 
-    auto: bf16 on a GPU that has it in hardware, fp16 on an older one, else float32.
+    auto: bf16 on a GPU with hardware for it, fp16 on an older one, else float32.
     """
     if amp != "auto":
         return amp
@@ -90,10 +90,10 @@ def training_amp(amp, device):
 
 
 class Mixed:
-    """The half precision of a training's layers; weights, losses and images stay float32.
+    """Half precision for the layers in training; weights, losses and images stay float32.
 
-    amp: 'off', 'bf16' or 'fp16'. Small gradients are zero in fp16, so there the loss is scaled:
-    a step whose gradients overflow is left out and the scale is halved.
+    amp: 'off', 'bf16' or 'fp16'. Small gradients underflow in fp16, so there the loss is scaled:
+    a step whose gradients overflow is skipped and the scale is halved.
     """
 
     def __init__(self, amp, device):
@@ -105,7 +105,7 @@ class Mixed:
                 torch.autocast(self.device.type, DTYPES[self.amp]))
 
     def backward(self, loss):
-        """Adds the gradients of the loss to the weights', times the scale until step()."""
+        """Add the loss's gradients, times the scale until step(), to those of the weights."""
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer):
@@ -113,7 +113,7 @@ class Mixed:
         self.scaler.update()
 
     def attack_loss(self, logits, y):
-        """The loss (n,) that signed attacks climb under autocast(): cross-entropy, or level."""
+        """Loss (n,) that sign-gradient attacks maximise under autocast(); level in fp16."""
         if self.amp == "fp16":
             return level_cross_entropy(logits, y)
         return F.cross_entropy(logits.float(), y, reduction="none")
@@ -129,13 +129,13 @@ LEVEL = 256.0  # far from fp16's largest, 65504, and from its smallest, 6e-8
 
 
 def level_cross_entropy(logits, y):
-    """A loss (n,) whose gradient is that of the cross-entropy, of each image times a constant that
-    makes it as large as any other's: that of an image which the network is sure of would be zero in
-    fp16. The value itself means nothing.
+    """A loss (n,) whose gradient is that of the cross-entropy, times a constant for each image that
+    makes all images' gradients equally large: in fp16 the gradient of an image that the network is
+    sure of would be zero. The value of the loss itself means nothing.
     """
     logits = logits.float()
     p = logits.detach().softmax(1).scatter(1, y[:, None], 0)
-    wrong = p.sum(1, keepdim=True)  # 1 - p_y, not rounded
+    wrong = p.sum(1, keepdim=True)  # 1 - p_y, without cancellation
     slope = p.scatter(1, y[:, None], -wrong) * (LEVEL / wrong.clamp_min(1e-36))
     return (slope * logits).sum(1)
 
@@ -143,13 +143,13 @@ def level_cross_entropy(logits, y):
 # ------------------------------------------------------------- frozen models
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-MARGIN = 1.15       # nearer than that is a tie, which noise must not decide
+MARGIN = 1.15       # times within this factor are a tie, not left to noise
 TURNS = (3, 20)     # each candidate's turns, at least and at most
-ENOUGH = 0.5        # seconds of all turns together, after which there are no more than needed
+ENOUGH = 0.5        # seconds of all turns together, after which none are added
 
 
 class Fast(nn.Module):
-    """A copy of a frozen model for generating: (N, C, H, W) in [0, 1] -> float32 logits.
+    """A fast copy of a frozen model: (N, C, H, W) in [0, 1] -> float32 logits.
 
     amp: 'off' or 'bf16'. Frozen weights of convolutions and linear layers are cast once here;
     autocast alone would cast them at every call (it only caches weights that require gradients).
@@ -172,36 +172,36 @@ class Fast(nn.Module):
 
 
 def layout_for(device):
-    """Memory order in which networks on photographs are fastest; of 'channels_last' Apple's GPUs
-    have given wrong gradients (pytorch issue 175189), and compute it slowly today.
+    """Memory layout in which networks on photographs are fastest. With 'channels_last', Apple's
+    GPUs have given wrong gradients (pytorch issue 175189) and are slow today.
     """
     return "contiguous" if device.type == "mps" else "channels_last"
 
 
 def placed(model, device):
-    """The model on the device, in layout_for it."""
+    """The model on the device, in its layout_for."""
     return model.to(device, memory_format=LAYOUTS[layout_for(device)])
 
 
 def moved(x, device):
-    """x on the device; nothing waits for that on a CUDA device. Apple's GPUs have read memory that
-    was freed meanwhile (pytorch issue 139550).
+    """x on the device. Only copies to CUDA do not block: Apple's GPUs have read memory that was
+    freed meanwhile (pytorch issue 139550).
     """
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 def to_layout(x, layout):
-    """x (N, C, H, W) in the memory order of `layout`."""
+    """x (N, C, H, W) in the memory layout `layout`."""
     return x.contiguous(memory_format=LAYOUTS[layout])
 
 
 def fastest(models, step, x, *, amp="auto", layout="auto", deterministic=True,
             clock=time.perf_counter):
-    """(amp, layout) under which step(fast_models, x) is fastest, by timing; a given one is kept.
+    """(amp, layout) in which step(fast_models, x) is fastest, by timing; any but 'auto' is kept.
 
     step: the real work on one real batch x (N, C, H, W), in training(). The candidates take turns,
-    so that other work on the machine slows all of them, and the shortest turn of each counts. In a
-    tie bf16 is taken where the device has hardware for it, else float32; and contiguous.
+    so that other load on the machine slows all of them; the shortest turn of each counts. Ties go
+    to bf16 if the device has hardware for it, else to float32; and to contiguous.
     """
     amps = [amp] if amp != "auto" else ["bf16", "off"] if has_bf16(x.device) else ["off", "bf16"]
     layouts = [layout] if layout != "auto" else list(LAYOUTS) if x.device.type != "mps" else [
@@ -220,7 +220,7 @@ def fastest(models, step, x, *, amp="auto", layout="auto", deterministic=True,
 
 
 def _warms_up(amp, turn):
-    """Takes a turn; whether the device has kernels for it."""
+    """Take one turn. -> whether the device has kernels for it"""
     try:
         turn()
     except (RuntimeError, NotImplementedError) as error:
@@ -246,7 +246,7 @@ def _take_turns(work, device, clock):
 
 
 def out_of_memory(error):
-    """Whether an error says that memory ran out, which torch says in several ways."""
+    """Whether an error says that memory ran out; torch words it in several ways."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED"))
 
