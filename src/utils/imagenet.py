@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")  # of a file, without .JPEG
 VAL_IMAGES = 50_000
-SHARED = {"crane": [134, 517], "maillot": [638, 639]}  # ImageNet's names; torchvision's tell apart
+SHARED = {"crane": [134, 517], "maillot": [638, 639]}  # ImageNet's names; torchvision's differ
 
 
 @cache
@@ -26,7 +26,7 @@ def imagenet_classes():
 
 
 def val_number(name):
-    """Which of the 50,000 validation images a file is by its name, from 1; None: none of them."""
+    """Number, 1 to 50,000, of the validation image with this file name; None for other names."""
     found = VAL_NAME.fullmatch(Path(name).stem)
     return int(found[1]) if found and 0 < int(found[1]) <= VAL_IMAGES else None
 
@@ -38,9 +38,9 @@ def wnid_of(name):
 
 
 def class_index(text, where):
-    """0-999 of an index, a wnid, or a class name in any spelling of case, spaces and hyphens.
+    """Class index 0-999 of an index, a wnid, or a class name in any case, with spaces or hyphens.
 
-    where: the start of the message, for a UserError: no such class, or a name of two classes.
+    where: the start of a UserError's message. UserError: unknown class, or a name of two classes.
     """
     text = text.strip()
     if re.fullmatch(r"[0-9]+", text):
@@ -63,13 +63,13 @@ def class_index(text, where):
 
 
 def is_in_order(names):
-    """Whether these are the names of the 1000 classes in their order, in nearly all spellings."""
+    """Whether these are the 1000 classes' names in order; at least 900 must be recognised."""
     known = [(i, _named(name)) for i, name in enumerate(names)]
     return len(names) == 1000 and sum([i] == found for i, found in known) >= 900
 
 
 def _named(text):
-    """Indices of the classes of this name, or of the first of several: 'tench, Tinca tinca'."""
+    """Indices of the classes with this name, or the first of several: 'tench, Tinca tinca'."""
     names, first = _by_name(), text.partition(",")[0]
     return names.get(_plain(text.replace(",", " "))) or names.get(_plain(first)) or []
 

@@ -1,4 +1,4 @@
-"""What an image list is: names, labels, and how the images are read; which of them are taken."""
+"""Image lists: names, labels, how the images are read, and which of them are used."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ IMAGENET = Preset(10 / 255, 1 / 255, "vgg16",  # Liu et al. 2023, Table 1
 CIFAR = Preset(10 / 255, 1 / 255, "resnet_small", SMALL, 32, 10_000)
 PRESETS = {
     "imagenet": IMAGENET,
-    "folder": IMAGENET,  # photographs with classes of their own, or with none
+    "folder": IMAGENET,  # photographs with their own classes, or with none
     "cifar10": CIFAR,
     "cifar100": CIFAR,   # networks for it are trained by free_at.py, or given by --weights
     "mnist": Preset(0.2, 0.02, "cnn", SMALL, 28, 10_000),
@@ -52,7 +52,7 @@ class Geometry:
 
 
 def paper_geometry(size=224):
-    """That of the papers' tables: shorter side to 256/224 of `size`."""
+    """Geometry of the papers' tables: shorter side to 256/224 of `size`."""
     return Geometry(size, round(size * 256 / 224) if size > 64 else size)
 
 
@@ -63,7 +63,7 @@ class Images(torch.utils.data.Dataset):
     names: tuple                    # relative file names, "shard.parquet/17", or "train/17"
     labels: torch.Tensor            # (N,) int64; -1: not known
     classes: tuple                  # class names, by index
-    geometry: Geometry              # in which files are read
+    geometry: Geometry              # how files are read
     root: Path = None               # of the files, or
     pixels: torch.Tensor = None     # (N, C, H, W) uint8, all in memory, or mapped from a file
     skipped: tuple = ()             # names that could not be decoded
@@ -94,7 +94,7 @@ class Images(torch.utils.data.Dataset):
 
     @property
     def labelled(self):
-        """Whether the labels are classes of the networks that `kind` goes with."""
+        """Whether the labels are classes of the networks for this `kind`."""
         return self.kind != "folder" and self.has_labels
 
     @property
@@ -111,13 +111,13 @@ class Images(torch.utils.data.Dataset):
         return f"# {read}\n" + "".join(f"{name}\n" for name in self.names)
 
     def sha256(self, *geometries):
-        """Of the listing."""
+        """SHA-256 of the listing."""
         return hashlib.sha256(self.listing(*geometries).encode()).hexdigest()
 
     def prepared(self, geometry, num):
-        """At most `num` of them, spread evenly over the classes, to be read in this Geometry.
+        """At most `num` images, spread evenly over the classes, to be read in this Geometry.
 
-        A number of pixels means the papers' geometry at that size. Without labels the images are
+        An int means the papers' geometry at that many pixels. Without labels, the images are
         spread evenly over the sorted list.
         """
         if isinstance(geometry, int):
@@ -132,18 +132,18 @@ class Images(torch.utils.data.Dataset):
         return replace(images, geometry=geometry, stored=None)
 
     def taken_for(self, kind):
-        """Images without labels as such of another kind, which a network was trained on."""
+        """Images without labels, as of the `kind` that a network was trained on."""
         if self.has_labels or kind in (None, self.kind):
             return self
         return replace(self, kind=kind, geometry=paper_geometry(PRESETS[kind].size), stored=None)
 
     def pixels_on(self, device):
-        """The pixels, on a CUDA device if they take at most half of its free memory."""
+        """The pixels, on a CUDA device if they take less than half of its free memory."""
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
         return self.pixels.to(device) if self.pixels.nbytes < free / 2 else self.pixels
 
     def without(self, names):
-        """Those with other names."""
+        """The images whose names are not in `names`."""
         names = set(names)
         return self.select([i for i, name in enumerate(self.names) if name not in names]) \
             if names else self
@@ -155,13 +155,13 @@ class Images(torch.utils.data.Dataset):
 
 
 def listed(kind, names, labels, classes, root):
-    """Images of files, to be read in the papers' geometry. labels: a list of indices, or None."""
+    """Images in files, to be read in the papers' geometry. labels: a list of indices, or None."""
     labels = [-1] * len(names) if labels is None else labels
     return Images(kind, tuple(names), torch.tensor(labels, dtype=torch.long), tuple(classes),
                   paper_geometry(PRESETS[kind].size), root=root)
 
 
-# ------------------------------------------------------------------ which are taken
+# ------------------------------------------------------------------ which are used
 
 def spread(labels, num):
     """Indices of `num` items spread evenly over the classes, the first ones of each class.
@@ -176,19 +176,19 @@ def spread(labels, num):
         rounds[rank].append(i)
     chosen = []
     for members in rounds:
-        members = sorted(members, key=labels.__getitem__)  # the order of the files decides nothing
+        members = sorted(members, key=labels.__getitem__)  # the order of the files has no effect
         left = min(num - len(chosen), len(members))
         chosen += [members[j * len(members) // left] for j in range(left)]
     return sorted(chosen)
 
 
 def hold_out(labels, share):
-    """Mask (N,) of a share of the labels (N,), taken evenly over the classes: True is held out.
+    """Mask (N,), True for the `share` of the labels (N,) held out, evenly over the classes.
 
-    Of n images of a class share * n are held out, rounded up or down.
+    Of n images of a class, share * n are held out, rounded up or down.
     """
     p, q = Fraction(share).limit_denominator(10 ** 6).as_integer_ratio()
-    before = (torch.arange(len(labels) + 1) * p + (q - 1) // 2) // q  # held out of the first ones
+    before = (torch.arange(len(labels) + 1) * p + (q - 1) // 2) // q  # held out among the first i
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[torch.argsort(labels, stable=True)[before.diff() > 0]] = True
     return held

@@ -1,12 +1,12 @@
-"""Ground truth of flat folders: ImageNet's validation images as they are unpacked.
+"""Ground truth for flat folders: ImageNet's validation images as unpacked.
 
     val.txt                                    lines FILE CLASS; a class is 0-999, a wnid or a name
     LOC_val_solution.csv                       Kaggle's: ImageId, wnid and boxes
-    ILSVRC2012_validation_ground_truth.txt     the devkit's: line i is image i, ids 1-1000 in an
-                                               order of the devkit's own; meta.mat maps them
+    ILSVRC2012_validation_ground_truth.txt     the devkit's: line i is image i, ids 1-1000 in
+                                               the devkit's own order; meta.mat maps them
     imagenet_2012_validation_synset_labels.txt the same with wnids
 
-All become class indices 0-999 in the order of the wnids, which is that of the networks.
+All become class indices 0-999 in the order of the wnids, as in the networks' outputs.
 """
 
 import csv
@@ -25,7 +25,7 @@ WANTED = ("val.txt with lines FILE CLASS, the devkit's ILSVRC2012_validation_gro
 
 
 def find_labels(folder, names):
-    """The ground truth of ImageNet's images in a flat folder, in it or above it; None if none."""
+    """The ground-truth file for a flat folder of images, in it or above it; None if none."""
     if not all(val_number(name) for name in names):
         return next(iter(_there(folder, ["val.txt"])), None)
     near = [folder, folder.absolute().parent]
@@ -46,7 +46,7 @@ def _in_devkit(folder):
 
 
 def given_labels(path):
-    """The file of --labels; of a folder, such as the devkit's, the ground truth in it."""
+    """The file given by --labels; for a folder, such as the devkit's, the ground truth in it."""
     path = Path(path)
     if path.is_dir():
         found = _there(path, ["val.txt"]) + _in_devkit(path)
@@ -58,8 +58,8 @@ def given_labels(path):
 
 
 def is_imagenet(path, names):
-    """Whether a file of labels gives ImageNet's classes to these images: by the images' names, or
-    because every line FILE CLASS agrees with the wnid that its file's name begins with.
+    """Whether a label file gives ImageNet's classes to these images: by the images' names, or
+    because the CLASS in every line FILE CLASS agrees with the wnid at the start of FILE.
     """
     if not names:
         return False
@@ -72,16 +72,16 @@ def is_imagenet(path, names):
 
 
 def imagenet_labels(path, names):
-    """Class indices 0-999 of the images `names` (in one folder), by the file of labels.
+    """Class indices 0-999 of the images `names` (in one folder), from the label file.
 
-    UserError: an image without a label, a label without an image, a class that is none.
+    UserError: an image without a label, a label without an image, an unknown class.
     """
     found, numbered = _read(path)
     if numbered:
         return [_of_number(path, found, name) for name in names]
     wanted = {_key(name): name for name in names}
     stray = next((name for name in found if _key(name) not in wanted and not val_number(name)),
-                 None)  # a part of the 50,000 may be there
+                 None)  # only some of the 50,000 may be there
     if stray:
         raise UserError(f"{path}: no image {stray} in {len(names)} images; wanted labels of the "
                         "images in the folder")
@@ -94,7 +94,7 @@ def imagenet_labels(path, names):
 
 
 def _key(name):
-    """Files are found with and without a folder and, those of ImageNet, .JPEG."""
+    """A file name without its folder and, for validation images of ImageNet, without .JPEG."""
     name = Path(name)
     return name.stem if val_number(name) else name.name
 
@@ -112,7 +112,7 @@ def _of_number(path, labels, name):
 # ------------------------------------------------------------------------ the files
 
 def _read(path):
-    """-> {name: index}, False; of a file without names [index], True."""
+    """-> {name: index}, False; for a file without names: [index], True."""
     if path.suffix == ".csv":
         return _kaggle(path), False
     lines = [line.strip() for line in text_of(path).splitlines()]
@@ -158,7 +158,7 @@ def _in_order(path, lines):
 
 
 def devkit_classes(path):
-    """{the devkit's id: class index} of meta.mat; UserError if it is of another year."""
+    """{the devkit's id: class index} from meta.mat; UserError if it is from another year."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the ids of the ground truth beside it are in an "
                         "order of the devkit's own; wanted the devkit's meta.mat there")
@@ -170,7 +170,7 @@ def devkit_classes(path):
     try:
         synsets = loadmat(str(path), squeeze_me=True)["synsets"].reshape(-1)
         ids, found = synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()
-        by_id = {int(i): str(wnid).strip()  # beyond 1000 are groups of classes
+        by_id = {int(i): str(wnid).strip()  # ids beyond 1000 are groups of classes
                  for i, wnid in zip(ids, found, strict=True) if int(i) <= 1000}
     except (*DAMAGE, NotImplementedError, OSError) as error:
         raise UserError(f"{path}: not the devkit's mapping of 2012 ({type(error).__name__} "

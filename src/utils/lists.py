@@ -19,14 +19,14 @@ from utils.imagenet import class_index, imagenet_classes
 LISTS = {"train": ("train.json", "train.txt", "label.txt"),
          "test": ("val.json", "test.json", "val.txt", "test.txt", "test_label.txt")}
 MAY_LACK_LABELS = ("test.json", "test.txt", "test_label.txt")
-MOST_DIGITS = 6  # of a class index: every class up to the last one has an output of the network
+MOST_DIGITS = 6  # of a class index: the network has an output for every class up to the last
 FOLDERS = ("", "images", "train", "val", "test", "train_p2", "track1_test1")
 
 
 def find_list(path, split):
-    """The list of a path: the file itself, or the one for this split in the folder; None if none.
+    """The list at a path: the file itself, or the one for this split in the folder; None if none.
 
-    A folder that only has a training list is also tested on that list.
+    A folder with only a training list is also tested on it.
     """
     if path.is_file():
         return path if path.suffix in (".txt", ".json") else None
@@ -37,8 +37,8 @@ def find_list(path, split):
 def read_list(path, folder=None, classes=None):
     """(folder of the files, names, class indices, class names); UserError for a bad line.
 
-    Indices are None and there are no class names where the list has no labels. folder: where the
-    files are, if not beside the list; classes: 'imagenet' if they are ImageNet's.
+    Without labels in the list, indices are None and class names (). folder: where the files are,
+    if not beside the list; classes: 'imagenet' if they are ImageNet's.
     """
     pairs = read_pairs(path)
     if not pairs:
@@ -118,7 +118,7 @@ def _json(path):
 
 
 def _leads_away(name):
-    """Whether a file is named by an absolute path, or by one out of the folder."""
+    """Whether a file's path is absolute, or leads out of the folder."""
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 

@@ -1,4 +1,4 @@
-"""The loop of epochs that every training here runs in, and what it asks of a training.
+"""The epoch loop of every training here, and the interface of a training.
 
     class Mine(Trainer):
         def __init__(self, ...):
@@ -13,15 +13,14 @@
                 bar.update()
             return {"loss": ...}              # columns of log.csv
 
-    trainer.resume(state, folder)             # state: of folder.load_checkpoint
+    trainer.resume(state, folder)             # state: from folder.load_checkpoint
     loop(trainer, epochs, folder, flags)
 
-After each epoch the loop checks that nothing is NaN, replaces checkpoint.pth and log.csv, and
-prints a line. With `minutes` it also replaces checkpoint.pth between two minibatches. Such a
-checkpoint holds the random numbers that the pass began with: a resumed one_pass draws from them all
-that it draws before its first minibatch, leaves out the minibatches that are done, and goes on with
-the sums and the random numbers of the checkpoint. A run that is killed and resumed leaves the same
-bytes on a CPU.
+After each epoch the loop checks for NaN, replaces checkpoint.pth and log.csv, and prints a line.
+With `minutes` it also replaces checkpoint.pth between two minibatches. Such a checkpoint holds the
+random state at the start of the pass: a resumed one_pass repeats the draws before its first
+minibatch, skips the minibatches that are done, and continues with the sums and the random state of
+the checkpoint. On a CPU, a run that is killed and resumed leaves the same bytes.
 """
 
 import math
@@ -38,30 +37,30 @@ from utils.team import Team
 
 
 class Trainer:
-    """What lives between two epochs.
+    """The state of a training between two epochs.
 
     steps, unit: length and unit of the progress bar of an epoch. keep {name: module, optimizer or
     generator}: what a checkpoint holds, besides the rows of log.csv. `stopped` ends the loop.
     """
     advice = "the last checkpoint is kept; type a smaller --lr"  # when a loss is not finite
-    asked = 10  # minibatches after which several processes ask the first one for the time
+    asked = 10  # minibatches between two looks at the first process's clock, if there are several
 
     def __init__(self, device, *, steps, keep, team=None, unit="it"):
         self.device, self.team, self.steps, self.unit = device, team or Team(), steps, unit
         self.keep, self.rows, self.stopped = keep, [], False
         self.skip, self.inside = 0, None  # of a resumed pass: minibatches done, its checkpoint
         self.between = lambda: None       # what the loop does between two minibatches
-        self.began = time.perf_counter()  # the pass; as if it had not been interrupted
-        self.halves = Halves("measuring after a pass")  # of images that `after` measures
+        self.began = time.perf_counter()  # start of the pass, as if never interrupted
+        self.halves = Halves("measuring after a pass")  # for the images that `after` measures
 
     def one_pass(self, bar):
         """One epoch -> {column: number}, the loss first."""
         raise NotImplementedError
 
     def minibatches(self, left):
-        """Yields the minibatches that are left of a pass, all but the first `skip`.
+        """Yields the minibatches `left` of a pass, all but the first `skip`.
 
-        By then one_pass has drawn what it draws for the whole pass, and self.sums is zero.
+        Before that, one_pass makes its draws for the whole pass and sets self.sums to zero.
         """
         self.at, self.skip = self.skip, 0
         if self.inside is not None:
@@ -76,19 +75,19 @@ class Trainer:
             self.between()
 
     def start(self):
-        """What a new run decides before its first epoch."""
+        """Called once for a new run, before its first epoch."""
 
     def after(self):
-        """{column: number} of what is measured after an epoch; its time is not counted."""
+        """{column: number} measured after an epoch, outside its training time."""
         return {}
 
     def tensors(self):
-        """What must stay finite: the parameters of everything that is kept."""
+        """Tensors that must stay finite: the parameters of every module in `keep`."""
         return [p for part in self.keep.values() if isinstance(part, torch.nn.Module)
                 for p in part.parameters()]
 
     def state(self):
-        """All that decides what comes next. Every process calls it, the first one saves it."""
+        """All that determines the rest of the run. Every process calls it, the first saves it."""
         return {"rows": self.rows, "stopped": self.stopped,
                 "random": self.team.everyone(self._random()), **{
                     name: part.get_state() if isinstance(part, torch.Generator)
@@ -106,13 +105,13 @@ class Trainer:
             self._restore_inside(state, state["inside"])
 
     def begin(self):
-        """A pass begins, or goes on: its clock, and the random numbers that it begins with."""
+        """Start or resume a pass: set its clock and record the random state that it starts from."""
         self.began = time.perf_counter() - (self.inside["seconds"] if self.inside else 0)
         self.begun = {name: generator.get_state() for name, generator in self._generators()}
         self.begun_random = self._random() if isinstance(self.between, Between) else None
 
     def state_inside(self):
-        """The state inside a pass."""
+        """The state in the middle of a pass."""
         return self.state() | {"inside": {
             "at": self.at, "seconds": self.pass_seconds, "begun": self.begun,
             "begun_random": self.team.everyone(self.begun_random),
@@ -134,7 +133,7 @@ class Trainer:
                 if isinstance(part, torch.Generator)]
 
     def _random(self):
-        """States of this process's own random numbers: those that dropout draws."""
+        """States of this process's global generators, from which dropout draws."""
         found = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             found[self.device.type] = getattr(torch, self.device.type).get_rng_state()
@@ -146,7 +145,7 @@ class Trainer:
             getattr(torch, self.device.type).set_rng_state(states[self.device.type])
 
     def resume(self, state, folder):
-        """Continues from a checkpoint; None: starts, and deletes that of an overwritten run."""
+        """Continue from a checkpoint; None: start anew and delete that of an overwritten run."""
         if state is not None:
             try:
                 self.restore(state)
@@ -165,23 +164,23 @@ class Trainer:
 
     @property
     def seconds(self):
-        """Of all epochs so far."""
+        """Seconds of all epochs so far."""
         return round(sum(row["seconds"] for row in self.rows), 3)
 
     @property
     def pass_seconds(self):
-        """Of this pass so far."""
+        """Seconds of this pass so far."""
         return time.perf_counter() - self.began
 
 
 def loop(trainer, epochs, folder=None, flags=None, *, desc="epoch", board=None,
          deterministic=True, minutes=0, clock=time.monotonic):
-    """Epochs until log.csv has `epochs` rows or the trainer has stopped.
+    """Run epochs until log.csv has `epochs` rows or the trainer has stopped.
 
-    folder, flags: a RunFolder and what decides the result; None: nothing is written or printed.
-    board: a TensorBoard SummaryWriter. deterministic: no TF32 in one_pass, on a GPU; what
-    `after` measures never uses TF32. minutes: between two checkpoints inside an epoch, 0: none.
-    UserError where a loss or a weight is not finite.
+    folder, flags: a RunFolder and the flags that decide the result; None: nothing is written or
+    printed. board: a TensorBoard SummaryWriter. deterministic: no TF32 in one_pass on a GPU;
+    `after` never uses TF32. minutes: between two checkpoints inside an epoch; 0: none.
+    UserError if a loss or a weight is not finite.
     """
     first, between = trainer.team.first, Between(trainer, folder, flags, desc, minutes, clock)
     while len(trainer.rows) < epochs and not trainer.stopped:
@@ -229,7 +228,7 @@ class Between:
         if team.first:
             save_pth(self.folder / "checkpoint.pth", {**state, "flags": self.flags})
         self.last = self.clock()
-        trainer.began += time.perf_counter() - start  # not of the pass
+        trainer.began += time.perf_counter() - start  # not counted in the pass
 
 
 def _check_finite(trainer, where, found):

@@ -17,11 +17,11 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 DIGITS = tuple("0123456789")
 IMAGENETTE = {"train": 9469, "val": 3925}  # images
 IN_FOLDERS = {"MNIST/raw": "mnist", "cifar-10-batches-py": "cifar10",
-              "cifar-100-python": "cifar100"}  # as torchvision keeps them
+              "cifar-100-python": "cifar100"}  # as torchvision stores them
 
 
 def kept_in(root):
-    """The name of the data set that torchvision keeps in a folder, or None."""
+    """The name of the data set that torchvision stored in a folder, or None."""
     return next((name for sub, name in IN_FOLDERS.items() if (root / sub).is_dir()), None)
 
 
@@ -58,7 +58,7 @@ def imagenette_folder(split, root):
 def _torchvision(dataset, root, folder="", images=None, **kwargs):
     """A torchvision data set, downloaded into `root` if it is not there, by one process at a time.
 
-    folder: where it is in `root`; images: how many it has, where half a set can be opened.
+    folder: its place in `root`; images: how many it has, for sets that open even if incomplete.
     """
     half = None
     try:
@@ -79,7 +79,7 @@ def _torchvision(dataset, root, folder="", images=None, **kwargs):
 
 
 def _kept(dataset, root, folder, images, **kwargs):
-    """The data set in `root`, None if it is not there. UserError: it is damaged."""
+    """The data set in `root`; None if it is not there. UserError: it is damaged."""
     try:
         data = dataset(root, download=False, **kwargs)
         if images and len(data) != images:

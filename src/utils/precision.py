@@ -113,7 +113,7 @@ class Mixed:
         self.scaler.update()
 
     def attack_loss(self, logits, y):
-        """Loss (n,) that sign-gradient attacks maximise under autocast(); level in fp16."""
+        """Loss (n,) that sign-gradient attacks maximise under autocast(); a level one in fp16."""
         if self.amp == "fp16":
             return level_cross_entropy(logits, y)
         return F.cross_entropy(logits.float(), y, reduction="none")
