@@ -1,18 +1,18 @@
-"""Networks of our own for small images, how the five small ones are trained, and heads.
+"""Our own networks for small images, the training of the five small ones, and heads.
 
     cnn, cnn_bn, mlp, vgg_small, resnet_small   for digits, MNIST and CIFAR-10; trained on first use
-    lenet, lenet_bn    the exercise's: two convolutions of stride 2 and two linear layers; with
-                       BatchNorm after every layer but the last
+    lenet, lenet_bn    the exercise's: two convolutions of stride 2 and two linear layers; lenet_bn
+                       has BatchNorm after every layer but the last
     preact_resnet18    He et al. 2016 (arXiv:1603.05027), widths 64 to 512
-    wrn_32_10          that of Madry et al. and of free training, in TensorFlow: five units a stage,
-                       widths 160, 320, 640, leaky ReLU, no weights in shortcuts; images are
-                       standardised one by one (Standardize)
+    wrn_32_10          as in the TensorFlow code of Madry et al. and of free training: five units a
+                       stage, widths 160, 320, 640, leaky ReLU, no weights in shortcuts; each image
+                       is standardised by itself (Standardize)
 
 Heads for the feature map of any convolutional network, with_head(net, head, classes, name):
 
-    own          the network's own, its last layer for as many classes as there are
+    own          the network's own, with its last layer resized to the number of classes
     fc           pool, 512, 256, classes, with GELU, dropout and LayerNorm between
-    ml_decoder   queries that attend to the places of the feature map   arXiv:2111.12933
+    ml_decoder   queries that attend to the positions of the feature map   arXiv:2111.12933
 """
 
 import math
@@ -29,8 +29,8 @@ from utils.data import default_workers, load, open_both, to_float
 from utils.errors import UserError
 from utils.loop import Trainer, loop
 
-# how a small network is trained: epochs, shift of the crops in pixels (with flips), noise, without
-# which networks with BatchNorm change their prediction at any pattern on the black of digits
+# training of a small network: epochs, shift of the crops in pixels (with flips), noise (without it,
+# any pattern on the black of digits changes the predictions of networks with BatchNorm)
 RECIPES = {"digits": (12, 0, 0.1), "mnist": (3, 0, 0.1), "cifar10": (12, 4, 0.0)}
 RECIPE_VERSION = 1  # part of the cached file's name: a new recipe trains anew
 HEADS = ("own", "fc", "ml_decoder")
@@ -85,8 +85,8 @@ def _network(channels, first, widths, blocks, classes):
 class WideUnit(nn.Module):
     """x + conv(act(bn(conv(act(bn(x)))))) of TensorFlow's ResNet, act: leaky ReLU of slope 0.1.
 
-    Where the shape changes, the shortcut is average pooling and channels of zeros on both sides.
-    first: it starts after the first activation.
+    Where the shape changes, the shortcut is average pooling and zero channels on both sides.
+    first: the shortcut starts after the first activation.
     """
 
     def __init__(self, cin, cout, stride, first=False):
@@ -99,14 +99,14 @@ class WideUnit(nn.Module):
     def forward(self, x):
         out = F.leaky_relu(self.bn1(x), 0.1)
         x = out if self.first else x
-        if self.stride == 2:  # TensorFlow's padding "SAME": right and bottom alone
+        if self.stride == 2:  # TensorFlow's padding "SAME": right and bottom only
             out, x = F.pad(out, (0, 1, 0, 1)), F.avg_pool2d(x, 2)
         out = self.conv2(F.leaky_relu(self.bn2(self.conv1(out)), 0.1))
         return out + F.pad(x, (0, 0, 0, 0, self.more, self.more))
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, so that everything before it, eps too, is in [0, 1] pixels."""
+    """(x - mean) / std per channel, so that everything before it, also eps, is in [0, 1] pixels."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -118,9 +118,9 @@ class Normalize(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / max(std, 1 / sqrt(D)) of the D numbers of each image, on the scale of 0 to 255.
+    """(x - mean) / max(std, 1 / sqrt(D)) over the D numbers of each image, on the scale 0 to 255.
 
-    As tf.image.per_image_standardization, inside the network.
+    Like tf.image.per_image_standardization, but inside the network.
     """
 
     def forward(self, x):  # (N, C, H, W) in [0, 1]
@@ -169,7 +169,7 @@ NETWORKS = {  # name: (channels, pixels, classes) -> network
 
 
 def build_small(name, channels, size, classes=10):
-    """A network of ours with random weights, for images (N, channels, size, size)."""
+    """One of our networks with random weights, for images (N, channels, size, size)."""
     if name in NETWORKS:
         return NETWORKS[name](channels, size, classes)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -254,7 +254,7 @@ def _parent(data_dir):
 
 
 def _jitter(x, shift, noise, generator):
-    """One random flip and shift (zeros come in) for the batch, and noise for every pixel."""
+    """One random flip and shift (zero padding) for the batch, and noise for every pixel."""
     if noise:
         x = (x + noise * torch.randn(x.shape, generator=generator)).clamp_(0, 1)
     if not shift:
@@ -270,9 +270,9 @@ def _jitter(x, shift, noise, generator):
 class MLDecoder(nn.Module):
     """Ridnik et al. 2021, Sec. 3: a transformer's decoder layer without its self-attention.
 
-    A feature map (n, C, H, W) -> logits (n, classes). As many queries as classes, or `queries` of
-    them, each of which answers for a group of classes (group decoding). The queries are fixed and
-    random; what they pass through is learnt.
+    A feature map (n, C, H, W) -> logits (n, classes). One query per class, or at most `queries`,
+    each for a group of classes (group decoding). The queries are random and fixed; the layers are
+    learnt.
     """
 
     def __init__(self, channels, classes, *, queries=100, width=768, hidden=2048, attention_heads=8,
@@ -312,7 +312,7 @@ def fc_head(channels, classes, dropout=0.2):
 
 
 class TimmBody(nn.Module):
-    """What a network of timm computes before its head, a map (n, C, H, W) in most."""
+    """A timm network without its head; most give a feature map (n, C, H, W)."""
 
     def __init__(self, net):
         super().__init__()
@@ -332,7 +332,7 @@ class WithHead(nn.Sequential):
 
 
 def with_head(net, head, classes, name):
-    """The network with another head: 'own' changes its last layer alone, and only where it must."""
+    """The network with another head; 'own' replaces only its last layer, and only if needed."""
     if head == "own":
         if isinstance(net, WithHead):
             raise UserError(f"these weights of {name} have another head than its own; give others, "
@@ -352,7 +352,7 @@ def with_head(net, head, classes, name):
 
 
 def head_parameters(net):
-    """The parameters of the head: of another one all, of the network's own the last layer's."""
+    """The head's parameters: all of an added head, or those of the network's own last layer."""
     return list((net[1] if isinstance(net, WithHead) else last_layer(net)[1]).parameters())
 
 
@@ -373,7 +373,7 @@ def _with_outputs(layer, classes):
 
 
 def _body(net, name):
-    """What makes the feature map (n, C, H, W), and C; UserError where that is not known."""
+    """The part that makes the feature map (n, C, H, W), and C; UserError if it is not known."""
     if isinstance(net, WithHead):
         return net[0], net.channels
     if hasattr(net, "forward_features") and hasattr(net, "reset_classifier"):
@@ -394,13 +394,13 @@ def _body(net, name):
 
 
 def _channels(body, name):
-    """Of the feature map, by looking at one."""
+    """Number of channels of the feature map, by a dry run."""
     first = next(layer for layer in body.modules() if isinstance(layer, nn.Conv2d))
     was = body.training
     try:
         with torch.no_grad():
             found = body.eval()(torch.zeros((1, first.in_channels, 64, 64)))
-    except (RuntimeError, AssertionError):  # a transformer's, which takes one size alone
+    except (RuntimeError, AssertionError):  # from a transformer that takes only one size
         found = None
     if found is None or found.ndim != 4 or found.shape[2] != found.shape[3]:
         raise UserError(f"--head: {name} has no feature map (n, C, H, W); {ANOTHER}")

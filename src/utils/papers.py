@@ -1,7 +1,7 @@
-"""Figures that the papers print, in %, which our tables show next to our own."""
+"""Figures printed in the papers, in %, which our tables show next to our own."""
 
 # Pei et al. 2022 (arXiv:2205.10617), README of the authors' repository: network -> vanilla, GCM;
-# each top-1 accuracy, then attack robustness under the attacks of GCM_COLUMNS
+# for each, top-1 accuracy, then attack robustness under the attacks of GCM_COLUMNS
 GCM_COLUMNS = ("fgsm", "pgd_l1", "pgd_l2", "pgd_linf", "cw_pgd_l2")
 GCM_RADII = {"linf": 8 / 255, "l2": 8, "l1": 1600}  # RobustART's, at 224 pixels
 GCM_LAYER = (1e20, 1e-8)  # w, epsilon

@@ -1,6 +1,6 @@
 """Hugging Face's parquet shards of an image data set: columns `image` (with bytes) and `label`.
 
-An image is named SHARD.parquet/ROW. Labels are read at once, images a row group at a time.
+An image is named SHARD.parquet/ROW. All labels are read at once, images one row group at a time.
 """
 
 import json
@@ -12,20 +12,20 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-# how the shards' names start; of several possibilities the first that there is
+# prefixes of the shards' names; of several, the first that is found is used
 SPLITS = {"train": (("train",),), "test": (("validation", "val"), ("test",))}
-OPEN = 64  # shards at a time in a process
+OPEN = 64  # shards open at a time in a process
 
 
 def is_row(path):
-    """Whether this is the name of an image in a shard, not of a file."""
+    """Whether this path names an image in a shard, not a file."""
     return path.parent.suffix == ".parquet"
 
 
 def shards(folder, split):
     """The split's shards in a folder, or in data/ in it, as Hugging Face lays them out; sorted.
 
-    Without names that tell the splits apart, all of them. UserError: shards for testing alone.
+    All shards, if their names do not tell the splits apart. UserError: only test shards.
     """
     found = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
     for starts in SPLITS[split]:
@@ -41,7 +41,7 @@ def shards(folder, split):
 def read_shards(paths):
     """-> names relative to the shards' folder, labels (-1: none), class names or None.
 
-    UserError: pyarrow is not installed, a truncated shard, other columns.
+    UserError: pyarrow is not installed, a truncated shard, wrong columns.
     """
     names, labels, classes = [], [], None
     for path in paths:
@@ -83,13 +83,13 @@ def _labels(path):
 
 
 def _fields(schema):
-    """The fields of the column `image`; none if it is no struct."""
+    """The fields of the column `image`; none if it is not a struct."""
     kind = schema.field("image").type
     return [kind.field(i) for i in range(kind.num_fields)]
 
 
 def _class_names(schema):
-    """The names that Hugging Face keeps with its labels, or None."""
+    """The class names that Hugging Face stores with the labels, or None."""
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"]["label"]["names"]
@@ -100,13 +100,13 @@ def _class_names(schema):
 
 def _open(path):
     try:
-        import pyarrow.parquet as pq  # optional, needed for these data alone
+        import pyarrow.parquet as pq  # optional, needed only for these data
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow, which is not installed; type pip "
                         "install pyarrow, or --data_dir with image files") from None
     try:
         return pq.ParquetFile(path)
-    except Exception as error:  # pyarrow's, of a file without its end
+    except Exception as error:  # pyarrow's, for a truncated file
         raise _damaged(path, error) from None
 
 
@@ -115,7 +115,7 @@ def _damaged(path, error):
     return UserError(f"{path}: truncated, or not a parquet file ({reason}); download it again")
 
 
-# The process is part of the key: a worker that was forked opens files of its own.
+# The process is part of the key, so that a forked worker opens its own files.
 
 @lru_cache(maxsize=OPEN)
 def _file(path, process):
@@ -132,6 +132,6 @@ def _starts(path, process):
 
 @lru_cache(maxsize=1)
 def _read_group(path, group, process):
-    """The images' bytes of one row group, the only one in memory."""
+    """The bytes of the images of one row group, the only one in memory."""
     table = _file(path, process).read_row_group(group, ["image.bytes"], use_threads=False)
     return table["image"].combine_chunks().field("bytes")

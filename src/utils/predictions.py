@@ -1,4 +1,4 @@
-"""What networks say of every image, labelled or not: predictions.csv of eval_net.py --predict."""
+"""Predictions for every image, labelled or not: predictions.csv of eval_net.py --predict."""
 
 import torch
 
@@ -8,19 +8,19 @@ from utils.cells import Progress
 from utils.data import CIFAR10, DIGITS, cached, open_images, to_float
 from utils.run import save_csv
 
-NAMES = {"cifar10": CIFAR10, "mnist": DIGITS, "digits": DIGITS}  # of unlabelled images
+NAMES = {"cifar10": CIFAR10, "mnist": DIGITS, "digits": DIGITS}  # classes of unlabelled images
 
 
 def images_of(facts, data_dir, data_root, labels, classes, num):
-    """All test images, names only; unlabelled ones as of the kind that NAME.json's facts say."""
+    """All test images, names only; unlabelled ones get the kind in the facts of NAME.json."""
     images = open_images(data_dir, split="test", data_root=data_root, labels=labels,
                          classes=classes).taken_for(facts.get("kind"))
     return images.prepared(images.geometry, num)
 
 
 def save_predictions(folder, networks, shown, s, team):
-    """predictions.csv in the folder, a row for each network, a tested.Tested, and each of its
-    images, which stand in the list `shown`.
+    """Write predictions.csv to the folder: a row for each network (tested.Tested) and each of its
+    images, in the list `shown`.
     """
     rows = []
     for net, images in zip(networks, shown, strict=True):
@@ -37,7 +37,7 @@ def save_predictions(folder, networks, shown, s, team):
 
 @torch.no_grad()
 def classified(model, images, s, desc, team):
-    """Class (N,) int64 and its probability (N,) of every image; -1 where it cannot be decoded.
+    """Predicted class (N,) int64, -1 for an image that cannot be decoded, and probability (N,).
 
     s: batch_size, seed, workers, device.
     """
@@ -57,9 +57,9 @@ def classified(model, images, s, desc, team):
 
 
 def rows_of(network, images, classes, shares, names):
-    """A row for each image; empty where it cannot be decoded. names: of the classes, or ().
+    """A row for each image; empty where it cannot be decoded. names: class names, or ().
 
-    The label is the index of its name in `names`, empty where it is not there.
+    The label is the index of the image's class name in `names`, empty if it is not there.
     """
     rows, index = [], {name: k for k, name in enumerate(names)}
     for file, label, k, share in zip(images.names, images.labels.tolist(), classes.tolist(),

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from utils import parquet
 from utils.errors import UserError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other programs are run
-MOST = 0.8      # of the memory, for decoded images
-THINNEST = 100  # longer side of a photograph, over the shorter one
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program
+MOST = 0.8      # share of the memory for decoded images
+THINNEST = 100  # most that a photograph's longer side may be, over the shorter one
 
 
 def read_image(path, *modes):
-    """An image file as a PIL image, in RGB or in one of these modes. UserError if it cannot be.
+    """An image file as a PIL image, in RGB or one of these modes. UserError if it cannot be read.
 
     path: a file, or a row of a parquet file, 'shard.parquet/17'.
     """
@@ -32,7 +32,7 @@ def read_image(path, *modes):
         raise UserError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large pictures and of damaged EXIF data
+            warnings.simplefilter("ignore")  # Pillow's, about large pictures and damaged EXIF data
             opened = io.BytesIO(parquet.image_bytes(path)) if row else path
             with Image.open(opened, formats=FORMATS) as file:
                 image = _eight_bit(file)
@@ -46,7 +46,7 @@ def read_image(path, *modes):
 
 
 def _eight_bit(file):
-    """An opened image without more than 8 bits a channel, of which convert() clips the rest."""
+    """The opened image with at most 8 bits a channel; convert() would clip larger values."""
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))  # as Pillow does in colour
     if file.mode in ("I", "F"):
@@ -72,7 +72,7 @@ def decode(path, geometry):
 
 
 def stack(items):
-    """A batch and the positions in it that could be decoded."""
+    """The positions in a batch that could be decoded, and the batch of these."""
     good = [k for k, x in enumerate(items) if x is not None]
     return good, torch.stack([items[k] for k in good]) if good else None
 
@@ -80,9 +80,9 @@ def stack(items):
 def batches(images, batch_size, *, workers, skipped, device=None, aloud=True):
     """Yields (index (n,), x (n, C, H, W) uint8) in order; decodes in `workers` processes.
 
-    device: where x is wanted; None: the CPU. To a GPU it is copied from pinned memory, while the
-    processes decode the next batches. A file that cannot be decoded is named on stderr, if `aloud`,
-    appended to the list `skipped` and left out. UserError at the end if no file could be decoded.
+    device: where x goes; None: the CPU. Copies to a GPU are from pinned memory, while the processes
+    decode the next batches. A file that cannot be decoded is named on stderr if `aloud`, appended
+    to the list `skipped` and left out. UserError at the end if no file could be decoded.
     """
     gpu = device is not None and device.type == "cuda"
     for index, x, broken in decoded(images, batch_size, workers=workers, pinned=gpu):
@@ -109,7 +109,7 @@ def decoded(images, batch_size, *, workers, pinned=False):
 
 
 def warned(images, broken, aloud=True):
-    """The names of images that cannot be decoded, each of which is named on stderr if `aloud`."""
+    """The names of images that cannot be decoded; each is named on stderr if `aloud`."""
     names = [images.names[i] for i in broken]
     for name in names if aloud else ():
         tqdm.write(f"warning: {images.root / name}: cannot be decoded, skipped", file=sys.stderr)
@@ -132,8 +132,8 @@ def alive(loader):
 def load(images, *, workers, aloud=True):
     """The same list with all pixels in memory (10,000 of 224 x 224: 1.5 GB), without broken files.
 
-    Those of cache.cached stay on disk and are mapped. aloud: broken files are named on stderr; of
-    several processes that load the same list, the first one's task.
+    Images of cache.cached stay on disk and are memory-mapped. aloud: name broken files on stderr;
+    of several processes that load the same list, only the first one should.
     """
     if images.pixels is not None:
         return images
@@ -156,7 +156,7 @@ def load(images, *, workers, aloud=True):
 
 
 def _mapped(images, aloud):
-    """Images that are stored on disk, without broken files, their pixels mapped."""
+    """Images stored on disk, without broken files; their pixels are memory-mapped."""
     skipped = warned(images, (images.stored.rows < 0).nonzero()[:, 0].tolist(), aloud)
     if len(skipped) == len(images):
         raise none_decoded(images)

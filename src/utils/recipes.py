@@ -1,4 +1,4 @@
-"""What free_at.py trains with: presets of data sets, recipes of papers, learning rates.
+"""Settings of free_at.py: presets for data sets, recipes from papers, learning rates.
 
     --recipe            published in                                  for
     free                Shafahi et al. 2019, arXiv:1904.12843         cifar10, cifar100, imagenet
@@ -6,9 +6,9 @@
     fast_adversarial    Wong et al. 2020, arXiv:2001.03994: their     cifar10
                         own free training, train_free.py
 
-A flag that is typed wins over the recipe, which wins over the data set's preset. Presets that no
-paper has: cifar100's is cifar10's; that of class folders is imagenet's on a smaller network, in
-minibatches of a quarter and steps of a quarter.
+A typed flag overrides the recipe, which overrides the data set's preset. Two presets are not from
+a paper: cifar100's is cifar10's; that of class folders is imagenet's with a smaller network, a
+quarter of the batch size and a quarter of the learning rate.
 """
 
 import math
@@ -24,7 +24,7 @@ from utils.weights import weights_path
 
 EVERYWHERE = {"method": "free", "replays": 8, "clip_delta": "ball", "steps": 7, "schedule": "step",
               "decay": "all", "shift": 4, "weight_steps": None}
-FREE_PRESETS = {  # alpha: of pgd, at this eps
+FREE_PRESETS = {  # alpha: for pgd, at this eps
     "digits": {"eps": 0.1, "alpha": 0.025, "model_name": "mlp", "epochs": 80, "batch_size": 64,
                "lr": 0.03, "weight_decay": 0.0},
     "mnist": {"eps": 0.3, "alpha": 0.05, "model_name": "cnn", "epochs": 16, "batch_size": 128,
@@ -50,24 +50,24 @@ OF_PAPERS = {  # what a recipe has in common with the data set's preset is not r
         "epochs": 80, "batch_size": 128, "lr": 0.04, "schedule": "triangle",
         "weight_decay": 5e-4}}}
 
-FALLS = {"step": (1 / 2, 3 / 4), "thirds": (1 / 3, 2 / 3)}  # to a tenth, after this share
+FALLS = {"step": (1 / 2, 3 / 4), "thirds": (1 / 3, 2 / 3)}  # to a tenth, after these shares
 PEAKS = {"onecycle": 0.4, "triangle": 0.5}                  # from 0 up to here, and down to 0
 
 
 def rate(done, total, schedule, n_passes):
-    """Learning rate after `done` of `total` weight steps, in n_passes passes, over the highest."""
+    """Share of the highest rate after `done` of `total` weight steps in n_passes passes."""
     t = done / total
     if schedule in PEAKS:
         peak = PEAKS[schedule]
         return t / peak if t < peak else (1 - t) / (1 - peak)
     falls = FALLS[schedule]
-    if schedule == "thirds":  # between two passes
+    if schedule == "thirds":  # drops only between two passes
         falls = [math.ceil(n_passes * fall) / n_passes for fall in falls]
     return (1.0, 0.1, 0.01)[sum(t >= fall for fall in falls)]
 
 
 def passes(s, steps):
-    """Passes over the images, of `steps` weight steps each, the last one perhaps in part.
+    """Number of passes over the images, of `steps` weight steps each; the last may be partial.
 
     Free training takes as many weight steps as the other methods.
     """
@@ -77,8 +77,8 @@ def passes(s, steps):
 
 
 def decayed(model, s):
-    """The model's parameters for the optimiser; under --decay weights those of BatchNorm and biases
-    in a group of their own, without weight decay.
+    """The model's parameters for the optimiser; with --decay weights, those of BatchNorm and biases
+    are a separate group without weight decay.
     """
     if s.decay == "all":
         return model.parameters()
@@ -90,7 +90,7 @@ def decayed(model, s):
 # ------------------------------------------------------------------------ settings
 
 def settle(args, team, device):
-    """Fills in what was not typed. -> frozen settings, training images, none decoded yet
+    """Fill in flags that were not typed. -> frozen settings, training images (not yet decoded)
 
     UserError: flags that cannot work.
     """
@@ -121,7 +121,7 @@ def _own_size(s, images):
 
 
 def check_network(model, s, channels, device):
-    """UserError unless the network gives a logit for every class, of images of this size."""
+    """UserError unless the network gives a logit for every class, for images of this size."""
     found = check_takes(model.eval(), s.model_name, channels, s.image_size, device)
     if found != len(s.classes):
         raise UserError(f"--model_name {s.model_name}: gives {found} numbers for an image; wanted "
@@ -133,7 +133,7 @@ def check_network(model, s, channels, device):
 
 
 def _filled(args, kind):
-    """{flag: value} of the recipe and the presets, where nothing was typed."""
+    """{flag: value}: typed values, else those of the recipe, else those of the presets."""
     recipe = OF_PAPERS.get(args.recipe, {kind: {}})
     if kind not in recipe:
         raise UserError(f"--recipe {args.recipe}: published for {', '.join(recipe)}, not for "
@@ -155,12 +155,12 @@ def _filled(args, kind):
 
 
 def held_out(images, args):
-    """-> training images, how many were held out of them: none where there is a test split."""
+    """-> training images, number held out of them (0 if there is a test split)"""
     if images.root is None:  # a named data set
         return images, 0
     try:
         opened(args, "test")
-    except UserError:  # there is one, which cannot be read yet
+    except UserError:  # there is one, but it cannot be read yet
         return images, 0
     held, apart = unseen(args.data_dir, args.data_root, args.hold_out, args.num_images,
                          args.labels, args.classes)

@@ -1,5 +1,5 @@
-"""Figures as text, tables as Markdown, the line of facts above a table, what AutoAttack's members
-did and what attacks returned below it, columns of results.csv.
+"""Figures as text, tables as Markdown, the line of facts above a table, AutoAttack's members and
+the audit of the attacks below it, columns of results.csv.
 """
 
 from utils.attack.several import flags_of
@@ -42,18 +42,18 @@ def with_note(text, note):
 
 
 def batch_sizes(cells, s):
-    """Of {key: cell}, as text: '50', or '25 and 50' of a table that was continued with another one.
+    """Batch sizes of {key: cell} as text: '50', or '25 and 50' if a run was continued with another.
 
-    Cells that are None are still to be made, with that of the flags s.
+    Cells that are None are not measured yet, and will have that of the flags s.
     """
     sizes = {s.batch_size if cell is None else cell.get("batch_size") for cell in cells.values()}
     return " and ".join(map(str, sorted(sizes - {None})))
 
 
 def parts_table(head, cells):
-    """What AutoAttack's members did, and its flags; "" where it was not run.
+    """The results of AutoAttack's members, and its flags; "" if it was not run.
 
-    cells: [(names, cell)], the names as the columns of `head` say.
+    cells: [(names, cell)], with a name for each column of `head`.
     """
     lines, flags = [], []
     for names, cell in [one for one in cells if "parts" in one[1]]:
@@ -68,7 +68,7 @@ def parts_table(head, cells):
 
 
 def audit_line(done):
-    """One line by which a reader can check what the attacks of these cells returned.
+    """One line for checking what the attacks of these cells returned.
 
     Older transfers did not count zero gradients.
     """

@@ -1,9 +1,9 @@
 """What gcm.py prints and saves: the robustness table, the audit, the sweep over w.
 
-Each save_ function returns the Markdown that it saved and a last line, which files it wrote.
+Each save_ function returns the Markdown that it saved and a last line that names the files.
 
-The cells of a run come as {Cell: counts}, in the order of the rows; counts is None where a cell has
-not been made yet.
+The cells of a run are passed as {Cell: counts}, in the order of the rows; counts is None for a cell
+that is not measured yet.
 """
 
 import csv
@@ -60,7 +60,7 @@ def facts(settings, s, steps, cells):
 
 
 def line(counts):
-    """What is printed when a cell is done."""
+    """The line that is printed when a cell is done."""
     return (f"{counts['model']} | {counts['defense']} | {counts['attacker']} | {counts['title']}: "
             f"attack_robustness {interval(figures(counts)['attack_robustness'])}, "
             f"{counts['seconds']:.0f} s")
@@ -69,7 +69,7 @@ def line(counts):
 # ------------------------------------------------------------------------- the table
 
 def label(cell, draws):
-    """What the table calls the row of a cell."""
+    """The name of a cell's row in the table."""
     if cell.defense == "none":
         return "vanilla"
     if cell.attacker == "naive":
@@ -115,7 +115,7 @@ def save_table(folder, head, cells, s):
 
 
 def paper_rows(target, cells, s):
-    """The paper's rows of this network, if it has some; why figures are left out, as keys.
+    """The paper's rows for this network, if any; reasons why figures are left out, as dict keys.
 
     cells {attack: counts or None}: our vanilla row.
     """
@@ -131,7 +131,7 @@ def paper_rows(target, cells, s):
 
 
 def incomparable(name, target, cells, s):
-    """{column: in what our measurement differs from the one that the paper prints in this row}.
+    """{column: how our measurement differs from the paper's in this row}.
 
     name: 'vanilla' or 'GCM'; cells: as for paper_rows.
     """
@@ -158,14 +158,14 @@ def incomparable(name, target, cells, s):
 
 
 def _columns(counts):
-    """Of a row of results.csv: every figure with its n and interval, and what the attack took."""
+    """Columns of results.csv: every figure with its n and interval, and facts of the attack."""
     return {k: counts[k] for k in KEPT if k in counts} | csv_columns(figures(counts))
 
 
 def worst_cases(folder, weights):
-    """Of the table that gcm.py left in a folder: {'AR, row': worst-case attack_robustness}, and on
-    which images and within which radii; {} and "" if there is none, {} and None if it is not of
-    the network of these `weights`, as models.Target describes them.
+    """From the table of gcm.py in a folder: {'AR, row': worst-case attack_robustness}, and images
+    and radii as text; {} and "" if there is no table, {} and None if it is unfinished or not of the
+    network with these `weights`, as models.Target describes them.
     """
     path, beside, found = folder / "results.csv", folder / "results.json", {}
     if not path.is_file():
@@ -187,7 +187,7 @@ def worst_cases(folder, weights):
         begun, whole = ({row["row"] for row in part} for part in (tried, worst))
         if alone or not tried or begun != whole or any(
                 tuple(row[name] for name in names) not in made for row in tried):
-            return found, None  # of other weights, unfinished, or not of the cells, begun again
+            return found, None  # of other weights, unfinished, or older than the cells
         for row in worst:
             name = row["row"].partition(", ")[2].partition(" (")[0] or row["row"]
             found[f"AR, {name}"] = interval({

@@ -1,4 +1,4 @@
-"""What fgsm_mnist.py leaves of a run and of several: tables, files, and what looks suspicious."""
+"""Results of one or several runs of fgsm_mnist.py: tables, files, and suspicious figures."""
 
 import csv
 import statistics
@@ -12,26 +12,26 @@ from utils.run import RunFolder, load_json, refuse_bomb, save_csv, save_json, wr
 
 COLUMNS = {"clean": "clean", "fgs": "FGS", "fgv": "FGV", "pgd40": "PGD-40",
            "strongest_quick": "strongest_quick"}
-OLDER = {"strongest_quick": "APGD-CE + APGD-DLR + Square",  # of runs whose facts do not say it
+OLDER = {"strongest_quick": "APGD-CE + APGD-DLR + Square",  # for runs whose facts lack it
          "optimizer": "adam, lr 0.001", "batch_size": 128, "curve_images": 0}
 HIGH, LOW = 0.5, 0.1  # catastrophic overfitting: above HIGH under FGS, below LOW under PGD or APGD
 SAME = ("kind", "epochs", "optimizer", "batch_size", "images_sha256", "alpha_fgs", "alpha_fgv",
-        "test_images", "attacked", "strongest_quick", "curve_images")  # in a summary
+        "test_images", "attacked", "strongest_quick", "curve_images")  # equal in a summary
 
 
 def called(facts):
-    """What a table calls the run of these facts."""
+    """The name in tables of the run with these facts."""
     return facts["variation"] + " (predicted)" * (facts.get("label") == "predicted")
 
 
 def titles(facts):
-    """{figure: its column}, the quick mixture named by its parts."""
+    """{figure: its column}, with the quick mixture named by its parts."""
     return COLUMNS | {"strongest_quick": facts["strongest_quick"]}
 
 
 def suspicions(found, named):
-    """[(what it is called, the figures)] for {clean, fgs, fgv, fgs_adv_acc, fgv_adv_acc, pgd40,
-    strongest_quick: value}; named: their titles. Runs of older versions have no adv_acc.
+    """[(name of the suspicion, figures as text)] for {clean, fgs, fgv, fgs_adv_acc, fgv_adv_acc,
+    pgd40, strongest_quick: value}; named: their titles. Runs of older versions have no adv_acc.
     """
     said, percent = [], {name: f"{100 * value:.1f} %" for name, value in found.items()}
     for name in ("fgs", "fgv"):
@@ -46,7 +46,7 @@ def suspicions(found, named):
 
 
 def mean_of(found, name):
-    """'98.5 ± 0.2' over the seeds, or for one seed its interval."""
+    """'98.5 ± 0.2' over the seeds, or the interval of a single seed."""
     values = [100 * one[name]["value"] for one in found]
     if len(values) == 1:
         return interval(found[0][name])
@@ -87,7 +87,7 @@ def table(runs):
 def over_epochs(runs, logs):
     """Markdown: PGD-40's highest and last accuracy for every seed of the runs, as for table.
 
-    logs: {what the run is called: [rows of log.csv of each seed]}; '' if no epoch was attacked.
+    logs: {name of the run: [rows of log.csv of each seed]}; '' if no epoch was attacked.
     """
     lines = []
     for facts, found in runs:
@@ -104,7 +104,7 @@ def over_epochs(runs, logs):
 
 
 def save_results(folder, facts, found):
-    """Results and curve of one variation into its RunFolder; found: a dict for each seed."""
+    """Save results and curve of one variation in its RunFolder; found: a dict for each seed."""
     logs = [_read_log(folder / f"seed{one['seed']}") for one in found]
     write_atomic(folder / "curve.png", draw.variations({called(facts): logs}))
     save_json(folder / "results.json", {"facts": facts, "seeds": found})
@@ -116,7 +116,7 @@ def save_results(folder, facts, found):
 
 
 def summarise(folders, out):
-    """The table, curves and examples of several finished runs into the folder `out`."""
+    """Save table, curves and examples of several finished runs in the folder `out`."""
     with reading(f"--summary {' '.join(map(str, folders))}", "fgsm_mnist.py"):
         runs = [_read_run(path) for path in folders]
         _check_same(folders, [facts for facts, _ in runs])
@@ -139,8 +139,8 @@ def summarise(folders, out):
 
 
 def _check_same(folders, runs):
-    """UserError unless these facts of runs agree in what a table must have in common, and each run
-    has a name of its own.
+    """UserError unless the facts of these runs agree where a table needs it, and no two runs have
+    the same name.
     """
     names = [called(facts) for facts in runs]
     for path, facts in zip(folders, runs, strict=True):
@@ -185,7 +185,7 @@ def _read_log(folder):
 def read_examples(folder, found):
     """{x (3, n, C, H, W) clean, FGS, FGV; seen (3, n); y (n,); labels} of a run's examples.npz.
 
-    found: the figures of its first seed, whose network attacked them.
+    found: the figures of its first seed, whose network was attacked.
     """
     labels = [f"{COLUMNS[name]}: {100 * found[name]['value']:.1f} %" for name in ("fgs", "fgv")]
     refuse_bomb(folder / "examples.npz")

@@ -25,7 +25,7 @@ from utils.saved import read_about, title_of
 WORST, SECONDS = "worst case", "s"
 ROBUST = ("robust_acc", "attack_robustness")
 BACKWARD = {"natural": lambda facts: 1, "free": lambda facts: 1, "fast": lambda facts: 2,
-            "pgd": lambda facts: facts["steps"] + 1}  # backward passes of a weight step
+            "pgd": lambda facts: facts["steps"] + 1}  # backward passes per weight step
 TRAINING = ("weight steps", "backward passes", "stage", "defence", "augmentations", "w_fgsm",
             "w_fgsm_target", "minutes", "clean_acc")  # the first columns
 
@@ -109,7 +109,7 @@ class Measured:
     """A network with its figures: attacks, saved, moved (the images of --transfer) {title: cell};
     corruptions, uaps {name: share}.
 
-    facts: NAME.json of its run in `folder`; {} and None for other networks. ar, ar_made: of
+    facts: NAME.json of its run in `folder`; {} and None for other networks. ar, ar_made: from
     report_gcm.worst_cases.
     """
     name: str
@@ -130,7 +130,7 @@ class Measured:
 
     @property
     def attacked(self):
-        """Every cell of an attack, once: what was rounded to 8 bit is of one of `attacks`."""
+        """Every attack's cell, once: those rounded to 8 bit belong to one of `attacks`."""
         return [*self.attacks.values(), *self.moved.values(),
                 *(cell for cell in self.saved.values() if "after8" not in cell)]
 
@@ -190,7 +190,7 @@ def tables(networks):
 
 
 def main_table(networks):
-    """A line for every network; a column is shown if one of the networks has it."""
+    """A line for every network; a column is shown if any network has it."""
     lines = [columns_of(net) for net in networks]
     every = dict.fromkeys(title for found in lines for title in found)
     columns = [title for title in TRAINING if title in every]
@@ -213,7 +213,7 @@ def columns_of(net):
     if "stage" in facts:
         found = {"stage": facts["stage"], "defence": facts["defense"],
                  "augmentations": " ".join(facts["augment"]), "w_fgsm": f"{facts['w_fgsm']:g}"}
-        if "w_fgsm_target" in facts:  # before it, w_fgsm was of x + eps sign(g) alone
+        if "w_fgsm_target" in facts:  # before it, w_fgsm was for x + eps sign(g) only
             found["w_fgsm_target"] = f"{facts['w_fgsm_target']:g}"
     if facts:
         found["minutes"] = f"{facts['seconds'] / 60:.1f}"
@@ -235,7 +235,7 @@ def columns_of(net):
 
 
 def as_in_the_paper(net):
-    """Whether it was trained as the networks of FREE_TABLE, and is attacked at their radius."""
+    """Whether it was trained like the networks of FREE_TABLE, and is attacked at their radius."""
     facts = net.facts
     return ("replays" in facts and facts["kind"] == "cifar10"
             and facts["model_name"] == "wrn_32_10" and facts["weight_steps"] == 80_000
@@ -247,7 +247,7 @@ def as_in_the_paper(net):
 
 
 def claims(networks):
-    """What the paper says of natural training, and of free-8 and pgd, with our figures."""
+    """The paper's claims about natural training, free-8 and pgd, with our figures."""
     by = {net.name: net for net in networks if "replays" in net.facts and len(net.attacks) > 1}
     said = []
 

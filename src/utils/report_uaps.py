@@ -1,4 +1,4 @@
-"""What eval_uap.py prints and saves of the rows {uap, target, n, metric: share ...} it measured."""
+"""What eval_uap.py prints and saves: tables of its rows {uap, target, n, metric: share ...}."""
 
 from statistics import mean, stdev
 
@@ -69,7 +69,7 @@ def dominant(found):
 
 def same_but_seed(uaps):
     """{label: perturbations} for those whose facts differ only in the seed, two seeds or more."""
-    groups = {}  # what made them: {seed: perturbation}
+    groups = {}  # {settings: {seed: perturbation}}
     for uap in uaps:
         if {"seed", "name"} <= uap.facts.keys():
             made_by = str([{**OLDER, **uap.facts}.get(key) for key in SETTINGS])
@@ -97,7 +97,7 @@ def seed_table(rows, groups, targets):
 
 
 def check_line(uap, rows, resized):
-    """One line to check a perturbation by: its size, NaN, and what 8-bit rounding changes."""
+    """One line for checking a perturbation: its size, NaN, and what 8-bit rounding changes."""
     if rounded(uap.delta) is None and not resized:
         rounding = "8-bit rounding changes nothing (it is on the grid k/255)"
     else:
