@@ -158,10 +158,10 @@ FOREIGN = {  # content of a .pth that is refused: words of the line
     "zip of a pickle elsewhere": (zipped(**{"../../data.pkl": PICKLES["protocol 2"]}),
                                   ("truncated",)),
     "bomb of zeros": (deflated(saved({"a": torch.zeros(10 ** 6)})), ("unpacks to 4000",)),
-    "web page": (b"<!DOCTYPE html><html>not found</html>", ("no .pth file", "torch.save")),
-    "pointer of git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", ("no .pth file",)),
+    "web page": (b"<!DOCTYPE html><html>not found</html>", ("not a .pth file", "torch.save")),
+    "pointer of git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", ("not a .pth file",)),
     "empty": (b"", ("truncated",)), "cut off": (saved(MLP)[:5000], ("truncated",)),
-    "cut off pickle": (PICKLES["protocol 4"][:9], ("no .pth file",))}
+    "cut off pickle": (PICKLES["protocol 4"][:9], ("not a .pth file",))}
 
 # ------------------------------------------------------------------------------ the table
 

@@ -1,8 +1,8 @@
-"""Runs: device, seed, provenance, files that are whole or absent, folders that resume.
+"""Runs: device, seed, provenance, atomic file writes, resumable folders.
 
-A run is a folder (README, "What a run leaves"). Everything in it is written to a temporary file,
+A run is a folder (README, "What a run leaves"). Every file in it is written to a temporary file,
 flushed to disk and renamed, so that a kill at any moment leaves either the old file or the new one.
-Nothing that is read is ever unpickled as code.
+Loading a file never runs pickled code.
 """
 
 import csv
@@ -30,24 +30,24 @@ import torchvision
 from utils.errors import UserError
 from utils.precision import EXACT, arithmetic, set_arithmetic, training
 
-NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # a cell of a table
-BOMB = 20  # times the size of its file that an archive may unpack to; torch does not compress
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what whole_file calls its files
-COUNTED = ("outside", "zero_gradient", "gradients", "queries")          # by its attack
+NAMED_BY = ("model", "defense", "attacker", "attack", "title", "norm")  # texts of a table's cell
+BOMB = 20  # largest unpacked size of an archive over its file size; torch does not compress
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names that whole_file uses
+COUNTED = ("outside", "zero_gradient", "gradients", "queries")          # by the attack
 
 # ------------------------------------------------------------ settings, device, seed
 
 def settled(args, **filled):
-    """The flags with what the data set presets filled in, as an object that nobody changes."""
+    """The flags with the data set's presets filled in, as a frozen object."""
     values = {**vars(args), **filled}
     return make_dataclass("Settings", list(values), frozen=True)(**values)
 
 
 def result_flags(settings, *without, **more):
-    """{flag: value} of what decides a result, by which a resumed run is compared with the old one.
+    """{flag: value} of everything that affects the result; a resumed run must match the old one.
 
-    without: flags besides the usual ones that decide nothing; more: what else decides it. With
-    device="cuda" --deterministic does; on a CPU it changes nothing.
+    without: more flags that do not affect it; more: other values that do. --deterministic counts
+    only with device="cuda"; on a CPU it changes nothing.
     """
     without = {"data_dir", "data_root", "save", "workers", "cache", "checkpoint_minutes", "resume",
                "overwrite", *without}
@@ -57,9 +57,9 @@ def result_flags(settings, *without, **more):
 
 
 def resolve_device(name):
-    """'auto' -> cuda, mps or cpu, whichever is there first; an absent one is a UserError.
+    """'auto' -> the first available of cuda, mps, cpu. UserError if the named one is missing.
 
-    From here on the process computes exactly; weight steps may leave that (utils/loop.py).
+    Sets exact arithmetic for the process; weight steps may leave it (utils/loop.py).
     """
     set_arithmetic(EXACT)  # "float32" in a table means float32
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -72,14 +72,14 @@ def resolve_device(name):
 
 
 def make_generator(seed):
-    """The one source of randomness of a run: on the CPU, so that every device draws the same."""
+    """The only source of randomness of a run; on the CPU, so that all devices draw the same."""
     return torch.Generator().manual_seed(seed)
 
 
 def provenance(device, deterministic=True):
     """What else a figure depends on: versions, device, threads, commit, arithmetic.
 
-    deterministic: of a training, its flag; figures are always measured so.
+    deterministic: a training's flag; figures are always measured deterministically.
     """
     with training(device, deterministic):
         state = arithmetic()
@@ -98,9 +98,10 @@ def provenance(device, deterministic=True):
 
 @contextmanager
 def whole_file(path):
-    """A binary file next to `path`, flushed to disk and renamed at the end: the old or the new one.
+    """Opens a temporary binary file next to `path`; at the end flushes it to disk and renames it.
 
-    OSError (disk full, no permission) leaves the old file as it was and no temporary file.
+    After an OSError (disk full, no permission) the old file is unchanged and no temporary file is
+    left.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
@@ -109,7 +110,7 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with suppress(OSError):  # WSL's, Samba's and FUSE's file systems may have no modes
+        with suppress(OSError):  # file systems of WSL, Samba and FUSE may have no modes
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private, open() would not
         os.replace(temporary, path)
     except OSError as error:
@@ -119,19 +120,19 @@ def whole_file(path):
 
 
 def write_atomic(path, content):
-    """Writes the bytes as a whole_file."""
+    """Writes the bytes through whole_file."""
     with whole_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def alone(path):
-    """Context for one process at a time, of those that make the file `path`; others wait."""
+    """Context that lets one process at a time make the file `path`; the others wait."""
     import fcntl  # POSIX, like the shell scripts
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / f".{path.name}.lock", "w") as file:
-        with suppress(OSError):  # a file system without locks: each process makes it
+        with suppress(OSError):  # no locks on this file system: each process makes it
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -143,40 +144,41 @@ def _umask():
 
 
 def save_pth(path, value):
-    """torch.save; the same value gives the same bytes, whatever the file is called."""
+    """torch.save, but the bytes depend on the value alone, not on the file's name."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def load_pth(path):
-    """torch.load of tensors and plain containers; a pickle with code in it is refused, not run."""
+    """torch.load of tensors and plain containers; a pickle with code is refused, not run."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: " + ("a folder, wanted a .pth file" if path.is_dir() else
                                        "no such file"))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of pickle protocols and deprecated formats
+            warnings.simplefilter("ignore")  # torch's, about pickle protocols and old formats
             refuse_bomb(path)
             if _runs_anyway(path):
                 raise pickle.UnpicklingError("TorchScript")
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch raises nearly anything on a broken file
+    except Exception as error:  # torch raises almost anything on a broken file
         foreign = isinstance(error, pickle.UnpicklingError)
         if (foreign and _is_pickle(path)) or "TorchScript" in str(error):
             raise UserError(f"{path}: holds more than tensors (code, a whole module, a pickle that "
                             "is not torch's) and was not executed; save a plain tensor or state "
                             "dict with torch.save") from None
         reason = str(error).strip().split("\n")[0][:80] or type(error).__name__
-        raise UserError(f"{path}: no .pth file; wanted tensors saved by torch.save" if foreign else
-                        f"{path}: truncated, or no .pth file ({reason})") from None
+        raise UserError(f"{path}: not a .pth file; wanted tensors saved by torch.save"
+                        if foreign else
+                        f"{path}: truncated, or not a .pth file ({reason})") from None
 
 
 def refuse_bomb(path):
-    """UserError if the file is a zip archive that unpacks to far more bytes than it has."""
+    """UserError if the file is a zip archive that unpacks to far more than its own size."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -186,7 +188,7 @@ def refuse_bomb(path):
 
 
 def _runs_anyway(path):
-    """Whether it is TorchScript or a tar file of 2016: torch before 2.6 opens them all the same."""
+    """Whether it is TorchScript or a tar file from 2016, which torch before 2.6 opens anyway."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -194,29 +196,29 @@ def _runs_anyway(path):
 
 
 def _is_pickle(path):
-    """Whether the file is a pickle, or torch's archive of one, by its opcodes: none is executed."""
+    """Whether the file is a pickle or torch's archive of one. Reads opcodes, executes none."""
     try:
         with open(path, "rb") as file:
             return zipfile.is_zipfile(path) or all(pickletools.genops(file))
-    except Exception:  # no opcode, cut off, too large a number
+    except Exception:  # not an opcode, truncated, too large a number
         return False
 
 
 def is_plain(value):
-    """Whether it is a tensor of real numbers that are there: no sparse, quantised or meta one."""
+    """Whether it is a dense tensor of real numbers: not sparse, quantised or meta."""
     return (torch.is_tensor(value) and value.layout is torch.strided and value.device.type == "cpu"
             and not (value.is_quantized or value.is_nested or value.is_complex()))
 
 
 def digest(value):
-    """Sixteen hexadecimal digits of the SHA-256 of a tensor's bytes."""
+    """First 16 hexadecimal digits of the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def save_json(path, value):
-    """Readable JSON: a key a line, a list of numbers on one line."""
+    """Readable JSON: one key per line, a list of numbers on one line."""
     text = re.sub(r"\[\n\s*([^\[\]{}\"]*?)\n\s*\]", lambda m: f"[{' '.join(m[1].split())}]",
-                  json.dumps(value, indent=1))  # a string holds no raw line break
+                  json.dumps(value, indent=1))  # strings hold no raw line break
     write_atomic(path, (text + "\n").encode())
 
 
@@ -228,7 +230,7 @@ def load_json(path):
 
 
 def save_csv(path, rows):
-    """rows: list of dicts; the columns are their keys in order, empty where a row has none."""
+    """rows: list of dicts; the columns are their keys in order, empty where a row lacks one."""
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -240,7 +242,7 @@ def save_csv(path, rows):
 # ---------------------------------------------------------------- run folders
 
 class RunFolder:
-    """A folder that one process at a time may write to; a killed process frees it."""
+    """A folder that one process at a time may write to; the lock of a killed process is freed."""
 
     def __init__(self, path, lock=True):
         import fcntl  # POSIX, like the shell scripts
@@ -260,7 +262,7 @@ class RunFolder:
             raise UserError(f"{path}: another run is writing to this folder; wait for it or choose "
                             "another folder") from None
         except OSError:
-            return  # a file system without locks: another run may be writing
+            return  # no locks on this file system: another run may be writing
         for path in self.path.glob(".*.tmp"):
             if TEMPORARY.fullmatch(path.name) and path.is_file():  # left by a kill
                 path.unlink()
@@ -270,11 +272,12 @@ class RunFolder:
 
     def load_checkpoint(self, flags, *, resume, overwrite, grows=False, name=None,
                         what="network"):
-        """The checkpoint to continue from, or None; refuses to lose a run or to mix two.
+        """The checkpoint to continue from, or None. Never overwrites a run unasked or mixes two.
 
-        flags: what decides the result (result_flags); with `resume` they must equal the saved ones.
-        grows: but --epochs, as no step of this run depends on how many epochs there will be.
-        name: of the network (`what`) that the run leaves, as NAME.pth, the only one of the folder.
+        flags: result_flags; with `resume` they must equal the saved ones, except --epochs if
+        `grows`: then no step depends on the number of epochs.
+        name: the run saves its network or perturbation (`what`) as NAME.pth; with `overwrite` the
+        folder may hold no other one.
         """
         path = self.path / "checkpoint.pth"
         for other in self._left(what) if name and overwrite and not resume else ():
@@ -282,14 +285,14 @@ class RunFolder:
                 raise UserError(f"--overwrite: {self.path} also holds another {what}, {other}.pth; "
                                 f"remove it and its {other}.json, or choose another folder")
         if not path.exists() or (overwrite and not resume):
-            return None  # the old checkpoint stays until the new run has one
+            return None  # the old checkpoint stays until the new run saves one
         if not resume:
             raise UserError(f"{self.path}: already holds a run; type --resume to continue it, "
                             "--overwrite to start again, or choose another folder")
         saved = load_pth(path)
         if not isinstance(saved, dict) or not isinstance(saved.get("flags"), dict):
             raise UserError(f"{path}: not a checkpoint of this script; choose another folder")
-        begun = "inside" in saved  # one more pass than there are rows
+        begun = "inside" in saved  # then one more pass has begun than there are rows
         done = len(saved["rows"]) + begun if isinstance(saved.get("rows"), list) else 0
         if grows and flags["epochs"] < done:
             raise UserError(f"--resume --epochs {flags['epochs']}: the run in {self.path} has "
@@ -306,7 +309,7 @@ class RunFolder:
         return saved
 
     def _left(self, what):
-        """The NAMEs of such NAME.pth that a script of ours left with their NAME.json."""
+        """Yields each NAME whose NAME.pth and NAME.json one of our scripts saved."""
         for path in sorted(self.path.glob("*.json")):
             facts = load_json(path) if path.with_suffix(".pth").is_file() else None
             if (isinstance(facts, dict) and facts.get("name") == path.stem
@@ -317,8 +320,8 @@ class RunFolder:
         """Settings and cells of the table in results.json; no cells if there is no table yet.
 
         settings: what every cell depends on; UserError if the table was made with other settings.
-        overwrite: as if there were no table, nor a part of a cell in partial.json.
-        What is only said, and not compared, is that of this command.
+        overwrite: ignore the table and delete partial.json, the unfinished cell. Settings that are
+        not compared are returned as this command gives them.
         """
         path = self.path / "results.json"
         if overwrite:
@@ -334,7 +337,7 @@ class RunFolder:
         was, cells = saved["settings"], saved["cells"]
         if any(isinstance(cell.get("before"), str) for cell in cells.values()):
             raise UserError(f"{path}: a table made by an older version; choose another folder")
-        if "batch_size" in was and "batch_size" not in settings:  # before cells had their own
+        if "batch_size" in was and "batch_size" not in settings:  # older tables: one for all cells
             size = {"batch_size": was.pop("batch_size")}
             cells = {key: size | cell for key, cell in cells.items()}
         broken = next((key for key, cell in cells.items() if not _can_be_counted(cell)), None)
@@ -350,8 +353,8 @@ class RunFolder:
 
 
 def compared(settings):
-    """The settings that decide a figure, in a form in which equal ones are equal: without the note
-    on how the images were chosen (their list is compared), folders by their whole path.
+    """The settings that affect a figure, in comparable form: folders as absolute paths, without
+    the note on how the images were chosen (their list is compared).
     """
     found = {key: value for key, value in settings.items() if key != "note"}
     if isinstance(found.get("data"), str) and Path(found["data"]).exists():
@@ -360,7 +363,7 @@ def compared(settings):
 
 
 def _can_be_counted(cell):
-    """Whether a cell is what the scripts write: names, counts, counts of n images, sizes."""
+    """Whether a cell has the form that the scripts write: names, counts, lists of n, sizes."""
     def counts(*values, most=2 ** 53):
         return all(type(value) is int and 0 <= value <= most for value in values)
 
