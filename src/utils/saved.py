@@ -1,8 +1,8 @@
-"""Attacked images as PNG: rounded to 8 bit inside the ball, read again, measured on networks.
+"""Attacked images as PNG: rounded to 8 bits inside the ball, read back, measured on networks.
 
-    DIR/NETWORK/ATTACK/000017.png    the image at place 17 of the list
+    DIR/NETWORK/ATTACK/000017.png    the image at position 17 of the list
     DIR/NETWORK/ATTACK/about.json    which list, which attack, which network
-    DIR/NETWORK/ATTACK/images.csv    of which image each file is, and its label; written last
+    DIR/NETWORK/ATTACK/images.csv    each file's source image and label; written last
 """
 
 import csv
@@ -28,11 +28,11 @@ FACTS = {"attack": str, "network": str, "model": str, "norm": str, "eps": float,
 
 
 def rounded_inside(x, x_adv, eps, norm):
-    """uint8 images (n, C, H, W) near x_adv, within eps of x, whose pixels are multiples of 1/255;
-    on the CPU.
+    """x_adv rounded to uint8 (n, C, H, W), on the CPU, within eps of x, whose pixels are multiples
+    of 1/255.
 
-    To the nearest level; in Linf of those inside the ball, in L2 and L1 towards x where the nearest
-    levels lie outside.
+    Rounds to the nearest level: in Linf to the nearest inside the ball, in L2 and L1 towards x
+    where the nearest levels lie outside.
     """
     x, x_adv = x.cpu().double(), x_adv.cpu().double()  # Apple's GPUs have no float64
     clean, delta = (255 * x).round(), 255 * (x_adv - x)
@@ -47,7 +47,7 @@ def rounded_inside(x, x_adv, eps, norm):
 
 
 def png_of(pixels):
-    """An image (C, H, W) uint8 as the bytes of a file."""
+    """An image (C, H, W) uint8 as the bytes of a PNG file."""
     shown = pixels.permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown).save(buffer, "PNG")
@@ -55,7 +55,7 @@ def png_of(pixels):
 
 
 def read_png(path, like):
-    """(C, H, W) uint8, as large as `like`; UserError if the file is not such an image."""
+    """(C, H, W) uint8, in the shape of `like`; UserError if the file is not such an image."""
     try:
         found = np.asarray(read_image(path, "L"))
     except UserError:
@@ -70,9 +70,9 @@ def read_png(path, like):
 
 
 class Kept:
-    """keep(index, x, x_adv) of measure.run_cell: the images of one attack on one network.
+    """The `keep` of measure.run_cell: saves the images of one attack on one network.
 
-    about: all that they depend on; a folder holds images of one `about` alone.
+    about: everything that they depend on; a folder holds images of one `about` only.
     """
 
     def __init__(self, net, attack, images, s):
@@ -84,7 +84,7 @@ class Kept:
             "seed": s.seed, "labels": digest(images.labels), "images_sha256": images.sha256()}
 
     def check(self):
-        """UserError if the folder cannot be made, or holds other images."""
+        """UserError if the folder cannot be made or holds other images."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -99,17 +99,17 @@ class Kept:
                             "them, or choose another folder")
 
     def whole(self):
-        """Whether the folder holds all of them."""
+        """Whether the folder holds all images of this attack."""
         return _about(self.folder) == self.about and _is_whole(self.folder)
 
     def remove(self):
-        """Empties the folder; about.json is there until all images are gone."""
+        """Empties the folder; about.json is deleted last."""
         for name in ("images.csv", *_files(self.folder), "about.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     def begin(self, before, progress):
-        """about.json in the folder, no images.csv until all images are there, and none of an image
-        that was wrong before.
+        """Prepares the folder: writes about.json; deletes images.csv, which finish() writes, and
+        images that were misclassified before the attack.
         """
         def made():
             self.check()
@@ -120,10 +120,10 @@ class Kept:
             save_json(self.folder / "about.json", self.about)
             return empty
         if progress.team.from_first(made):
-            progress.clear()  # what was done of this cell left its images in a folder that is gone
+            progress.clear()  # the images of the saved progress are gone
 
     def __call__(self, index, x, x_adv):
-        """Saves the images at these places of the list; -> what is read again."""
+        """Saves the images at these positions of the list. -> the images as read back"""
         pixels = rounded_inside(x, x_adv, self.attack.eps, self.attack.norm)
         for i, one in zip(index.tolist(), pixels, strict=True):
             write_atomic(self.folder / f"{i:06}.png", png_of(one))
@@ -132,7 +132,7 @@ class Kept:
                         .to(x.device))
 
     def finish(self, before, team):
-        """images.csv: a row for each image that was right before, and so attacked."""
+        """Writes images.csv: a row for each attacked image, that is, each that was right before."""
         names, labels = self.images.names, self.images.labels.tolist()
         if team.first:
             save_csv(self.folder / "images.csv", [
@@ -146,19 +146,19 @@ def _word(text):
 
 
 def _files(folder):
-    """Names of the saved images in a folder, which may not be there."""
+    """Names of the saved images in a folder, which need not exist."""
     return {path.name for path in folder.glob("*.png") if path.stem.isdecimal()}
 
 
 def _about(folder):
-    """about.json, {} if there is none."""
+    """about.json, or {} if there is none."""
     path = folder / "about.json"
     about = load_json(path) if path.is_file() else {}
     return about if isinstance(about, dict) else {}
 
 
 def _is_whole(folder):
-    """Whether all files that images.csv names are there."""
+    """Whether all files named in images.csv exist."""
     try:
         with open(folder / "images.csv", newline="", encoding="utf-8") as file:
             return {row["file"] for row in csv.DictReader(file)} <= _files(folder)
@@ -167,9 +167,8 @@ def _is_whole(folder):
 
 
 def check_folders(networks, ready, s, team):
-    """Before any attack. UserError if --from_images are of another list, or if a folder of
-    --save_images holds other images than those of this command; with --overwrite what these
-    folders hold is removed.
+    """Runs before any attack. UserError if --from_images come from another list, or if a folder of
+    --save_images holds images of another command; --overwrite empties these folders.
 
     ready(geometry): the images, in every process.
     """
@@ -187,7 +186,7 @@ def check_folders(networks, ready, s, team):
             about = read_about(folder)
             if any((about["images_sha256"], about["labels"]) != (one.sha256(), digest(one.labels))
                    for one in lists):
-                raise UserError(f"--from_images {folder}: saved of another list of images; give "
+                raise UserError(f"--from_images {folder}: saved from another list of images; give "
                                 "the --data_dir and --num_images that they were saved with")
         for keep in keeps:
             if s.overwrite:
@@ -197,18 +196,18 @@ def check_folders(networks, ready, s, team):
 
 
 def read_about(folder):
-    """about.json; UserError if the folder is none that --save_images left."""
+    """about.json; UserError if --save_images did not write the folder."""
     about = _about(folder)
     if not all(isinstance(about.get(key), kind) for key, kind in FACTS.items()):
-        raise UserError(f"--from_images {folder}: no about.json of saved images in it, or an "
-                        "older one; wanted DIR/NETWORK/ATTACK of --save_images DIR")
+        raise UserError(f"--from_images {folder}: no about.json of saved images in it, or one "
+                        "of an older version; wanted DIR/NETWORK/ATTACK of --save_images DIR")
     return about
 
 
 def made_with(folders, networks):
     """{title: what the images were made with, and their digest} of the folders of --from_images.
-    UserError unless all images are there, as large as the networks take them, and each title is
-    that of one folder.
+    UserError unless all images are there and of the networks' input size, and no two folders share
+    a title.
     """
     found = {}
     for folder in folders or []:
@@ -216,7 +215,7 @@ def made_with(folders, networks):
         for net in networks:
             if about["size"] != net.target.size:
                 raise UserError(f"--from_images {folder}: saved at {about['size']} pixels, but "
-                                f"{net.name} takes {net.target.size}; type --geometry as then")
+                                f"{net.name} takes {net.target.size}; type its --geometry")
         if not _is_whole(folder):
             raise UserError(f"--from_images {folder}: not all of its images are there; type the "
                             "command with --save_images again")
@@ -229,7 +228,7 @@ def made_with(folders, networks):
 
 
 def _digest(folder):
-    """Sixteen hexadecimal digits of the saved images in a folder, which tell others from them."""
+    """16 hexadecimal digits that identify the saved images in a folder."""
     whole = hashlib.sha256()
     for name in sorted(_files(folder)):
         whole.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
@@ -242,7 +241,7 @@ def title_of(about):
 
 
 def saved_cells(net, images, done, s, progress):
-    """Yields (key, cell) of --from_images on one network; images that were not saved are clean."""
+    """Yields (key, cell) of --from_images on one network; images without a file stay clean."""
     for folder in s.from_images or []:
         about = read_about(folder)
         key = f"{net.name} | {title_of(about)}"
@@ -258,7 +257,7 @@ def saved_cells(net, images, done, s, progress):
 
 
 def _from_disk(folder, model, x, y, *, generator, report):
-    """The saved images of x, which the generator, a Chance of places in the list, numbers."""
+    """The saved images of x. generator: a Chance, which holds their positions in the list."""
     found = (255 * x).round().to(torch.uint8)
     for k, i in enumerate(generator.images.tolist()):
         path = folder / f"{i:06}.png"

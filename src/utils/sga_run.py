@@ -1,4 +1,4 @@
-"""Of train_sga.py: settings and presets, what a run measures of itself, and what it leaves."""
+"""For train_sga.py: settings and presets, a run's own measurements, and its output files."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -26,21 +26,21 @@ from utils.run import (
 from utils.sga_team import predicted
 from utils.sources import label_of
 
-PRESET_FLAGS = {  # of --preset: what it sets where the flag is not typed
+PRESET_FLAGS = {  # --preset: values for flags that are not typed
     "paper": {"augment": False, "loss": "ce", "batch_size": 250},
     "few_images": {"augment": True, "loss": "ce", "batch_size": 250},
     "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
-INNER = {"minibatch": 10, "iter": 4}  # of sga alone, where they are not typed
+INNER = {"minibatch": 10, "iter": 4}  # defaults of sga alone
 MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
-RATES = {"adam": 0.51, "dm": 2.55}  # of eps: 0.02 and 0.1 in FG-UAP's and DM-UAP's scripts
-WATCHED, PER_IMAGE = 100, 20  # watched images: at most, and gradients of an epoch for each
+RATES = {"adam": 0.51, "dm": 2.55}  # alpha / eps, from 0.02 and 0.1 in FG-UAP's and DM-UAP's
+WATCHED, PER_IMAGE = 100, 20  # watched images: at most; gradients of an epoch per image
 
 
 # ------------------------------------------------------------------------ settings
 
 def plans(args):
-    """[(settings, images, surrogates)] of the command, one for each word of --model_name."""
+    """[(settings, images, surrogates)] of the command, one per word of --model_name."""
     words = args.model_name or [None]
     weights = one_each(words, args.weights) if len(words) > 1 else [sum(args.weights, [])]
     found = [settle(settled(args, model_name=word, weights=own))
@@ -49,13 +49,13 @@ def plans(args):
     for name in called:
         if called.count(name) > 1:
             raise UserError(f"--model_name: {name} twice, which would share a folder; type them in "
-                            "two commands, with other --save")
+                            "two commands, with another --save")
     lists = {s.image_size: images for s, images, _ in found}  # each is decoded once
     return [(s, lists[s.image_size], surrogates) for s, _, surrogates in found]
 
 
 def settle(args):
-    """Settings with the presets filled in, images (names only), surrogates as Targets.
+    """-> settings with the presets filled in, images (names only), surrogates as Targets.
 
     args: the flags, with the networks and weights of one perturbation.
     """
@@ -80,7 +80,7 @@ def settle(args):
 
 
 def _momentum(s):
-    """Of the preset, 0.9 but for the paper's; with a typed --augment always, with Adam never."""
+    """Default momentum: 0.9 unless the preset is `paper` without --augment; 0 with Adam."""
     return 0.9 * ((s.augment or s.preset != "paper") and s.method not in ADAMS)
 
 
@@ -93,22 +93,23 @@ def _check(s, kind, classes):
             raise UserError(f"--target {target} --loss {s.loss}: this loss has no classes to steer "
                             "to; type --loss ce or --loss logit")
     if s.layer and s.loss != "feature":
-        raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: no layer is compared; type "
-                        "--loss feature")
+        raise UserError(f"--layer {','.join(s.layer)} --loss {s.loss}: this loss compares no "
+                        "layer; type --loss feature")
     if s.momentum and s.method in ADAMS:
         raise UserError(f"--method {s.method} --momentum {s.momentum:g}: Adam has a momentum of "
                         "its own; leave --momentum out")
     if s.method == "dm":
         _check_maximin(s)
     if s.bpda and "gcm" not in s.defense:
-        raise UserError(f"--bpda --defense {s.defense}: no gcm layer there; type --defense gcm")
+        raise UserError(f"--bpda --defense {s.defense}: this defence has no gcm layer; type "
+                        "--defense gcm")
     if s.method == "sga" and s.minibatch > s.batch_size:
         raise UserError(f"--minibatch {s.minibatch} --batch_size {s.batch_size}: a minibatch "
                         "is drawn from the batch; type a smaller --minibatch")
 
 
 def _check_maximin(s):
-    """UserError for what DM-UAP's minimisation does not know: other losses, classes, networks."""
+    """UserError for what DM-UAP lacks: other losses, targets, defences, several networks."""
     networks, targets = s.model_name or [], s.target or []
     for typed, wrong, wanted in (
             (f"--loss {s.loss}", s.loss != "ce", "--loss ce"),
@@ -122,9 +123,9 @@ def _check_maximin(s):
 
 
 def surrogates_of(names, weights, images, image_size=None):
-    """[Target] of the networks that a perturbation is made on together, all for one size of images.
+    """[Target] of the networks that one perturbation is made on, all for one image size.
 
-    A name may occur twice, with other weights. UserError: unknown ones, or sizes that differ.
+    A name may occur twice, with different weights. UserError: unknown names, or different sizes.
     """
     found = targets_of([names], [weights], (), images, image_size)
     if len(found) < len(names):
@@ -138,8 +139,8 @@ def surrogates_of(names, weights, images, image_size=None):
 
 
 def uap_name(s):
-    """What a perturbation is called: method, networks, and what else was typed of loss, random
-    transforms, defence and target. Runs that differ in other settings want a --save of their own.
+    """Name of a perturbation: method, networks, and loss, random transforms, defence and target
+    where they are not the default. Runs that differ in other settings need their own --save.
     """
     extra = {"augment": s.augment, s.loss: s.loss != "ce", s.defense: s.defense != "none",
              "bpda": s.bpda, f"target{s.target}": s.target is not None}
@@ -151,17 +152,17 @@ def uap_name(s):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One perturbation to be made: what it is called, its folder, flags and checkpoint."""
+    """One perturbation to be made: its name, folder, flags and checkpoint."""
     name: str
     folder: RunFolder
     flags: dict
     saved: dict    # None: a new run
-    desc: str      # what an epoch is called
-    images: str    # what is said of them
+    desc: str      # label of an epoch
+    images: str    # a line that describes them
 
     @classmethod
     def opened(cls, job, device):
-        """The run of a Job of sga_team.py; --save holds a folder for each of several."""
+        """The run of a Job (sga_team.py); several runs get a folder each inside --save."""
         s, images, team = job.s, job.images, job.team
         name, data = uap_name(s), s.data_dir if s.data_dir in NAMED else images.kind
         path = s.save.joinpath(*job.apart.values()) if s.save else Path(
@@ -179,7 +180,7 @@ class Run:
                    f"{digest}; surrogate {', '.join(s.model_name)}")
 
     def begin(self, training):
-        """The training starts, or goes on where the checkpoint ends."""
+        """Starts the training, or continues it from the checkpoint."""
         say = partial(print, flush=True) if training.team.first else lambda text: None
         say(self.images)
         training.resume(self.saved, self.folder)
@@ -197,11 +198,11 @@ class Run:
 
 
 def open_runs(jobs, device):
-    """[(Job, its Run)] of a command; what can be refused is, before the first one is made."""
+    """[(Job, its Run)] of a command. Bad input is refused before the first run starts."""
     runs = [(job, Run.opened(job, device)) for job in jobs]
-    largest = sorted(jobs, key=lambda job: job.s.target or 0)  # class, which stands for the others
+    largest = sorted(jobs, key=lambda job: job.s.target or 0)  # largest class last, for all
     several = {id(job.surrogates): job for job in largest}.values() if len(jobs) > 1 else ()
-    for job in several:  # once for all seeds and targets: weights, and the layer that is compared
+    for job in several:  # once for all seeds and targets: checks weights and the compared layer
         size = job.s.image_size
         layers_of(job.models(device), job.s, torch.zeros((1, job.images.channels, size, size),
                                                          device=device))
@@ -211,24 +212,24 @@ def open_runs(jobs, device):
 # ------------------------------------------------------------------------ figures, files
 
 def check_count(was, now):
-    """UserError if a run that is resumed can read fewer images, or more, than it began with."""
+    """UserError if a resumed run can read fewer or more images than it began with."""
     if was != now:
-        raise UserError(f"--resume: the run has {was} images, {now} can be read now; bring the "
-                        "missing ones back or start again (--overwrite)")
+        raise UserError(f"--resume: the run has {was} images, {now} can be read now; restore "
+                        "the missing ones or start again (--overwrite)")
 
 
 def watched(images, gradients):
-    """Indices of the images whose fooling ratio is logged after each epoch of so many gradients.
+    """Indices of the images whose fooling ratio is logged after each epoch of `gradients`.
 
-    A forward pass is about a third of a gradient, so these are about 2 % of the epoch's passes.
+    A forward pass costs about a third of a gradient, so these are about 2 % of an epoch's passes.
     """
     return torch.linspace(0, images - 1, min(
         WATCHED, images, max(1, gradients // PER_IMAGE))).long()
 
 
 def fooled(training, models, index=slice(None)):
-    """[{metric: share}, one for each of the models] on the training images of that index, which
-    the processes share.
+    """[{metric: share}], one dict per model, on the training images at `index`; the processes share
+    the work.
 
     training: train_sga.SgaTraining; models: its surrogates, in the precision to measure in.
     """
@@ -245,8 +246,8 @@ def fooled(training, models, index=slice(None)):
 
 
 def save_perturbation(training, job, one):
-    """Saves the perturbation of the Job and its Run, pictures and facts, the last ones last; prints
-    how well it fools. A run that was finished before is left as it is.
+    """Saves the perturbation of a Job and its Run, pictures, then the facts, and prints how well it
+    fools. Leaves a run that was already finished as it is.
     """
     facts = training.team.from_first(lambda: _finished(one, job.s))
     if not facts:
@@ -263,7 +264,7 @@ def save_perturbation(training, job, one):
 
 
 def _finished(one, s):
-    """The facts that an earlier command saved after the last epoch, or {}."""
+    """The facts that an earlier command saved after the last epoch, else {}."""
     path, rows = one.folder / f"{one.name}.json", one.saved["rows"] if one.saved else ()
     files = (path, path.with_suffix(".pth"), path.with_suffix(".png"), one.folder / "curve.png")
     whole = len(rows) == s.epochs and all(file.is_file() for file in files)

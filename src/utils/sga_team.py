@@ -1,12 +1,12 @@
-"""Of train_sga.py: the perturbations that a command makes, and how the processes that torchrun
-started share them, or the work of one.
+"""For train_sga.py: the perturbations that a command makes, and how the processes that torchrun
+started share them, or the work on one.
 
-    several perturbations   each process makes every size-th of them, alone
+    several perturbations   process p makes perturbations p, p + size, ... alone
     several surrogates      process p differentiates surrogates p, p + size, ...
     --method spgd, adam     process p differentiates chunks p, p + size, ... of a batch
 
-One that is shared ends in the bytes of one process: every process holds all images, delta and the
-random numbers; gradients are gathered and added by each, in the order of one process.
+A shared perturbation has the same bytes as one made by a single process: every process holds all
+images, delta and the random numbers, and adds the gathered gradients in the same order.
 """
 
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from utils.run import settled
 from utils.sources import label_of
 from utils.team import Team
 
-BLOCK = 50       # images that are classified at a time
-SPGD_CHUNK = 50  # of a backward pass of SPGD: 250 at once need 27 GB on VGG16
+BLOCK = 50       # images classified at a time
+SPGD_CHUNK = 50  # images per backward pass of SPGD: 250 need 27 GB on VGG16
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A perturbation to be made. apart {flag: name of a folder}: what sets it apart from the others
-    of the command.
+    """A perturbation to be made. apart {flag: folder name}: what distinguishes it from the
+    command's others.
     """
     s: object           # settings, with one seed and one target or None
     images: Images      # names only
@@ -38,7 +38,7 @@ class Job:
     team: Team
 
     def models(self, device):
-        """The surrogates, without their defence. UserError: one has no such class to steer to."""
+        """The surrogates, without their defence. UserError if one lacks the target class."""
         found = [target.load(self.images, data_dir=self.s.data_dir, data_root=self.s.data_root,
                              device=device) for target in self.surrogates]
         for target, model in zip(self.surrogates, found, strict=True):
@@ -51,8 +51,8 @@ class Job:
 
 
 def jobs_of(plans, team):
-    """[Job] of this process: for each plan (settings, images, surrogates) its targets, and for each
-    target its seeds. UserError: nothing to share.
+    """[Job] of this process, one for each target and seed of each plan (settings, images,
+    surrogates). UserError: more processes than can share the work.
     """
     jobs = []
     for s, images, surrogates in plans:
@@ -80,9 +80,9 @@ def jobs_of(plans, team):
 
 
 def gathered(team, works, delta):
-    """What each of `works`, functions of nothing, gives: a loss () and a gradient like delta.
+    """For each of `works`, functions without arguments: its loss () and a gradient like delta.
 
-    Process p does works p, p + size, ...; all of them get everything, in the order of the works.
+    Process p runs works p, p + size, ...; every process gets all results, in the order of `works`.
     """
     if team.size == 1:
         return [work() for work in works]
@@ -96,9 +96,9 @@ def gathered(team, works, delta):
 
 
 def predicted(team, models, pixels, device, *, chance, delta=None):
-    """Predicted classes (S, N) of S models for images pixels (N, C, H, W) at x + delta.
+    """Predicted classes (S, N) of S models for pixels (N, C, H, W) at x + delta.
 
-    chance: of the N images, for a random defence.
+    chance: Chance of the N images, for a random defence.
     """
     blocks = torch.arange(len(pixels)).split(BLOCK)
 

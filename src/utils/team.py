@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from utils.errors import DAMAGE, UserError
 
-DIED = ("a process of this run died; what was saved is kept: the same command continues an "
-        "evaluation, with --resume a training")
+DIED = ("a process of this run died; saved work is kept: repeat the command to continue an "
+        "evaluation, add --resume to continue a training")
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LONGEST = timedelta(days=1)  # for which processes wait for the slowest, as for a download
+LONGEST = timedelta(days=1)  # how long processes wait for the slowest, such as for a download
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that torchrun started for one run; one alone where it did not."""
+    """The processes that torchrun started for one run; a single one without torchrun."""
     rank: int = 0
     size: int = 1
 
@@ -33,7 +33,7 @@ class Team:
         return self.rank == 0
 
     def gather(self, x):
-        """The tensors x (n, ...) of all processes, of which position p was held by p % size."""
+        """The tensors x (n, ...) of all processes as one; process p % size held position p."""
         if self.size == 1:
             return x
         parts = self.everyone(x.cpu())
@@ -43,15 +43,15 @@ class Team:
         return whole
 
     def total(self, values):
-        """The numbers of all processes, each summed."""
+        """Each of the numbers, summed over all processes."""
         return [sum(column) for column in zip(*self.everyone(list(values)), strict=True)]
 
     def first_says(self, flag):
-        """The flag of the first process, in every process."""
+        """The first process's flag, in every process."""
         return self.everyone(flag)[0]
 
     def everyone(self, value):
-        """The values of all processes, in their order; UserError if one of them has died."""
+        """The values of all processes, by rank; UserError if one of them has died."""
         parts = [value] * self.size
         if self.size > 1:
             try:
@@ -61,7 +61,7 @@ class Team:
         return parts
 
     def all(self, x):
-        """The tensors x of all processes, alike in shape and type, on the device of x."""
+        """The tensors x of all processes, of equal shape and type, on the device of x."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
         try:
             torch.distributed.all_gather(parts, x)
@@ -70,7 +70,7 @@ class Team:
         return parts
 
     def from_first(self, make):
-        """What make() returns in the first process, in all of them; so with its UserError."""
+        """Runs make() in the first process; all return its result or raise its UserError."""
         if self.size == 1:
             return make()
         try:
@@ -83,15 +83,15 @@ class Team:
         return value
 
     def in_turn(self, make):
-        """What make() returns, in the first process and then in the others: what it downloads is
-        there by then.
+        """Runs make() in the first process, then in the others, which find its downloads done.
+        -> each process's own result
         """
         found = []
         self.from_first(lambda: found.append(make()))
         return found[0] if self.first else make()
 
     def bar(self, total, desc, initial=0):
-        """A progress bar over images, which the first process shows."""
+        """A progress bar over images, shown by the first process."""
         return tqdm(total=total, desc=desc, initial=initial, unit="img", leave=False,
                     disable=None if self.first else True)
 
@@ -102,7 +102,7 @@ class Team:
 
 
 def _started():
-    """(rank, rank on this machine, size) as torchrun sets them; (0, 0, 1) without it."""
+    """(rank, rank on this machine, size) as torchrun sets them, else (0, 0, 1)."""
     found = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     if all(map(str.isdecimal, found)):
         return map(int, found)
@@ -114,7 +114,7 @@ def _started():
 
 
 def join_team(device, backend=None):
-    """Team, and the device of this process. backend: None, gloo, with NCCL for tensors on GPUs."""
+    """-> Team, this process's device. backend None: gloo, with NCCL for tensors on GPUs."""
     rank, local, size = _started()
     if size == 1:
         return Team(), device
@@ -127,24 +127,24 @@ def join_team(device, backend=None):
 
 
 def join_to_count(device):
-    """join_team for evaluations: what they gather are counts, on any device over gloo, which sees
-    at once that a process died. The first process alone prints.
+    """join_team for evaluations. They gather counts, so any device uses gloo, which notices at once
+    that a process died. Only the first process prints.
     """
     team, device = join_team(device, "gloo")
     if team.size > 1:
-        signal.signal(signal.SIGTERM, _stopped)  # torchrun's, when another process died
+        signal.signal(signal.SIGTERM, _stopped)  # from torchrun, when another process died
     if not team.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     return team, device
 
 
 def _stopped(*_):
-    print(f"error: {DIED}", file=sys.stderr)  # a UserError could be taken for a broken photograph
+    print(f"error: {DIED}", file=sys.stderr)  # a UserError would pass for a broken photograph
     sys.exit(2)
 
 
 class JointSum(torch.autograd.Function):
-    """The sum of a tensor over all processes; every one asks for its gradient."""
+    """The sum of a tensor over all processes; every process takes its gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -158,10 +158,10 @@ class JointSum(torch.autograd.Function):
 
 
 class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Statistics over the images of all processes, on devices that SyncBatchNorm is not for."""
+    """Statistics over the images of all processes, on devices without SyncBatchNorm."""
 
     def _check_input_dim(self, x):
-        """(N, C, ...) of any dimension"""
+        """(N, C, ...), any number of dimensions"""
 
     def forward(self, x):
         if not self.training:
@@ -182,7 +182,7 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def joint_batch_norm(model, device, team):
-    """The same model; with several processes its batch statistics are taken over all of them.
+    """The same model; with several processes, its batch statistics cover the images of all.
 
     UserError: a BatchNorm that does more than torch's, such as timm's with its activation.
     """
@@ -198,12 +198,12 @@ def joint_batch_norm(model, device, team):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
         if type(layer) in PLAIN:
-            layer.__class__ = JointBatchNorm  # the same parameters and buffers, summed elsewhere
+            layer.__class__ = JointBatchNorm  # same parameters and buffers
     return model
 
 
 def in_parallel(model, team, shape):
-    """The model as the processes of a team train it together; the model itself for one process.
+    """The model wrapped for joint training by a team's processes; unchanged for one process.
 
     shape: (C, H, W) of its images.
     """
@@ -216,8 +216,8 @@ def in_parallel(model, team, shape):
 
 
 def has_unused(model, shape):
-    """Whether some weights have no part in the logits of an image: the head of timm's networks
-    under another one, layers that are never called. They must be told of.
+    """Whether some weights do not affect the logits: the original head of timm's networks under
+    another head, layers that are never called. DistributedDataParallel must be told of them.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     x, training = torch.zeros((1, *shape), device=weights[0].device), model.training
@@ -231,7 +231,7 @@ def has_unused(model, shape):
 
 
 def without_sync(model):
-    """Context in which backward passes of a model of in_parallel only add to the gradients of this
-    process; the first one outside it averages all of them over the processes.
+    """Context in which backward passes of an in_parallel model add only to this process's
+    gradients; the first one outside it averages them over the processes.
     """
     return getattr(model, "no_sync", nullcontext)()
