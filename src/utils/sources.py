@@ -1,17 +1,17 @@
 """Where a network comes from: torchvision, timm, a function in a file, or utils/nets.py.
 
-    net = source("vgg16", "imagenet")                          torchvision's
-    net = source("timm/seresnet50.a1_in1k", "imagenet")        timm's, if it is installed
+    net = source("vgg16", "imagenet")                          from torchvision
+    net = source("timm/seresnet50.a1_in1k", "imagenet")        from timm, if it is installed
     net = source("nets/mine.py:network", "folder")             what network() returns
     net = source("preact_resnet18", "cifar100")                ours
 
     net.label                        short name in tables and file names: 'seresnet50.a1_in1k'
-    net.outputs                      of its published weights, or None
-    net.geometry("V1")               how these weights' images are read
+    net.outputs                      number of logits of its published weights, or None
+    net.geometry("V1")               how images are resized and cropped for these weights
     net.build(classes, seed, size)   the module with random weights, for images of `size` pixels
-    net.pretrained("V1", classes)    with its published weights
-    net.first_layer(module, "V1")    what stands between [0, 1] pixels and the module
-    net.described("V1")              what a table says of these weights
+    net.pretrained("V1", classes)    the module with its published weights
+    net.first_layer(module, "V1")    the layer between [0, 1] pixels and the module
+    net.described("V1")              description of these weights in tables
 """
 
 import difflib
@@ -40,7 +40,7 @@ OTHERS = "timm/NAME, FILE.py:FUNCTION"
 
 
 def source(name, kind):
-    """The network `name` for this kind of data. UserError: there is none; runs FILE.py."""
+    """The network `name` for this kind of data. UserError if there is none. Runs FILE.py."""
     if name.startswith("timm/"):
         return Timm(name, kind)
     if in_file(name):
@@ -58,7 +58,7 @@ def source(name, kind):
 
 
 def label_of(name):
-    """What tables and files call a network; no slash, no colon."""
+    """A network's name in tables and file names, without slash or colon."""
     if name.startswith("timm/"):
         stem, label = "timm", name.removeprefix("timm/")
     elif in_file(name):
@@ -75,7 +75,7 @@ def in_file(name):
 
 
 class Source:
-    """What the four have in common; name: as typed, kind: of data."""
+    """Base class of the four. name: as typed; kind: of data."""
     outputs = None
 
     @property
@@ -83,12 +83,12 @@ class Source:
         return label_of(self.name)
 
     def no_weights(self, weights, there):
-        return UserError(f"--weights {weights}: {self.name} has {there}, or the path of a state "
-                         "dict")
+        return UserError(f"--weights {weights}: {self.name} takes {there}, or the path of a "
+                         "state dict")
 
 
 def seeded(build, seed, **options):
-    """build(**options) with random weights of the seed, the same in every run."""
+    """build(**options) with random weights from the seed, the same in every run."""
     with torch.random.fork_rng(devices=[]):  # nn.Module draws from the global generator
         torch.manual_seed(seed)
         return build(**options)
@@ -104,13 +104,13 @@ class Torchvision(Source):
     outputs = 1000
 
     def published(self, weights):
-        """torchvision's transforms of these weights; of random ones those of the first weights."""
+        """torchvision's transforms for these weights; for random ones, those of the first entry."""
         if weights == "random":
             return next(iter(zoo.get_model_weights(self.name))).transforms()
         return self.enum(weights).transforms()
 
     def enum(self, weights):
-        """'V1', 'IMAGENET1K_V1', 'DEFAULT' ... -> torchvision's weights, if there are such."""
+        """'V1', 'IMAGENET1K_V1', 'DEFAULT' ... -> torchvision's weights; UserError if none."""
         members = zoo.get_model_weights(self.name).__members__
         found = members.get(weights) or members.get(f"IMAGENET1K_{weights}")
         if found is None:
@@ -128,13 +128,13 @@ class Torchvision(Source):
 
     @property
     def no_auxiliary(self):
-        """Without heads that give a second output in training mode."""
+        """Options that remove heads with a second output in training mode."""
         return {"aux_logits": False} if self.name in ("googlenet", "inception_v3") else {}
 
     def build(self, classes=None, seed=0, size=None):
         options = {"num_classes": classes} if classes else {}
-        if self.no_auxiliary:  # as torchvision builds them for its own weights: input shifted to
-            # the weights' own normalisation
+        if self.no_auxiliary:  # as torchvision builds them for its weights: the input is shifted
+            # to the weights' own normalisation
             options |= {"transform_input": True, "init_weights": True, **self.no_auxiliary}
         return seeded(zoo.get_model, seed, name=self.name, weights=None, **options)
 
@@ -143,10 +143,10 @@ class Torchvision(Source):
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(enum.url).name)
         try:
             if cached.is_file():
-                load_pth(cached)  # torchvision would run the code that a pickle can hold
+                load_pth(cached)  # torchvision would run code in a pickle
             return zoo.get_model(self.name, weights=enum, progress=sys.stderr.isatty(),
                                  **self.no_auxiliary)
-        except Exception as error:  # no connection, other tensors: torch raises nearly anything
+        except Exception as error:  # no connection, other tensors: torch raises almost anything
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())[:200]
@@ -166,22 +166,22 @@ class Torchvision(Source):
 
 @dataclass(frozen=True)
 class Timm(Source):
-    """timm/NAME or timm/NAME.TAG, where TAG chooses the published weights."""
+    """timm/NAME or timm/NAME.TAG; TAG selects the published weights."""
     name: str
     kind: str
 
     def __post_init__(self):
-        self.about  # noqa: B018 (says now that there is no such network)
+        self.about  # noqa: B018 (reports an unknown network now)
 
     @cached_property
     def about(self):
-        """timm's facts of the network's published weights, or of the network."""
+        """timm's facts about the network's published weights, or about the network."""
         timm, (name, _, tag) = self.timm, self.name.removeprefix("timm/").partition(".")
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=1)
             hint = f"did you mean timm/{near[0]}? " if near else ""
             raise UserError(f"--model_name {self.name}: timm {timm.__version__} has no such "
-                            f"network; {hint}timm.list_models() names them")
+                            f"network; {hint}timm.list_models() lists them")
         known = [full.partition(".")[2] for full in timm.list_models(
             f"{name}.*", pretrained=True) if full.startswith(f"{name}.")]
         if tag and tag not in known:
@@ -191,7 +191,7 @@ class Timm(Source):
         about = timm.get_pretrained_cfg(self.name.removeprefix("timm/"))
         if about is None:
             raise UserError(f"--model_name {self.name}: timm does not say how it reads images; "
-                            "type another, or FILE.py:FUNCTION with a function that makes it")
+                            "type another, or FILE.py:FUNCTION with a function that returns it")
         return about
 
     @property
@@ -213,7 +213,7 @@ class Timm(Source):
         return Geometry(size, math.floor(size / about.crop_pct), about.interpolation)
 
     def first_layer(self, net, weights):
-        return Normalize(self.about.mean, self.about.std)  # one grey channel becomes three
+        return Normalize(self.about.mean, self.about.std)  # expands one grey channel to three
 
     def build(self, classes=None, seed=0, size=None):
         return seeded(self.timm.create_model, seed, model_name=self.name.removeprefix("timm/"),
@@ -223,7 +223,7 @@ class Timm(Source):
         self.described(weights)
         try:
             return self.timm.create_model(self.name.removeprefix("timm/"), pretrained=True)
-        except Exception as error:  # the hub's clients raise nearly anything without a connection
+        except Exception as error:  # offline, the hub's clients raise almost anything
             reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
             raise UserError(f"{self.name}: its weights are not in the cache and cannot be "
                             f"downloaded ({reason}); type --weights PATH of a state dict or of "
@@ -247,7 +247,7 @@ class Factory(Source):
     kind: str
 
     def __post_init__(self):
-        self.function  # noqa: B018 (says now that there is none)
+        self.function  # noqa: B018 (reports a missing one now)
 
     @cached_property
     def function(self):
@@ -271,7 +271,7 @@ class Factory(Source):
     def pretrained(self, weights, classes=None):
         self.described(weights)
         _, needs_none = factory.takes_classes(self.function)
-        other = self.kind == "folder" and needs_none  # it may be a network for ImageNet
+        other = self.kind == "folder" and needs_none  # may be an ImageNet network
         return self.build(None if other else classes)
 
     def described(self, weights):
@@ -310,7 +310,7 @@ class Ours(Source):
 
     @property
     def ready(self):
-        """Whether it is trained on first use (utils/models.py)."""
+        """Whether the network is trained on first use (utils/models.py)."""
         return self.kind in RECIPES and self.name in SMALL
 
     def pretrained(self, weights, classes=None):
@@ -326,5 +326,5 @@ class Ours(Source):
 
 
 def beside_runs(name):
-    """What a command needs beside --runs of a network: the name of a FILE.py:FUNCTION, its code."""
+    """The flag needed beside --runs: --model_name if the network comes from FILE.py:FUNCTION."""
     return f" --model_name {name}" if ".py:" in name else ""

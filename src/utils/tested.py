@@ -1,4 +1,4 @@
-"""The networks of eval_net.py: opened, behind their defences, and the cells that are missing."""
+"""The networks of eval_net.py: loading them behind their defences, measuring missing cells."""
 
 import shlex
 from collections.abc import Callable
@@ -56,12 +56,12 @@ class Tested:
         return {every[name].title: every[name] for name in s.attacks}
 
     def described(self, s):
-        """What its cells depend on."""
+        """Everything about the network that its cells depend on, as text."""
         return (f"{self.target.name} ({self.target.described}) behind {self.front}, "
                 f"{self.draws(s)} draws" + f", {self.target.geometry}" * (self.target.size > 64))
 
     def clean_cell(self, images, s, progress):
-        """The cell of no attack at all: in how many forward passes each image is right."""
+        """The cell without an attack: in how many forward passes each image is right."""
         before = measure.times_right_on(
             self.defended, images, draws=self.draws(s), batch_size=s.batch_size,
             chance=numbered(s.seed, len(images)), device=s.device, workers=s.workers,
@@ -69,7 +69,7 @@ class Tested:
         return {"n": len(images), "draws": self.draws(s), "before": before, "after": before}
 
     def kept(self, cell, attack, images, s, team):
-        """Whether a cell has what --save_images asks for: a figure, and all images in DIR."""
+        """Whether a cell needs nothing more for --save_images: figure and all images are there."""
         return not s.save_images or ("after8" in cell and team.from_first(
             Kept(self, attack, images, s).whole))
 
@@ -89,9 +89,9 @@ class Tested:
 
 
 def missing_cells(net, ready, perturbations, done, s, progress):
-    """Yields (key, cell) of what is not yet in {key: cell} `done`, where the caller puts it.
+    """Yields (key, cell) for every key missing from `done`, to which the caller adds it.
 
-    ready(geometry): the images, without broken files. UserError: these are others than before.
+    ready(geometry): the images, without broken files. UserError if their number has changed.
     """
     own, at = f"{net.name} | ", net.target.geometry
     if s.judged and "before" not in done.get(own + "clean", {}):
@@ -119,7 +119,7 @@ def missing_cells(net, ready, perturbations, done, s, progress):
 
 
 def named_networks(s):
-    """[(name, network's name, weights, NAME.json, folder)] of --runs, or of networks by name."""
+    """[(name, network's name, weights, facts of NAME.json, folder)] of --runs or --model_name."""
     if s.runs:
         return [(name, facts["model_name"], str(path), facts, path.parent)
                 for name, path, facts in _runs(s)]
@@ -132,7 +132,7 @@ def named_networks(s):
 
 
 def _runs(s):
-    """finished.read_runs of --runs. UserError: NAME.json names code that the user did not type."""
+    """finished.read_runs(--runs). UserError if NAME.json names code that the user did not type."""
     runs, typed = finished.read_runs(s.runs), sum(s.model_name or [], [])
     files = [facts["model_name"] for *_, facts in runs if in_file(facts["model_name"])]
     for (_, path, facts) in runs:
@@ -143,14 +143,14 @@ def _runs(s):
                             f"be run; if you trust it, type --model_name {more} beside --runs")
     other = next((name for name in typed if name not in files), None)
     if other:
-        raise UserError(f"--runs with --model_name {other}: no FILE.py:FUNCTION that a run names; "
+        raise UserError(f"--runs with --model_name {other}: not a FILE.py:FUNCTION of these runs; "
                         "type --runs alone, or networks by name alone")
     return runs
 
 
 def where(facts, s):
-    """data_dir, data_root, labels and classes of the images that a network is tested on. The run's
-    own --labels were those of its training images.
+    """data_dir, data_root, labels and classes of a network's test images. The run's own --labels
+    belong to its training images.
     """
     known = {} if s.data_dir else facts
     return (s.data_dir or facts["data_dir"], s.data_root or facts.get("data_root", "data"),
@@ -158,7 +158,7 @@ def where(facts, s):
 
 
 def open_all(named, images, s, made):
-    """[Tested] of [(name, network's name, weights, NAME.json, folder)]; made: of Tested."""
+    """[Tested] of the list that named_networks returns; made: see Tested."""
     networks = []
     for name, model_name, weights, facts, folder in named:
         data_dir, data_root, *_ = where(facts, s)
@@ -171,12 +171,14 @@ def open_all(named, images, s, made):
         eps = s.eps or finished.linf_radius(facts, images.kind)
         networks.append(Tested(name, target, model, model(zero).shape[1], eps, facts, folder, made,
                                defense, low))
-        _ = networks[-1].defended  # says now if the defence cannot be built
+        _ = networks[-1].defended  # reports now if the defence cannot be built
     return networks
 
 
 def fitting(found, networks, images):
-    """The perturbations that are measured; UserError if one cannot be added to the images."""
+    """The perturbations to measure; with a random defence, the zero one first. UserError if one
+    does not fit the images.
+    """
     for net in networks:
         shape = (images.channels, net.target.size, net.target.size)
         for uap in found:

@@ -1,4 +1,4 @@
-"""Every network's MI-FGSM images on every network: eval_net.py --transfer."""
+"""MI-FGSM images of every network, measured on every network: eval_net.py --transfer."""
 
 import torch
 
@@ -9,11 +9,11 @@ from utils.defenses import adaptive
 from utils.errors import UserError
 from utils.report import interval, markdown
 
-STEPS, DIVERSE = 10, 0.5  # as published: steps of eps / 10, share of the images that DI changes
+STEPS, DIVERSE = 10, 0.5  # as published: steps of eps / 10; share of images that DI changes
 
 
 def check(networks, s):
-    """UserError if the networks do not take the same images."""
+    """UserError if the networks' inputs have different geometry."""
     other = next((net for net in networks if net.target.geometry != networks[0].target.geometry),
                  None)
     if s.transfer and other:
@@ -26,7 +26,7 @@ def key_of(source, target, s):
 
 
 def missing_cells(networks, mim, ready, done, s, progress):
-    """Yields (key, cell) of what is not yet in `done`; the images of a source are made once."""
+    """Yields (key, cell) for every key missing from `done`; a source's images are made once."""
     for source in networks:
         left = {key_of(source, target, s): target for target in networks
                 if key_of(source, target, s) not in done}
@@ -36,7 +36,7 @@ def missing_cells(networks, mim, ready, done, s, progress):
 
 
 def source_cells(source, left, mim, images, done, s, progress):
-    """[(key, cell)] of {key: target}: all images are attacked, whoever is right about them."""
+    """[(key, cell)] of `left`, {key: target}. All images are attacked, also misclassified ones."""
     eps, chance = source.eps, numbered(s.seed, len(images))
     attack = measure.Attack("MI-FGSM", "linf", eps, None)
     more = {"diverse": DIVERSE, "blur": blur_for(source.target.size)} if s.diverse else {}
@@ -62,18 +62,18 @@ def source_cells(source, left, mim, images, done, s, progress):
 
 
 def blur_for(size):
-    """Side of TI's kernel: 15 at 224 pixels, odd, at least 3."""
+    """Side of TI's kernel: 15 at 224 pixels, in proportion, odd, at least 3."""
     return max(3, 15 * size // 224 | 1)
 
 
 def onto(net, networks, cells, s):
-    """{title: cell} of every network's images on this one; {} without --transfer."""
+    """{title: cell} of the images of every network, measured on this one; {} without --transfer."""
     return {f"MI-FGSM from {source.name}" + ", DI and TI" * s.diverse:
             cells[key_of(source, net, s)] for source in networks if s.transfer}
 
 
 def table(networks, cells, s):
-    """Markdown: a line for every source; the diagonal is the white box."""
+    """Markdown: a line per source; the diagonal is white-box."""
     name = "MI-FGSM" + ", DI and TI" * s.diverse
     return (f"\nrobust_acc under transfer, %: {name}, {STEPS} steps of eps/{STEPS}, mu 1; made "
             "with the network of the line, measured on that of the column\n\n") + markdown(

@@ -1,9 +1,9 @@
-"""Universal perturbations as files, which may be anybody's and are never trusted:
+"""Universal perturbations read from files of any origin, which are never trusted:
 
     .pth    a plain tensor (C, H, W) or (1, C, H, W), or a dict that holds one
     .npy    the same, also (H, W, C)
-    .png    grey level 128 is zero, and 1/255 is `delta_gain` levels if the file says so
-    folder  every perturbation below it that has its facts in a NAME.json
+    .png    grey level 128 is zero; 1/255 is `delta_gain` levels if the file says so
+    folder  every perturbation below it that has a NAME.json
 """
 
 import warnings
@@ -22,13 +22,13 @@ from utils.run import (
     load_pth,
 )
 
-LARGEST = 4096  # pixels of a side
-TOLERANCE = 0.01 / 255  # over eps: a hundredth of a grey level, more than fp16 rounding needs
+LARGEST = 4096  # pixels per side
+TOLERANCE = 0.01 / 255  # above eps: 1/100 of a grey level, more than fp16 rounding needs
 
 
 @dataclass(frozen=True, eq=False)
 class Uap:
-    """A perturbation on the [0, 1] scale, float32 (C, H, W), and the facts that its run saved."""
+    """A perturbation on the [0, 1] scale, float32 (C, H, W), with the facts saved by its run."""
     name: str
     path: Path
     delta: torch.Tensor
@@ -41,7 +41,7 @@ class Uap:
 
 
 def rounded(delta):
-    """delta on the 8-bit grid k/255, or None if it lies on the grid already."""
+    """delta rounded to the 8-bit grid k/255, or None if it already lies on it."""
     grid = (delta * 255).round() / 255
     return None if torch.allclose(delta, grid, rtol=0, atol=1e-6) else grid
 
@@ -49,9 +49,9 @@ def rounded(delta):
 # --------------------------------------------------------------------- reading
 
 def find_uaps(paths, kind):
-    """Files as given; a folder stands for the perturbations in it that were made on such data.
+    """The files as given; a folder stands for its perturbations made on this kind of data.
 
-    Networks that were trained into the same folder are left out: their facts have no `scale`.
+    Networks trained into the same folder are left out: their facts have no `scale`.
     """
     found = []
     for path in map(Path, paths):
@@ -68,7 +68,7 @@ def find_uaps(paths, kind):
 
 
 def read_uaps(paths, *, scale, eps):
-    """[Uap], each with a name of its own; see read_uap."""
+    """[Uap] with unique names; see read_uap."""
     uaps = [read_uap(path, scale=scale, eps=eps) for path in paths]
     for form in (lambda p: p.stem, lambda p: f"{p.parent.name}/{p.stem}", str):
         names = [form(path) for path in paths]
@@ -78,8 +78,8 @@ def read_uaps(paths, *, scale, eps):
 
 
 def read_uap(path, *, scale, eps):
-    """One perturbation. scale: 'auto', '1' or '255', of a file whose NAME.json does not say it;
-    eps in [0, 1].
+    """One perturbation. scale: 'auto', '1' or '255', used if NAME.json does not give it; eps in
+    [0, 1].
 
     UserError: no file, truncated, holds code, wrong shape, NaN, unclear scale, over eps.
     """
@@ -93,11 +93,11 @@ def read_uap(path, *, scale, eps):
         if not marked and scale != "255":
             raise UserError(f"{path}: a PNG that does not say what its grey levels mean; type "
                             "--scale 255 if 128 is zero and one level is 1/255")
-        known = "1"  # decoded to [0, 1] already
+        known = "1"  # already decoded to [0, 1]
     elif path.suffix in (".pth", ".pt"):
         values = _tensor_in(load_pth(path), path)
     else:
-        raise UserError(f"{path}: no format of a perturbation; wanted .pth, .npy or .png")
+        raise UserError(f"{path}: not a perturbation format; wanted .pth, .npy or .png")
     values = _to_chw(values, path)
     bad = int((~values.isfinite()).sum())
     if bad:
@@ -111,38 +111,38 @@ def read_uap(path, *, scale, eps):
 
 
 def _beside(facts):
-    """The perturbation that a NAME.json describes: NAME.pth, .pt, .npy or .png; None if none."""
+    """The file that NAME.json describes: NAME.pth, .pt, .npy or .png, or None."""
     files = (facts.with_suffix(suffix) for suffix in (".pth", ".pt", ".npy", ".png"))
     return next((file for file in files if file.is_file()), None)
 
 
 def _facts(path):
-    """The facts of a perturbation in NAME.json; {} without such a file, or if it holds no dict."""
+    """The facts in NAME.json; {} if there is no such file or it holds no dict."""
     facts = load_json(path) if path.is_file() else {}
     return facts if isinstance(facts, dict) else {}
 
 
 def _load_npy(path):
-    """The file's numbers as float32; their type and shape are looked at before any is read."""
+    """The file's numbers as float32; type and shape are checked before any is read."""
     if not path.is_file():
         raise UserError(f"{path}: " + ("a folder, wanted a file" if path.is_dir() else
                                        "no such file"))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's, of headers that Python 2 wrote
+            warnings.simplefilter("ignore")  # numpy's, about headers written by Python 2
             values = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy raises nearly anything on a broken file
+    except Exception as error:  # numpy raises almost anything on a broken file
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path}: truncated, or holds more than numbers ({reason})") from None
     if values.dtype.kind not in "fi":
         raise UserError(f"{path}: values of type {values.dtype}; wanted signed numbers")
     _check_shape(values.shape, path)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # float32 overflow becomes infinite, and is refused
         return torch.from_numpy(values.astype(np.float32))
 
 
 def _tensor_in(value, path):
-    """The tensor itself, or the only one with the shape of a perturbation in a dict."""
+    """The tensor itself, or the only perturbation-shaped one in a dict."""
     if isinstance(value, dict):
         fit = {k: v for k, v in value.items()
                if torch.is_tensor(v) and v.ndim in (3, 4) and 1 not in v.shape[-2:]}
@@ -157,7 +157,7 @@ def _tensor_in(value, path):
 
 
 def _check_shape(shape, path):
-    """UserError unless it is that of a perturbation."""
+    """UserError unless this is the shape of a perturbation."""
     inner = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
     if len(inner) != 3 or not {inner[0], inner[-1]} & {1, 3} or min(inner) < 1 \
             or max(inner) > LARGEST:
@@ -169,14 +169,14 @@ def _to_chw(values, path):
     _check_shape(values.shape, path)
     values = values[0] if values.ndim == 4 else values
     if values.shape[0] not in (1, 3):
-        values = values.permute(2, 0, 1)  # as TensorFlow saves it
+        values = values.permute(2, 0, 1)  # TensorFlow's order
     return values.detach().float().contiguous()
 
 
 def _decide_scale(values, scale, path):
-    """1 or 255, by which the values are divided; UserError where both would make sense."""
+    """The divisor of the values, 1 or 255; UserError if both are plausible."""
     largest = values.abs().max().item()
-    if scale is None:  # half a grey level is no perturbation, and nothing in [0, 1] is over 1
+    if scale is None:  # over 1 is not in [0, 1]; half a grey level is no perturbation
         scale = "255" if largest > 1 else "1" if largest <= 0.5 else None
     if scale is None:
         raise UserError(f"{path}: largest |value| is {largest:.3g}, which may be on the [0, 1] or "
@@ -185,7 +185,7 @@ def _decide_scale(values, scale, path):
 
 
 def fit_size(uap, size, channels, eps, resize):
-    """delta as (C, size, size), resized if `resize`; UserError where it does not fit."""
+    """delta as (C, size, size), resized if `resize`; UserError if it does not fit."""
     c, h, w = uap.delta.shape
     if c != channels:
         raise UserError(f"{uap.path}: {c} channels; these images have {channels}")

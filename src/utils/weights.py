@@ -1,11 +1,11 @@
-"""Weights from a file: a state dict in .pth or .safetensors, however others have wrapped it.
+"""Weights from a file: a state dict in .pth or .safetensors, in any of the usual wrappings.
 
     mean_std = load_state(net, path, "resnet50")
 
-A state dict may stand under state_dict, model, net, model_ema or ema; its names may carry the
-prefixes module., model. and _orig_mod. in any combination; normalizer or normalize entries are the
-mean and std of the network's first layer; the attacker's copy of a network that the `robustness`
-library writes is left out. One line says what was done. Nothing is ever unpickled as code.
+A state dict may be nested under state_dict, model, net, model_ema or ema; its names may have the
+prefixes module., model. and _orig_mod. in any combination; normalizer or normalize entries become
+mean and std of the network's first layer; the attacker's copy of a network, which the `robustness`
+library writes, is left out. One line reports what was done. Loading never runs pickled code.
 """
 
 import re
@@ -19,19 +19,19 @@ from utils.nets import HEADS, last_layer, with_head
 from utils.run import is_plain, load_json, load_pth
 from utils.sources import label_of, sha256
 
-WRAPPED = ("state_dict", "model", "net", "model_ema", "ema", "state_dict_ema")  # the first is taken
+WRAPPED = ("state_dict", "model", "net", "model_ema", "ema", "state_dict_ema")  # the first wins
 PREFIXES = ("module.", "model.", "_orig_mod.")
 NORMALIZER = re.compile(r"(?:normalizer|normalize)\.(?:new_)?(mean|std)")
 LEFT_OUT = ("attacker.", "aux", "AuxLogits")  # a second copy of the network, auxiliary heads
 UNUSED = ("n_averaged", "num_batches_tracked")
 SUFFIXES = (".pth", ".safetensors")
-WORDS = ("V1", "V2", "random")  # for --weights, also where a file or a folder is called that
+WORDS = ("V1", "V2", "random")  # of --weights, even if a file or a folder has this name
 
 
 # ------------------------------------------------------------------------ which file
 
 def weights_path(name, weights, flag="--weights"):
-    """The file that the flag names (in a folder: NAME.pth), None if it is not a path."""
+    """The file that the flag names (in a folder: NAME.pth), or None if it is not a path."""
     path, label = Path(weights), label_of(name)
     if weights in WORDS:
         return None
@@ -47,26 +47,26 @@ def weights_path(name, weights, flag="--weights"):
 
 
 def trained(path):
-    """The facts NAME.json next to weights NAME.pth that a script of ours trained, else {}."""
+    """The facts in NAME.json next to NAME.pth, weights that one of our scripts trained; else {}."""
     beside = path.with_suffix(".json")
     facts = load_json(beside) if beside.is_file() else {}
     return facts if isinstance(facts, dict) else {}
 
 
 def head_of(path):
-    """(head, classes) of a network that was trained here; None: the network's own."""
+    """(head, number of classes) of a network trained here; None: the network's own head."""
     facts = trained(path)
     if not {"head", "classes"} <= facts.keys():
         return None
     head, classes = facts["head"], facts["classes"]
     if head not in HEADS or not isinstance(classes, list) or not classes:
-        raise UserError(f"{path.with_suffix('.json')}: no head, or no classes, that train_gcm.py "
-                        "writes; restore the file, or remove it if the network has its own head")
+        raise UserError(f"{path.with_suffix('.json')}: its head or classes are not as train_gcm.py "
+                        "writes them; restore it, or remove it if the network has its own head")
     return head, len(classes)
 
 
 def image_size_of(path):
-    """Side in pixels of the images that a script of ours trained these weights on, or None."""
+    """Side in pixels of the images that one of our scripts trained these weights on, or None."""
     size = trained(path).get("image_size") if path else None
     return size if type(size) is int and size > 0 else None
 
@@ -79,20 +79,20 @@ def described(path):
 
 @dataclass(frozen=True)
 class Found:
-    """The tensors of a file under one reading of their names."""
+    """The tensors of a file under one interpretation of their names."""
     state: dict                # {name: tensor}
-    prefix: str = ""           # that was stripped
+    prefix: str = ""           # stripped from the names
     norm: dict = field(default_factory=dict)  # {"mean": tensor, "std": tensor} of a normalizer
     left_out: tuple = ()       # names of the attacker's copy
 
     def fits(self, wanted):
-        """How many tensors of {name: tensor} are here in the same shape."""
+        """How many tensors of `wanted`, {name: tensor}, are here in the same shape."""
         return sum(name in self.state and self.state[name].shape == value.shape
                    for name, value in wanted.items())
 
 
 def read_state(path, name):
-    """The state dict of the file, as it stands there, and what a reader must know of the file."""
+    """-> the file's state dict, names unchanged, and remarks on the file for the report line."""
     state, said = _open(path), []
     for _ in range(2):  # {"state_dict": {"model": ...}}
         there = [key for key in WRAPPED if isinstance(state, dict)
@@ -122,12 +122,13 @@ def _open(path):
                         "give the weights as a .pth file") from None
     try:
         return load(path.read_bytes())
-    except Exception as error:  # safetensors' own errors, and torch's of types it does not know
-        raise UserError(f"{path}: truncated, or no safetensors file ({str(error)[:80]})") from None
+    except Exception as error:  # safetensors' own errors, and torch's on unknown types
+        raise UserError(f"{path}: truncated, or not a safetensors file "
+                        f"({str(error)[:80]})") from None
 
 
 def readings(state, wanted):
-    """Yields Found, with one prefix more stripped each time."""
+    """Yields Found, each with one more prefix stripped."""
     prefix, norm, left_out = "", {}, ()
     while True:
         state, more, dropped = _apart(state, wanted)
@@ -141,7 +142,7 @@ def readings(state, wanted):
 
 
 def _apart(state, wanted):
-    """-> the network's tensors, the normalizer's {"mean", "std"}, names that are left out."""
+    """-> the network's tensors, the normalizer's {"mean", "std"}, names left out."""
     kept, norm, left_out = {}, {}, []
     for key, value in state.items():
         part = NORMALIZER.fullmatch(key)
@@ -157,10 +158,10 @@ def _apart(state, wanted):
 # --------------------------------------------------------------------- into a network
 
 def fit(net, path, name, *, any_classes=False):
-    """-> the network with the weights of the file and the head that a script of ours gave it;
+    """-> the network with the file's weights and the head that one of our scripts gave it;
     (mean, std) of its first layer if the file has them, else None.
 
-    any_classes: the last layer gets as many outputs as the file has.
+    any_classes: the last layer gets as many outputs as in the file.
     """
     head = head_of(path)
     if head is None and any_classes:
@@ -177,7 +178,7 @@ def fit(net, path, name, *, any_classes=False):
 
 
 def load_state(net, path, name):
-    """The weights of a file, fp16 or fp32, into `net`; UserError if they do not fit.
+    """Loads the weights of a file, fp16 or fp32, into `net`; UserError if they do not fit.
 
     -> (mean, std) of the file's normalizer, each (C,), or None.
     """
@@ -215,7 +216,7 @@ def _check(found, wanted, path, name, said):
 
 
 def _normalizer(norm, path):
-    """(mean, std) of the entries, None if there are none; UserError if they cannot be used."""
+    """(mean, std) of the entries, or None if there are none; UserError if they are unusable."""
     if not norm:
         return None
     mean, std = norm.get("mean"), norm.get("std")
