@@ -1,11 +1,11 @@
-"""The attacks of other libraries, called as their manuals say, for the benchmarks of ours.
+"""The attacks of other libraries, called as their manuals say, for comparison with ours.
 
     pip install foolbox==3.3.4 adversarial-robustness-toolbox==1.20.1 adv-lib==0.2.8 \\
         pyautoattack==0.2.0
     pip install --no-deps torchattacks==3.5.1
 
-Each function is (model, x, y, *, settings of the library) -> x_adv for a network that takes [0, 1]
-pixels, with the library's own preprocessing off. They draw from the global random state.
+Each function is (model, x, y, *, the library's settings) -> x_adv, for a network that takes [0, 1]
+pixels, without the library's own preprocessing. They draw from the global random state.
 """
 
 import argparse
@@ -30,13 +30,13 @@ def positive(text):
     except (ValueError, ZeroDivisionError, OverflowError):
         value = 0
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0, such as 1/16")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0, such as 1/16")
     return value
 
 
 def installed():
-    """Names of the libraries that are installed, imported now so that no timing includes it."""
-    sys.modules.setdefault("visdom", types.ModuleType("visdom"))  # adv-lib draws no plot here
+    """Names of the installed libraries; imports them now, so that no timing includes it."""
+    sys.modules.setdefault("visdom", types.ModuleType("visdom"))  # adv-lib's plots, unused
     found = [name for name, module in MODULES.items() if find_spec(module)]
     for name in found:
         importlib.import_module(MODULES[name])
@@ -44,12 +44,12 @@ def installed():
 
 
 def foolbox(model, x, y, *, name, eps=None, **settings):
-    """eps None: a minimal perturbation, the image itself where none was found."""
+    """eps None: a minimal perturbation, or the image itself if none was found."""
     import foolbox as fb
 
     boxed = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
     _, x_adv, success = getattr(fb.attacks, name)(**settings)(boxed, x, y, epsilons=eps)
-    if eps is None:  # a failure comes back as a black image, which may be misclassified too
+    if eps is None:  # failures are returned as black images, which may be misclassified too
         found = success & (x_adv != 0).flatten(1).any(1)
         x_adv = torch.where(found.view(-1, 1, 1, 1), x_adv, x)
     return x_adv
@@ -86,5 +86,5 @@ def pyautoattack(model, x, y, *, name, **settings):
     from pyautoattack import autopgd_base, square
 
     attack = getattr(autopgd_base, name, None) or getattr(square, name)
-    with torch.no_grad():  # it seeds the global state itself, with 0 if not told otherwise
+    with torch.no_grad():  # it seeds the global state, by default with 0
         return attack(model, seed=torch.initial_seed(), **settings).perturb(x, y)

@@ -1,24 +1,24 @@
-"""Speed of attacks compared with other libraries, in one process, alternating.
+"""Speed of attacks compared with other libraries, in one process, in turns.
 
-    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early); APGD and
-                 Square always do so
+    ours         attacks.py; stop early: fooled images leave the batch (C&W: abort_early), as always
+                 in APGD and Square
     the others   torchattacks 3.5.1, foolbox 3.3.4, ART 1.20.1, for C&W adv-lib 0.2.8, for APGD and
                  Square pyautoattack 0.2.0; those not installed are left out (attack_others.py)
 
     PYTHONPATH=src python benchmarks/attack_speed.py \\
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
 
-Every implementation attacks three forms of the network: as it is loaded (float32, contiguous), and
+Every implementation attacks three forms of the network: as loaded (float32, contiguous), and
 copies in float32 and bf16 in the layout that is faster here. The images are in the network's memory
-order; PGD in L2 of torchattacks takes contiguous ones only. The figure in brackets is
-the speed over that of the fastest other library in the same form that took every step. Nothing else
-may run on the machine meanwhile.
+order; torchattacks' L2 PGD takes only contiguous ones. The figure in brackets is the speed relative
+to the fastest other library, in the same form, that took every step. Nothing else may run on the
+machine meanwhile.
 
-All attack the same images, all of which the network gets right, and what they return is measured
-again by the float32 network. Images/s counts attacked images, passes counts forward passes of an
-image. C&W takes binary_steps x cw_steps steps from c = 1 without early aborts; that of torchattacks
-takes them all with one c and may stop early. That of ART is left out: each step costs it a backward
-pass for each class among the labels.
+All attack the same images, which the network classifies correctly, and the results are measured
+again by the float32 network. Images/s counts attacked images, passes counts forward passes per
+image. C&W takes binary_steps x cw_steps steps from c = 1 without early aborts; torchattacks' takes
+them all with one c and may stop early. ART's is left out: each of its steps costs a backward pass
+for each class among the labels.
 """
 
 import statistics
@@ -95,7 +95,7 @@ def ours(args, early=False, judge=None):
 
 
 def others(args, classes):
-    """{library: {attack: ...}} of those that are installed."""
+    """{library: {attack: ...}} of the installed libraries."""
     eps, alpha, steps = args.eps, args.alpha, args.steps
     found = {"torchattacks": {
         "fgsm": partial(torchattacks, name="FGSM", eps=eps["linf"]),
@@ -132,7 +132,7 @@ def others(args, classes):
 
 @torch.no_grad()
 def attackable(model, images, count, args, device):
-    """The first `count` images that the network gets right, from the list's start -> x, y."""
+    """The first `count` images of the list that the network gets right. -> x, y"""
     found = []
     for index, pixels in batches(images, count, workers=args.workers, skipped=[]):
         x, y = to_float(pixels.to(device)), images.labels[index].to(device)
@@ -148,7 +148,7 @@ def attackable(model, images, count, args, device):
 
 
 def open_batch(name, args, device):
-    """The network and what is attacked: model, x, y."""
+    """-> model, and the x and y to attack"""
     images = open_images(args.data_dir, split="test") if args.data_dir else None
     kind = images.kind if images else "imagenet"
     if images and not images.labelled:
@@ -165,7 +165,7 @@ def open_batch(name, args, device):
 
 
 def forms_of(model, x, y, args):
-    """{(precision, layout): (network, x)}, first as it is loaded."""
+    """{(precision, layout): (network, x)}, the network as loaded first."""
     def step(networks, batch):
         return fgsm(networks[0], batch, y, eps=args.eps["linf"])
 
@@ -193,10 +193,10 @@ def implementations(forms, y, args):
 
 
 def timed(works, passed, turns, warm, device, desc):
-    """{name: (seconds of every turn, images that passed the network, x_adv)} of works {name: work}.
+    """{name: (seconds of each turn, images that passed the network, x_adv)} of works {name: work}.
 
-    passed: the list to which the networks add the size of every batch; warm: turns before those
-    that count.
+    passed: the list to which the networks append the size of every batch; warm: uncounted turns
+    before the others.
     """
     seconds, last = {name: [] for name in works}, {}
     with tqdm(total=(turns + warm) * len(works), desc=desc, leave=False, disable=None) as bar:
@@ -216,7 +216,7 @@ def timed(works, passed, turns, warm, device, desc):
 
 @torch.no_grad()
 def outcome(model, x, y, x_adv):
-    """What the float32 network says: attack_robustness, the mean L2 norm where it was fooled."""
+    """Measured on the float32 network: attack_robustness, mean L2 norm where it was fooled."""
     fooled = model(x_adv.contiguous()).argmax(1) != y
     norms = (x_adv.double() - x.double()).flatten(1).norm(dim=1)[fooled]
     return {"attack_robustness": share(int((~fooled).sum()), len(y)), "fooled": int(fooled.sum()),
@@ -226,7 +226,7 @@ def outcome(model, x, y, x_adv):
 def with_ratios(rows, steps):
     """The rows of one attack, each with `ratio`: its speed over the fastest other's in its form.
 
-    steps: forward passes of an image in a whole attack; who took fewer is no yardstick.
+    steps: forward passes per image in a whole attack; attacks with fewer are no yardstick.
     """
     def yardstick(row):
         full = [one["seconds"] for one in rows if one["passes"] >= steps
@@ -247,7 +247,7 @@ def measure(name, args, device):
     made = implementations(forms, y, args)
     for network in {network.model if isinstance(network, Fast) else network
                     for network, _ in forms.values()}:
-        # at Normalize, since ART calls the layers one by one
+        # at Normalize, because ART calls the layers one by one
         network[0].register_forward_hook(lambda module, inputs, out: passed.append(len(out)))
     whole = {"fgsm": 1, "cw_l2": args.binary_steps * args.cw_steps, "square": args.queries}
     for attack in args.attacks:
@@ -264,7 +264,7 @@ def measure(name, args, device):
 
 
 def table(rows):
-    """Head and lines: a line for each network, attack and implementation, a column for each form.
+    """Head and lines: a line per network, attack and implementation, a column per form.
     """
     forms = list(dict.fromkeys((row["precision"], row["layout"]) for row in rows))
     found, lines = {}, []
@@ -273,7 +273,7 @@ def table(rows):
         found.setdefault(key, {})[row["precision"], row["layout"]] = row
     for key, own in found.items():
         def each(text, own=own):
-            """What holds in every form once, else one for each form."""
+            """One text if it is the same in every form, else one per form."""
             said = [text(row) for row in own.values()]
             return said[0] if len(set(said)) == 1 else " / ".join(said)
         speeds = [f"{own[form]['images_per_s']:.1f}" + (
@@ -293,7 +293,7 @@ def main(args):
     args.eps = {norm: args.eps_scale * eps for norm, eps in EPS.items()}
     args.alpha = {norm: args.eps_scale * alpha for norm, alpha in ALPHA.items()}
     args.installed = installed()
-    torch.manual_seed(args.seed)  # the other libraries start from the global state
+    torch.manual_seed(args.seed)  # the other libraries draw from the global state
     rows = [row for name in args.model_name for row in measure(name, args, device)]
     kind = open_images(args.data_dir, split="test").kind if args.data_dir else "imagenet"
     about = {"data": args.data_dir or "random pixels, labelled by the network", "weights": {

@@ -14,18 +14,18 @@
     worst case      fooled by any of them: the union, image by image
 
 fgsm, the pgds with dense steps and cw_pgd_l2 are the columns of GCM's table (arXiv:2205.10617),
-with the settings of RobustART. PGD starts at a random point and, except for pgd_l1, projects as
-foolbox 3.3.4 does: scaled to the ball, then clipped to the box. The other libraries
-(attack_others.py) have fewer of these attacks, so their worst case is over fewer.
+with the settings of RobustART. PGD starts at a random point and, except for pgd_l1, projects like
+foolbox 3.3.4: rescaled to the ball, then clipped to the box. The other libraries (attack_others.py)
+have fewer of these attacks, so their worst case is over fewer.
 
     PYTHONPATH=src python benchmarks/attack_table.py \\
         --data_dir ../shared/data/imagenet_sample/val --weights ../shared/data/weights
     ... --eps_scale 1/16 --save runs/attack_table_16     # radii at which undefended networks differ
 
-Both sides attack the same float32 network, its weights in channels-last order because that is
-faster here. Only images that the network gets right are attacked. What an attack returns is
-measured again: it counts if the float32 network misclassifies it and it lies in the ball and in
-[0, 1]. Every cell is saved when it is done, and the same command continues where it was stopped.
+Both sides attack the same float32 network, with weights in channels-last order, which is faster
+here. Only images that the network gets right are attacked. What an attack returns is measured
+again: it counts if the float32 network misclassifies it and it lies in the ball and in [0, 1].
+Every finished cell is saved, and the same command continues where it stopped.
 """
 
 from dataclasses import dataclass
@@ -84,15 +84,15 @@ def get_args():
 
 @dataclass(frozen=True)
 class Pair:
-    """One row: our attack, and that of another library."""
+    """One row: our attack and another library's."""
     ours: Attack
     library: str = None
     other: Attack = None
 
 
 def seeded(attack, model, x, y, *, generator, report):
-    """Another library's attack(model, x, y), which draws from the global generator: seeded by the
-    numbers of the first image of the batch."""
+    """Another library's attack(model, x, y), which draws from the global generator: seeded from the
+    random numbers of the batch's first image."""
     torch.manual_seed(int(generator[:1].words()))
     return attack(model, x, y)
 
@@ -100,7 +100,7 @@ def seeded(attack, model, x, y, *, generator, report):
 def attack_pairs(scale, stop_early=False):
     """{name: Pair}, every eps and alpha times `scale`."""
     def row(ball, attack, other=None, name=None, given=None, **settings):
-        """The settings are ours, `given` those of the other library's attack `name`."""
+        """settings: ours; given: those of the other library's attack `name`."""
         eps = scale * EPS[ball]
         theirs = other and partial(seeded, partial(other, name=name, eps=eps, **(given or {})))
         return Pair(Attack("", ball, eps, partial(attack, eps=eps, **settings)),
@@ -130,17 +130,17 @@ def attack_pairs(scale, stop_early=False):
 # --------------------------------------------------------------------- a cell
 
 def cell_of(model, images, right, pair, side, args, device, desc):
-    """One attack of one side on the images of `right` (n,) -> what results.json keeps."""
+    """One attack by one side on the images with `right` (n,) -> its cell of results.json."""
     attack = pair.ours if side == "ours" else pair.other
     cell = run_cell(attack, model, model, images, right, draws=1, batch_size=args.batch_size,
                     chance=numbered(args.seed, len(images)), device=device, desc=desc)
-    if side == "other":  # no reports
+    if side == "other":  # has no reports
         cell = {key: value for key, value in cell.items() if key not in COUNTED}
     return {"side": side, "library": "ours" if side == "ours" else pair.library, **cell}
 
 
 def audit_line(cells):
-    """One line by which a reader can check what cells of one attack and one library returned."""
+    """An audit line for cells of one attack and one library: largest norm, images outside."""
     one, largest = cells[0], max(cell["largest"] for cell in cells)
     outside = sum(cell["outside"] for cell in cells)
     tried = sum(figures(cell)["clean_acc"]["k"] for cell in cells)
@@ -151,13 +151,13 @@ def audit_line(cells):
 # -------------------------------------------------------------------- figures
 
 def worst_row(cells):
-    """The row of the images that none of these cells fooled."""
+    """The row for images that none of these cells fooled."""
     return {"model": cells[0]["model"], "side": cells[0]["side"], "attack": WORST,
             "library": f"worst of {len(cells)}", **worst_of(cells)}
 
 
 def rows_of(cells):
-    """The cells of each network in order, followed by the worst case of either side."""
+    """The cells of each network in order, then the worst case of each side."""
     rows, order = [], list(attack_pairs(1))
     for model in dict.fromkeys(cell["model"] for cell in cells):
         own = sorted((cell for cell in cells if cell["model"] == model),
@@ -168,7 +168,7 @@ def rows_of(cells):
 
 
 def table(rows):
-    """Markdown: a line for every network and attack, ours and then the other library's."""
+    """Markdown: a line per network and attack, ours and then the other library's."""
     found = {(row["model"], row["attack"], row["side"]): row for row in rows}
     lines = []
     for key in dict.fromkeys((row["model"], row["attack"]) for row in rows):
@@ -194,7 +194,7 @@ def flat(row):
 
 
 def facts(settings, cells):
-    """{name: value} that every figure depends on."""
+    """{name: value} of everything that the figures depend on."""
     scale = settings["eps_scale"]
     return {
         "data": settings["data"], "n": settings["n"],
@@ -215,7 +215,7 @@ def facts(settings, cells):
 
 
 def save(folder, settings, cells):
-    """All three files, results.json last: the others have all that it has. -> the Markdown"""
+    """Writes all three files, results.json last: the others hold all its cells. -> Markdown"""
     rows, groups = rows_of(cells.values()), {}
     for row in rows:
         groups.setdefault((row["attack"], row["library"]), []).append(row)

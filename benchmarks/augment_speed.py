@@ -5,8 +5,8 @@
     PYTHONPATH=src python benchmarks/augment_speed.py --batch_size 2 --image_size 32 --turns 1
 
 Ours take and return a batch of uint8 images; torchvision's take and return one PIL image at a time.
-Both draw their parameters for every image, over about the same ranges. The operations are timed in
-turns, and the median counts.
+Both draw their parameters for every image, from about the same ranges. The operations are timed in
+turns; the median counts.
 """
 
 import statistics
@@ -85,7 +85,7 @@ def seconds(work, device):
 
 
 def medians(works, turns, device):
-    """{name: median seconds of work()}; timed in turns, of which the first does not count."""
+    """{name: median seconds of work()}, timed in turns; the first turn does not count."""
     taken = {name: [] for name in works}
     for turn in tqdm(range(turns + 1), leave=False, disable=None):
         for name, work in works.items():
@@ -116,7 +116,7 @@ def per_operation(args, device):
 
 
 def per_step(args, device):
-    """Images/s of a training step without and with the released augmentations before it."""
+    """{name: seconds} of a training step, and of one with the released augmentations before it."""
     model = trainable(args.model_name, kind="imagenet", head="own", classes=100).to(
         device, memory_format=torch.channels_last)
     optimizer, generator = torch.optim.Adamax(model.parameters(), 1e-4), make_generator(0)

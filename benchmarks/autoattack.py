@@ -1,14 +1,14 @@
-"""AutoAttack, ours and pyautoattack's, on small networks that were trained against each norm.
+"""AutoAttack, ours and pyautoattack's, on small networks trained against each norm.
 
     pip install pyautoattack==0.2.0
     PYTHONPATH=src python benchmarks/autoattack.py                       # digits, three networks
     PYTHONPATH=src python benchmarks/autoattack.py --norms l1 --seeds 3
     PYTHONPATH=src python benchmarks/autoattack.py --data_dir sample/val --num_images 30 \\
-        --model_name squeezenet1_0 --weights V1 --norms linf --eps 4/255   # as it is
+        --model_name squeezenet1_0 --weights V1 --norms linf --eps 4/255   # not trained here
 
-A network of --model_name is trained on --data_dir against PGD in the norm, and 200 test images are
-attacked at the radius of its training; with --weights it is attacked as it is. Both attack the same
-network, in one batch; what they return is classified again. A row for each network, norm and seed.
+Each network of --model_name is trained on --data_dir against PGD in the norm, and 200 test images
+are attacked at the training radius; with --weights it is not trained. Both sides attack the same
+network, in one batch; what they return is classified again. One row per network, norm and seed.
 """
 
 import time
@@ -51,7 +51,7 @@ def get_args():
 
 
 def trained(name, images, norm, eps, epochs):
-    """The network after PGD training: Madry et al., 1706.06083, on all images in memory."""
+    """The network after PGD training (Madry et al., 1706.06083) on all images, in memory."""
     torch.manual_seed(0)
     model = load_model(name, weights="random", kind=images.kind, data_dir=images.kind)
     g = make_generator(0)
@@ -68,7 +68,7 @@ def trained(name, images, norm, eps, epochs):
 
 
 def attacked(name, test, norm, eps, args):
-    """The network with --weights, or trained here."""
+    """The network to attack: with --weights, or trained here."""
     if args.weights:
         return load_model(name, weights=args.weights, kind=test.kind, data_dir=args.data_dir)
     return trained(name, open_images(args.data_dir, split="train"), norm, eps, args.epochs)

@@ -1,12 +1,12 @@
-"""Every bad input of the suite's tables through the real command line, a process for each.
+"""Every bad input of the test suite's tables, through the real command line, a process for each.
 
     PYTHONPATH=src:tests python benchmarks/bad_input.py                # 450 processes
     PYTHONPATH=src:tests python benchmarks/bad_input.py --cases 90     # a part, of every kind
 
-The cases are those of tests/test_bad_input.py and tests/test_bad_input_train.py. One is right when
-the process ends by itself with exit status 2, after one line on stderr that begins with "error:"
-and holds the words that the table asks for, has run nothing of the file, and has left the files
-of finished runs as they were. With --results it continues where it was stopped.
+The cases are those of tests/test_bad_input.py and tests/test_bad_input_train.py. A case passes if
+the process exits by itself with status 2, prints one line on stderr that begins with "error:" and
+contains the expected words, runs nothing from the file, and leaves the files of finished runs
+unchanged. With --results it continues where it stopped.
 """
 
 import os
@@ -24,8 +24,8 @@ from utils.cli import Parser, at_least, run_script
 from utils.run import load_json, save_json
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-LIMIT = 300  # seconds, after which a case has hung
-KINDS = {    # kind: what is in the names of its cases; a case is of the first one that fits
+LIMIT = 300  # seconds, after which a case counts as hung
+KINDS = {    # kind: substrings of its cases' names; the first kind that matches counts
     "pipes, devices, folders, loops of links": ("pipe as", "folder as", "loop as", "device"),
     "image lists and MNIST files": ("image list", "JSON list", "MNIST ", "no UTF-8"),
     "pickles, zip archives and junk as .pth": tuple(f"{name} as " for name in table.FOREIGN),
@@ -52,7 +52,7 @@ def kind_of(name):
 
 
 def all_cases():
-    """{name: (command, {file: content}, words of the line, whether no file may be written)}"""
+    """{name: (command, {file: content}, expected words, whether no file may be written)}"""
     cases = {name: (*case, True) for name, case in table.CASES.items()}
     for name, (args, words) in train.WRONG.items():
         cases[f"train_sga: {name}"] = (("train_sga.py", *train.QUICK, *args), {}, words, False)
@@ -60,7 +60,7 @@ def all_cases():
 
 
 def chosen(cases, number):
-    """Names of the cases, one kind after the other in turn."""
+    """Names of the cases, from each kind in turn."""
     left = {kind: [name for name in cases if kind_of(name) == kind] for kind in KINDS}
     names = []
     while any(left.values()):
@@ -69,7 +69,7 @@ def chosen(cases, number):
 
 
 def call(folder, command):
-    """-> exit status, or None if it hung; stderr"""
+    """-> exit status (None if it hung), stderr"""
     script, *args = map(str, command)
     try:
         done = subprocess.run([sys.executable, SRC / script, *args], cwd=folder, timeout=LIMIT,
@@ -80,7 +80,7 @@ def call(folder, command):
 
 
 def wrong_with(case, folder):
-    """What is wrong with the command's answer in this folder, '' if nothing is."""
+    """What is wrong with the command's answer in this folder, or ''."""
     command, files, words, kept = case
     table.place(files, folder)
     before = table.written(folder)
@@ -100,7 +100,7 @@ def wrong_with(case, folder):
 
 
 def make(folder):
-    """A folder of finished runs, and one of what train.WRONG names."""
+    """A folder of finished runs, and one with the files that train.WRONG names."""
     (folder / "runs").mkdir()
     table.finish_runs(folder / "runs")
     (folder / "train").mkdir()

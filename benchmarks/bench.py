@@ -1,4 +1,4 @@
-"""What the benchmarks share: the flags of a script, times compared, a table in three files."""
+"""Shared by the benchmarks: flags of a script, ratios of times, a table in three files."""
 
 import statistics
 import sys
@@ -8,7 +8,7 @@ from utils.run import save_csv, save_json, write_atomic
 
 
 def flags_of(script, *words):
-    """What the parser of `script`, a module, makes of these words: all its flags, new ones too."""
+    """The arguments that the parser of `script`, a module, returns for these words."""
     kept, sys.argv = sys.argv, [script.__name__, *map(str, words)]
     try:
         return script.get_args()
@@ -17,13 +17,13 @@ def flags_of(script, *words):
 
 
 def times_as_fast(seconds, other):
-    """Median over the turns of other / seconds: above 1 where `seconds` are fewer."""
+    """Median over the turns of other / seconds: above 1 if `seconds` are fewer."""
     return statistics.median(b / a for a, b in zip(seconds, other, strict=True))
 
 
 def show(head, lines, note, results=None, **content):
-    """Prints a table and the note under it. results: a JSON file to write, of `content`; the table
-    lies beside it as .md and .csv.
+    """Prints a table with a note under it. results: JSON file for `content`; the table is saved
+    beside it as .md and .csv.
     """
     lines = [list(map(str, line)) for line in lines]
     text = markdown(head, lines) + f"\n*{note}*\n"

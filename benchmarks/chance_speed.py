@@ -1,12 +1,12 @@
-"""Random numbers per second: those of utils/attack/chance.py, and one torch.Generator per image.
+"""Random numbers per second: utils/attack/chance.py compared with a torch.Generator per image.
 
-    old     a CPU generator for each image, in a loop, then to the device
+    old     a CPU generator for each image, in a loop, then copied to the device
     new     Philox in tensor arithmetic, for all images at once, on the device
 
     PYTHONPATH=src python benchmarks/chance_speed.py
     PYTHONPATH=src python benchmarks/chance_speed.py --device cuda --batch_size 250
 
-Random starts of PGD in the three norms, and what Square draws. Timed in turns; the median counts.
+Times random starts of PGD in the three norms, and Square's draws, in turns; the median counts.
 """
 
 import statistics
@@ -37,7 +37,7 @@ def get_args():
 
 
 def old_point(shape, norm, g):
-    """A point of the ball of radius 1 from the generator g."""
+    """A random point of the unit ball, drawn from the generator g."""
     if norm == "linf":
         return 2 * torch.rand(shape, generator=g) - 1
     if norm == "l2":
@@ -68,7 +68,7 @@ def works_of(args, device):
 
 
 def medians(works, turns, device):
-    """{key: median seconds}, timed in turns, of which the first does not count."""
+    """{key: median seconds}, timed in turns; the first turn does not count."""
     taken = {key: [] for key in works}
     for turn in range(turns + 1):
         for key, (_, work) in works.items():

@@ -1,14 +1,14 @@
-"""What a weight step costs: natural, free-m, pgd-K and fast compared with a plain loop of free-m.
+"""Cost of a weight step: natural, free-m, pgd-K and fast compared with a plain loop of free-m.
 
     PYTHONPATH=src python benchmarks/free_cost.py --data_dir cifar10 --data_root DATA \\
         --model_name resnet_small
 
 One process, in turns, the same network and images: seconds per weight step and per
 epoch-equivalent (as many weight steps as natural training takes for one pass over all the training
-images). Nothing else may run on the machine meanwhile. The plain loop does what published PyTorch
-code of free training does: images go through PIL and a DataLoader, the network is contiguous
-float32, and loss and two accuracies are read back from the device at every replay. It runs also in
-our layout and precisions, so that what is left does not come from these.
+images). Nothing else may run on the machine meanwhile. The plain loop works like published PyTorch
+code of free training: images go through PIL and a DataLoader, the network is contiguous float32,
+and loss and two accuracies are read back from the device at every replay. It also runs in our
+layout and precisions, to separate their effect from the rest.
 """
 
 import statistics
@@ -53,7 +53,7 @@ def get_args():
 
 
 class Silent:
-    """Takes the place of a progress bar, whose time would be measured too."""
+    """Replaces a progress bar, whose time would be measured too."""
 
     def update(self):
         pass
@@ -62,7 +62,7 @@ class Silent:
 # ------------------------------------------------------- loops: () -> weight steps
 
 def settings(args, method, amp, device):
-    """What free_at.py settles for these flags, with a low learning rate, and its images."""
+    """-> free_at.py's settings for these flags, with a low learning rate, and its images"""
     words = {"method": method, "amp": amp, "guard": "off", "epochs": 10 ** 6, "workers": 0,
              "num_images": args.batch_size * args.minibatches,
              **{name: getattr(args, name) for name in ("data_dir", "data_root", "model_name",
@@ -74,7 +74,7 @@ def settings(args, method, amp, device):
 
 
 def ours(s, images, device):
-    """A turn of free_at.py's own training."""
+    """-> turn(): free_at.py's own training"""
     training = free_at.FreeTraining(s, images, Team(), device)
 
     def turn():
@@ -85,7 +85,7 @@ def ours(s, images, device):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """The images as PIL images with a transform, as torchvision's data sets hand them out."""
+    """The images as PIL images with a transform, as in torchvision's data sets."""
 
     def __init__(self, images):
         self.images = images
@@ -120,7 +120,7 @@ def accuracies(logits, y, ks):
 
 
 def plain(s, images, device, workers, layout):
-    """A turn of free-m written without any care for speed, in the precision of s."""
+    """-> turn(): free-m written without regard to speed, in the precision of s"""
     model = trainable(s.model_name, kind=images.kind).to(device, memory_format=LAYOUTS[layout])
     optimizer = torch.optim.SGD(model.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay)
     loader = torch.utils.data.DataLoader(
@@ -153,7 +153,7 @@ def plain(s, images, device, workers, layout):
 # ------------------------------------------------------------------- measuring
 
 def timed(turns, count, device):
-    """{loop: seconds of a weight step in each of `count` turns}; a first turn does not count."""
+    """{loop: seconds per weight step in each of `count` turns}, after an uncounted first turn."""
     seconds = {name: [] for name in turns}
     with tqdm(total=(count + 1) * len(turns), disable=None) as bar:
         for number in range(count + 1):
@@ -174,7 +174,7 @@ HEAD = ["training", "ms per weight step", "range", "s per epoch-equivalent",
 
 
 def line(name, seconds, free, epoch):
-    """A line of the table for the loop `name`; epoch: weight steps of an epoch; free: free-m."""
+    """A line of the table for the loop `name`; epoch: weight steps per epoch; free: free-m."""
     median = {loop: statistics.median(values) for loop, values in seconds.items()}
     s, (loop, precision) = median[name], name.rsplit(", ", 1)
     slow = [f"plain loop of {free}, contiguous, float32",

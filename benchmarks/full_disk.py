@@ -1,13 +1,13 @@
-"""A disk that is full during every kind of write: one line, whole files, and the run goes on.
+"""A disk that fills up during each kind of write: one error line, whole files, run continues.
 
     PYTHONPATH=src python benchmarks/full_disk.py                 # as root
-    PYTHONPATH=src unshare -rm python benchmarks/full_disk.py     # as a user, where the kernel lets
+    PYTHONPATH=src unshare -rm python benchmarks/full_disk.py     # as a user, if the kernel allows
 
-Every trial runs a command of kill_test.py on a tmpfs that holds a part of what an undisturbed run
-writes, so that from trial to trial another write is the first that fails. It is right when the
-command ends with exit status 2 and one line, every file that is there can be read, no temporary
-file is left, and the same command, once the disk is larger, ends as the undisturbed run did. With
---results it continues where it was stopped.
+Every trial runs a command of kill_test.py on a tmpfs that holds only part of what an undisturbed
+run writes; its size, and so the first write that fails, varies between trials. A trial passes if
+the command exits with status 2 and one line, every file there can be read, no temporary file is
+left, and the same command on a larger disk then ends like the undisturbed run. With --results it
+continues where it stopped.
 """
 
 import os
@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.run import load_json, load_pth, save_json
 
 PAGE = 4096
-LARGE = 64 * 2 ** 20  # bytes of a disk on which every run fits
+LARGE = 64 * 2 ** 20  # bytes, enough for every run
 
 
 def get_args():
@@ -41,7 +41,7 @@ def get_args():
 
 @contextmanager
 def disk(folder, size):
-    """A tmpfs of `size` bytes at this folder. UserError: this process may not mount one."""
+    """A tmpfs of `size` bytes at this folder. UserError if this process may not mount one."""
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
                           check=False, capture_output=True)
@@ -55,7 +55,7 @@ def disk(folder, size):
 
 
 def written_by(words, cwd):
-    """What the command leaves on a disk that is large enough; the bytes that it needs there."""
+    """-> the command's outcome on a disk that is large enough, and the bytes it needs there"""
     folder = cwd / "whole"
     finish(start(words, folder, cwd))
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
@@ -65,7 +65,7 @@ def written_by(words, cwd):
 
 
 def wrong_with(words, cwd, size, wanted):
-    """'' if all is right on a disk of this size; 'fits' if it is not full."""
+    """What is wrong on a disk of this size, or ''; 'fits' if the disk did not fill up."""
     folder = cwd / "disk"
     with disk(folder, size):
         process = start(words, folder / "run", cwd)
@@ -97,7 +97,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as top:
         cwd = Path(top)
         with disk(cwd / "disk", PAGE):
-            pass  # says now if it cannot
+            pass  # fails now if mounting is not allowed
         if {"gcm", "eval_net"} & set(args.commands):
             finish(start(NETWORK, "net", cwd))
         for name in args.commands:

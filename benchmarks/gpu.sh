@@ -1,8 +1,8 @@
 #!/bin/sh
-# Everything that is said of speed on a GPU, in one table: SGA, PGD, adversarial training,
-# evaluation. Needs requirements-dev.txt. Not run on a GPU.
+# All measurements of speed on a GPU, in one table: SGA, PGD, adversarial training, evaluation.
+# Needs requirements-dev.txt. Not run on a GPU.
 #   sh benchmarks/gpu.sh                    from the root of the repository
-#   DATA=/data/cifar10 sh benchmarks/gpu.sh      CIFAR-10 that is there already
+#   DATA=/data/cifar10 sh benchmarks/gpu.sh      a CIFAR-10 that is already there
 set -eu
 PYTHON=${PYTHON:-python}
 DATA=${DATA:-cifar10}

@@ -1,10 +1,10 @@
-"""One table of the other benchmarks' tables, with images/s and peak memory of evaluation.
+"""The other benchmarks' tables in one, with images/s and peak memory of evaluation.
 
     sh benchmarks/gpu.sh                                        # runs them all on a GPU
     PYTHONPATH=src python benchmarks/gpu_table.py --tables runs/gpu/sga.csv runs/gpu/pgd.csv
 
-Evaluation: predictions of a network for pixels in the memory of the CPU, in float32, as eval_net.py
-makes them. Not run on a GPU.
+Evaluation: a network's predictions for pixels in CPU memory, in float32, as in eval_net.py. Not run
+on a GPU.
 """
 
 import csv
@@ -38,7 +38,7 @@ def get_args():
 
 
 def lines_of(path):
-    """Lines (what, measured, value) of a table: its texts name a row, its figures are lines."""
+    """Yields (what, measured, value) for each figure of a table; a row's texts are its `what`."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -56,7 +56,7 @@ def _begins_with_digit(text):
 
 
 def evaluation(name, args, device):
-    """Lines of the images/s and the peak memory of a network's predictions."""
+    """Yields lines for images/s and peak memory of a network's predictions."""
     model = load_model(name, weights="random", device=device).eval()
     model = model.to(memory_format=torch.channels_last)
     pixels = torch.randint(0, 256, (args.num_images, 3, args.image_size, args.image_size),

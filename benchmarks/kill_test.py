@@ -1,13 +1,13 @@
-"""Runs that are killed (kill -9) at random moments and started again, against undisturbed runs.
+"""Runs killed (kill -9) at random moments and started again, compared with undisturbed runs.
 
     PYTHONPATH=src python benchmarks/kill_test.py --kills 20        # of every command
 
-Every trial starts a command in an empty folder, kills its process group at a moment that is drawn
-evenly from the time that the undisturbed run takes, from when its folder is there, and starts the
-same command again (trainings with --resume) until it ends. Then networks and perturbations must
-have the same bytes, and log.csv and results.json the same content but for times. Trainings write a
-checkpoint after every minibatch, so that many of the kills fall into a write. With --results it
-continues where it was stopped.
+Every trial starts a command in an empty folder and kills its process group at a moment drawn
+uniformly from the undisturbed run's duration, counted from when its folder exists. It then runs the
+same command again (trainings with --resume) to its end. Networks and perturbations must then have
+the same bytes, and log.csv and results.json the same content except for times. Trainings write a
+checkpoint after every minibatch, so that many kills fall into a write. With --results it continues
+where it stopped.
 """
 
 import csv
@@ -66,7 +66,7 @@ def start(words, save, cwd):
 
 
 def finish(process):
-    """Waits for the command. -> what it wrote to stderr; RuntimeError unless it succeeded."""
+    """Waits for the command. -> its stderr; RuntimeError unless it succeeded."""
     said = process.communicate()[1]
     if process.returncode:
         raise RuntimeError(f"{process.args[1]}: exit status {process.returncode}: {said[-500:]}")
@@ -74,7 +74,7 @@ def finish(process):
 
 
 def moment_of_folder(process, folder):
-    """Waits until the run's folder is there. -> that moment"""
+    """Waits until the run's folder exists. -> the time"""
     while not (folder / ".lock").exists() and process.poll() is None:
         time.sleep(0.005)
     return time.monotonic()
@@ -88,7 +88,7 @@ def timeless(value):
 
 
 def outcome(folder):
-    """{file: its content, without clocks}; of checkpoints, pictures and tables the name alone."""
+    """{file: content without clocks}; checkpoints, pictures and tables by name only."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name, content = str(path.relative_to(folder)), ""
@@ -104,7 +104,7 @@ def outcome(folder):
 
 
 def stage_of(folder):
-    """Which of STAGES a kill belongs to, by what lies in the run's folder."""
+    """The one of STAGES that a kill belongs to, by the files in the run's folder."""
     names = {path.name for path in folder.rglob("*") if not path.name.startswith(".")}
     results = {name for name in names if name.endswith((".md", ".pth"))} - {"checkpoint.pth"}
     if results:
@@ -113,8 +113,8 @@ def stage_of(folder):
 
 
 def trial(words, cwd, whole, draw):
-    """One kill, and what comes after it; a run that ends before its moment is begun again with
-    another. -> {stage, differs: names of files}
+    """One kill and the restart; a run that ends before it is killed is repeated with another
+    moment. -> {stage, differs: names of files}
     """
     folder, killed = cwd / "killed", False
     while not killed:
@@ -135,7 +135,7 @@ def trial(words, cwd, whole, draw):
 
 
 def undisturbed(words, cwd):
-    """{seconds from when its folder is there, outcome} of the command."""
+    """{seconds: from when its folder exists, outcome} of the command."""
     folder = cwd / "whole"
     process = start(words, folder, cwd)
     began = moment_of_folder(process, folder)
@@ -146,7 +146,7 @@ def undisturbed(words, cwd):
 
 
 def table(done, seed, results):
-    """Prints and writes the table of {name: [what trial returns]}."""
+    """Prints and writes the table of {name: [results of trial()]}."""
     lines = []
     for name, trials in done.items():
         stages = [one["stage"] for one in trials]
@@ -167,7 +167,7 @@ def main(args):
         if {"gcm", "eval_net"} & set(args.commands):
             finish(start(NETWORK, "net", cwd))
         for k in tqdm(range(args.kills), unit="kill of each", disable=None):
-            for name in args.commands:  # in turn, so that all have some if this is stopped
+            for name in args.commands:  # in turn, so that all have some if stopped
                 if k < len(done[name]):
                     continue
                 if name not in whole:

@@ -3,11 +3,10 @@
     PYTHONPATH=src python benchmarks/scale_cost.py
     PYTHONPATH=src python benchmarks/scale_cost.py --measure memory --sizes 500 5000
 
-Runs eval_uap.py, eval_net.py and gcm.py as they are, on links to a few JPEG files that are made
-here, one CPU thread a process. Memory is anonymous memory, of a command and its decoders at once,
-sampled 20 times a second: mapped files are not counted, which the system takes back when it needs
-room. Linux. Images/s: what twice as many photographs take longer. Waits of a step:
-tests/test_no_waiting.py.
+Runs eval_uap.py, eval_net.py and gcm.py unchanged, on links to a few JPEG files made here, with one
+CPU thread per process. Memory is the anonymous memory of a command plus its decoders, sampled 20
+times a second; mapped files, which the system can reclaim, do not count. Linux. Images/s come from
+the extra time that twice as many photographs take. Waits of a step: tests/test_no_waiting.py.
 """
 
 import os
@@ -29,7 +28,7 @@ from utils.errors import UserError
 from utils.run import save_pth
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-PICTURES = 20  # different files; all others are links to them
+PICTURES = 20  # distinct files; all others are links to them
 
 
 def get_args():
@@ -39,8 +38,8 @@ def get_args():
     add("--sizes", type=at_least(10), nargs="+", default=[500, 5000, 50_000], help="numbers of "
         "small images at which memory is measured")
     add("--image_size", type=at_least(16), default=32, help="their side in pixels")
-    add("--photographs", type=at_least(10), default=300, help="of 224 pixels, by which speed is "
-        "measured: the time of twice as many less that of so many")
+    add("--photographs", type=at_least(10), default=300, help="of 224 pixels, for speed: the "
+        "time of twice as many minus that of this many")
     add("--model_name", default="squeezenet1_1", help="network that classifies the photographs")
     add("--processes", type=at_least(1), nargs="+", default=[1, 2], help="numbers of processes")
     add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
@@ -61,18 +60,18 @@ def make_images(folder, classes, n, size):
 
 
 def anonymous(pid):
-    """MB of anonymous memory of a process and of those that it started."""
+    """MB of anonymous memory of a process and its children."""
     try:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         own = next((int(line.split()[1]) for line in status if line.startswith("RssAnon")), 0)
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return own / 1e3 + sum(map(anonymous, children))
 
 
 def run(folder, script, *flags, processes=1):
-    """Runs a command -> its seconds, its peak MB. UserError: it failed."""
+    """Runs a command. -> seconds, peak MB; UserError if it failed."""
     start = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
                                        "--nproc_per_node", processes]
     command = [sys.executable, *start, SRC / script, *flags]
@@ -92,7 +91,7 @@ def run(folder, script, *flags, processes=1):
 
 
 def memory(folder, args):
-    """Lines of peak memory, by command and number of images."""
+    """Yields lines of peak memory, by command and number of images."""
     make_images(folder / "train", "abcdefghij", 20, (40, 40))
     make_images(folder / "small", "abcdefghij", max(args.sizes), (40, 40))
     with redirect_stdout(sys.stderr):
@@ -117,7 +116,7 @@ def memory(folder, args):
 
 
 def photographs(folder, args):
-    """Flags of a command that classifies twice so many photographs, which are made here."""
+    """Flags of a command that classifies 2 * --photographs photographs, which are made here."""
     if not (folder / "photos").exists():
         make_images(folder / "photos", sorted(wnids())[:10], 2 * args.photographs, (500, 375))
     return ("--data_dir", "photos", "--model_name", args.model_name, "--weights", "random",
@@ -125,7 +124,7 @@ def photographs(folder, args):
 
 
 def processes(folder, args):
-    """Lines of images/s by number of processes."""
+    """Yields lines of images/s by number of processes."""
     n, flags = args.photographs, photographs(folder, args)
     for count in args.processes:
         few, many = (run(folder, "eval_net.py", *flags, "--workers", 0, "--batch_size", 25,
@@ -136,7 +135,7 @@ def processes(folder, args):
 
 
 def cache(folder, args):
-    """Lines of seconds with and without --cache."""
+    """Yields lines of seconds with and without --cache."""
     n, flags = args.photographs, photographs(folder, args)
     for name, more in {"without --cache": (), "first with --cache": ("--cache", "cache"),
                        "second with --cache": ("--cache", "cache")}.items():

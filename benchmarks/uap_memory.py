@@ -4,7 +4,7 @@
 
 Reads --num_images files (links to one generated JPEG, so no data set is needed) with the code of
 train_sga.py. The gradient is a stand-in that needs no memory, so that only the data counts. Linux:
-resident memory of this process and of pages shared with its decoders, minus that before reading.
+resident memory of this process and pages shared with its decoders, minus that before reading.
 """
 
 import os
@@ -34,7 +34,7 @@ def get_args():
 
 
 def resident(peak):
-    """MB of memory this process holds, or held at most."""
+    """MB of resident memory of this process, now or at its peak."""
     key = "VmHWM" if peak else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1e3

@@ -1,18 +1,18 @@
-"""Speed and memory of the inner step of SGA, four loops that take turns in one process.
+"""Speed and memory of SGA's inner step: four loops that take turns in one process.
 
     (a) ours       train_sga.sga_gradient
     (b) published  the step as the published code runs it: weights that require gradients, float32,
                    contiguous, one copy of delta per image and a gradient for each, then averaged;
                    clean labels recomputed every epoch (their share of the forward passes included)
-    (c) alike      (b) in the precision and layout of (a): what is left is not due to these
+    (c) alike      (b) in the precision and layout of (a), which cancels their effect
     (d) bare       forward and backward pass to the input, precision and layout of (a): the limit
 
-With --loss feature there are (a) and (d) alone, and both have one more forward pass without
-gradient, that of the clean images, as in a run with --augment.
+With --loss feature only (a) and (d) run, both with one more forward pass without gradient, of the
+clean images, as in a run with --augment.
 
     PYTHONPATH=src python benchmarks/uap_speed.py --model_name squeezenet1_0 vgg16 --weights random
 
-Nothing else may run on the machine meanwhile. Images/s count gradients of one image.
+Nothing else may run on the machine meanwhile. Images/s counts gradients of single images.
 """
 
 import statistics
@@ -57,7 +57,7 @@ def get_args():
 
 @lru_cache(maxsize=1)
 def gradient_of(fast):
-    """gradient(x, delta, y) as train_sga.py computes it: on a GPU as one graph."""
+    """gradient(x, delta, y) as train_sga.py computes it, on a GPU as one graph."""
     loss = cosine_loss if isinstance(fast, Features) else LOSS
     gradient = partial(input_gradient, [fast], loss=loss)
     return Graphed(gradient) if next(fast.parameters()).is_cuda else gradient
@@ -69,7 +69,7 @@ def ours(fast, x, y, delta, draws):
 
 
 def plain(model, x, y, delta, draws):
-    with torch.no_grad():  # the clean labels, of which an epoch needs one for K gradients
+    with torch.no_grad():  # clean labels: an epoch needs one per K gradients
         y[:len(draws) * len(draws[0]) // K] = model(
             x[:len(draws) * len(draws[0]) // K]).argmax(1)
     inner, gradients = delta.clone(), []
@@ -104,7 +104,7 @@ def bare_features(features, x, y, delta, draws):
 
 
 def memory(device, reset=False):
-    """Peak memory since the last reset in MB: of tensors on CUDA, of the process on Linux."""
+    """Peak memory in MB since the last reset: of tensors on CUDA, of the process on Linux."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -120,7 +120,7 @@ def memory(device, reset=False):
 
 
 def loops(model, x, amp, loss, args):
-    """{loop: () -> its gradient or None}, and the layout of all but (b)."""
+    """-> {loop: () -> its gradient or None}, the layout of all but (b)"""
     generator = torch.Generator().manual_seed(0)
     y, delta = model(x[:1]).argmax(1).repeat(len(x)), torch.zeros_like(x[:1])
     draws = torch.stack([torch.randperm(len(x), generator=generator)[:args.minibatch]
@@ -141,7 +141,7 @@ def loops(model, x, amp, loss, args):
 
 
 def measure(name, amp, loss, args, device):
-    """A row: images/s of the loops, medians of the ratios of their turns, precision and layout."""
+    """A row: images/s of the loops, median ratios of their turns, precision, layout, peak MB."""
     model = load_model(name, weights=args.weights, device=device)
     size = args.image_size or input_size(name, "imagenet", None, args.weights)
     x = torch.rand((max(50, args.minibatch), 3, size, size),
@@ -157,7 +157,7 @@ def measure(name, amp, loss, args, device):
             synchronize(device)
             if turn:  # the first one warms up
                 seconds[key].append(time.perf_counter() - start)
-            peak[key] = max(peak.get(key, 0), memory(device))  # a graph's replay allocates nothing
+            peak[key] = max(peak.get(key, 0), memory(device))  # replays of a graph allocate nothing
     return {"model": name if loss == "ce" else f"{name}, {loss}",
             "precision": "float32" if amp == "off" else amp, "layout": layout,
             "images_per_s": {key: args.steps * args.minibatch / statistics.median(taken)
