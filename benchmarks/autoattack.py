@@ -36,16 +36,16 @@ THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data_dir", default="digits", help="data set by name; or class folders, with --weights")
+    add("--data_dir", default="digits", help="data set by name, or class folders with --weights")
     add("--model_name", nargs="+", default=["mlp"], help="networks")
     add("--weights", help="V1, a folder of NAME.pth, or the path of a state dict; None: "
         "networks of ours, trained here")
     add("--norms", nargs="+", choices=list(EPS), default=list(EPS), help="one network for each")
     add("--eps", nargs="+", type=positive, help="radius of each of the norms; None: 0.12, 1.5, 12")
-    add("--epochs", type=at_least(0), default=15, help="of training against 10 steps of PGD")
+    add("--epochs", type=at_least(0), default=15, help="epochs of training against PGD, 10 steps")
     add("--num_images", type=at_least(1), default=200, help="test images, evenly over the classes")
     add("--seeds", type=at_least(1), default=1, help="runs of either side")
-    add("--version", choices=("standard", "plus", "rand"), default="standard", help="of AutoAttack")
+    add("--version", choices=("standard", "plus", "rand"), default="standard", help="variant")
     add("--results", type=Path, help="JSON file; the table lies beside it as .csv and .md")
     return parser.parse_args()
 

@@ -42,7 +42,7 @@ KINDS = {    # kind: substrings of its cases' names; the first kind that matches
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--cases", type=at_least(1), help="at most so many, spread over the kinds; None: all")
+    add("--cases", type=at_least(1), help="at most this many, spread over the kinds; None: all")
     add("--results", type=Path, help="JSON file to write; the table lies beside it as .md and .csv")
     return parser.parse_args()
 

@@ -28,7 +28,7 @@ def get_args():
     add = parser.add_argument
     add("--batch_size", type=at_least(1), default=50, help="images at a time")
     add("--image_size", type=at_least(1), default=224, help="side in pixels")
-    add("--queries", type=at_least(1), default=1000, help="of Square")
+    add("--queries", type=at_least(1), default=1000, help="queries of Square")
     add("--turns", type=at_least(1), default=5, help="timings of each; the median counts")
     add("--threads", type=at_least(1), help="CPU threads; None: as torch chooses")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")

@@ -32,7 +32,7 @@ LARGE = 64 * 2 ** 20  # bytes, enough for every run
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--sizes", type=at_least(1), default=8, help="disks for every command")
+    add("--sizes", type=at_least(1), default=8, help="disk sizes for each command")
     add("--commands", nargs="+", choices=tuple(COMMANDS), default=list(COMMANDS),
         help="which commands")
     add("--results", type=Path, help="JSON file to write; the table lies beside it as .md and .csv")

@@ -51,7 +51,7 @@ def get_args():
     add("--kills", type=at_least(1), default=20, help="trials of every command")
     add("--commands", nargs="+", choices=tuple(COMMANDS), default=list(COMMANDS),
         help="which commands")
-    add("--seed", type=at_least(0), default=0, help="of the moments")
+    add("--seed", type=at_least(0), default=0, help="seed of the moments")
     add("--results", type=Path, help="JSON file to write; the table lies beside it as .md and .csv")
     return parser.parse_args()
 

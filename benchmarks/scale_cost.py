@@ -34,9 +34,9 @@ PICTURES = 20  # distinct files; all others are links to them
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--measure", nargs="+", choices=tuple(MEASURES), default=list(MEASURES), help="what")
+    add("--measure", nargs="+", choices=tuple(MEASURES), default=list(MEASURES), help="which")
     add("--sizes", type=at_least(10), nargs="+", default=[500, 5000, 50_000], help="numbers of "
-        "small images at which memory is measured")
+        "small images for which memory is measured")
     add("--image_size", type=at_least(16), default=32, help="their side in pixels")
     add("--photographs", type=at_least(10), default=300, help="of 224 pixels, for speed: the "
         "time of twice as many minus that of this many")

@@ -50,7 +50,7 @@ def get_args():
     add("--rounds", type=at_least(1), default=5, help="turns of each; the median counts")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory order of (a), (c) and "
         "(d); auto: the faster by timing")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
     add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
     return parser.parse_args()
 

@@ -219,7 +219,7 @@ def check_count(was, now):
 
 
 def watched(images, gradients):
-    """Indices of the images whose fooling ratio is logged after each epoch of `gradients`.
+    """Indices of the images whose fooling ratio is logged after each epoch of so many gradients.
 
     A forward pass costs about a third of a gradient, so these are about 2 % of an epoch's passes.
     """
