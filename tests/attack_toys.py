@@ -1,5 +1,5 @@
-"""What the attack tests share: toy models, images with pixels exactly 0 and 1, and answers that are
-known without an attack, in float64 by numpy and bisection.
+"""Shared by the attack tests: toy models, images with pixels exactly 0 and 1, and answers known
+without an attack, in float64 by numpy and bisection.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ K, SHAPE = 5, (3, 8, 8)
 # ----------------------------------------------------------------- models and images
 
 def toy(dtype=torch.float32, seed=0, classes=K):
-    """Curved and smooth, (N, 3, 8, 8) -> (N, classes): a gradient depends on where it is taken."""
+    """Curved and smooth, (N, 3, 8, 8) -> (N, classes): gradients depend on the point."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(),
@@ -59,7 +59,7 @@ def predicted(model, x):
 
 
 def margins(model, x, y):
-    """How far another class is above the label (N,): positive if the image is misclassified."""
+    """Highest other logit minus the label's (N,): positive if the image is misclassified."""
     with torch.no_grad():
         z = model(x)
     label = z.gather(1, y[:, None])[:, 0]
@@ -85,7 +85,7 @@ def size(d, norm):
 
 
 def bisect(grows, wanted, high=1.0):
-    """The number t >= 0 where grows(t) reaches `wanted`; grows(0) <= wanted."""
+    """The t >= 0 at which grows(t) reaches `wanted`, or None; grows(0) <= wanted."""
     while grows(high) < wanted:
         high *= 2
         if high > 1e15:
@@ -98,14 +98,14 @@ def bisect(grows, wanted, high=1.0):
 
 
 def best_linear(w, x, eps, norm):
-    """The d that makes w.d largest over ||d|| <= eps, 0 <= x + d <= 1; float64 vectors."""
+    """The d that maximizes w.d over ||d|| <= eps, 0 <= x + d <= 1; float64 vectors."""
     if norm == "linf":
         return np.clip(eps * np.sign(w), -x, 1 - x)
     if norm == "l2":  # KKT: d is w, scaled by one number and clipped to the box
         t = bisect(lambda t: size(np.clip(t * w, -x, 1 - x), "l2"), eps)
         return np.clip((1e15 if t is None else t) * w, -x, 1 - x)
     d, left = np.zeros_like(x), eps
-    for i in np.argsort(-np.abs(w)):  # the best coordinate first, as far as box and budget go
+    for i in np.argsort(-np.abs(w)):  # largest weight first, as far as box and budget allow
         d[i] = np.sign(w[i]) * min(left, 1 - x[i] if w[i] > 0 else x[i])
         left -= abs(d[i])
     return d
@@ -120,7 +120,7 @@ def nearest_linear(w, x, need):
 
 
 def nearest_allowed(delta, x, eps, norm):
-    """The Euclidean projection of delta on ||d|| <= eps, 0 <= x + d <= 1; float64 vectors."""
+    """The Euclidean projection of delta onto ||d|| <= eps, 0 <= x + d <= 1; float64 vectors."""
     if norm == "linf":
         return np.clip(np.clip(delta, -eps, eps), -x, 1 - x)
 
@@ -136,7 +136,7 @@ def nearest_allowed(delta, x, eps, norm):
 # ------------------------------------------------------------ attacks as in a textbook
 
 def naive_loss(logits, label, loss="ce", targeted=False):
-    """What is ascended, for one image: (K,), label -> scalar."""
+    """The loss to maximize, for one image: (K,), label -> scalar."""
     other = torch.cat([logits[:label], logits[label + 1:]]).max()
     if loss == "ce":
         value = -torch.log(logits[label].exp() / logits.exp().sum())
@@ -181,7 +181,7 @@ def naive_project(delta, image, eps, norm, how):
 
 def naive_pgd(model, x, y, *, eps, alpha, steps, norm="linf", step="sign", projection="exact",
               q=0.05, mu=None, loss="ce", targeted=False, stop_early=False):
-    """PGD without a random start, and with mu MIM, image by image; x float64."""
+    """PGD without a random start, or MIM if mu is given, image by image; x float64."""
     found = []
     for image, label in zip(x, y.tolist(), strict=True):
         delta, v = torch.zeros_like(image), torch.zeros_like(image)
@@ -192,7 +192,7 @@ def naive_pgd(model, x, y, *, eps, alpha, steps, norm="linf", step="sign", proje
             g = naive_gradient(model, image + delta, label, loss, targeted)
             if mu is not None:
                 v = g = mu * v + g / g.abs().sum()
-            if step == "sparse":  # a gradient out of the box is no gradient
+            if step == "sparse":  # gradients that point out of the box do not count
                 at = image + delta
                 out = ((at < 1e-9) & (g < 0)) | ((at > 1 - 1e-9) & (g > 0))
                 g = torch.where(out, 0.0, g)
@@ -205,7 +205,7 @@ def naive_pgd(model, x, y, *, eps, alpha, steps, norm="linf", step="sign", proje
 # ------------------------------------------------------------------ counting operations
 
 class Operations(TorchDispatchMode):
-    """Counts the tensor operations inside, without views, which depend on the memory order."""
+    """Counts tensor operations, except views, which depend on the memory order."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +223,7 @@ def operations(call):
 
 
 class Watched(nn.Module):
-    """A model that remembers the points at which it was differentiated."""
+    """Records the points at which the model is differentiated."""
 
     def __init__(self, model):
         super().__init__()

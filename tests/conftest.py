@@ -1,7 +1,7 @@
-"""What every test may use: scripts run here or in their own process, pictures, ../shared.
+"""Fixtures for all tests: scripts run here or in their own process, pictures, ../shared.
 
-The only place that puts src on the path. Small networks are kept in one folder for the session, so
-that no test trains what another one has trained, and none touches the user's own cache.
+The only place that puts src on the path. Small networks are kept in one folder per session, so that
+none is trained twice and the user's own cache is left alone.
 
 Markers: `quick` is given to every test that starts no script, trains nothing and needs no
 ../shared; `planted` to the tests that plant bugs in copies of src.
@@ -28,7 +28,7 @@ SLOW = {"run_script", "run_here", "shared"}  # fixtures of tests that are not qu
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers of a session share its folder
     _torch_home = tempfile.TemporaryDirectory(prefix="torch_home_")  # removed when it ends
     os.environ["TORCH_HOME"] = _torch_home.name
-os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as processors; bytes are compared
+os.environ["OMP_NUM_THREADS"] = "1"  # one process per processor; bytes are compared
 
 
 def pytest_collection_modifyitems(items):
@@ -49,7 +49,7 @@ def shared():
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script(name, *args): a script of src/ in a process of its own, in tmp_path."""
+    """run_script(name, *args): run a script of src/ in its own process, in tmp_path."""
     def run(name, *args, **options):
         return subprocess.run([sys.executable, str(SRC / name), *map(str, args)], cwd=tmp_path,
                               capture_output=True, text=True, timeout=300, check=False, **options)
@@ -58,7 +58,7 @@ def run_script(tmp_path):
 
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
-    """The same, without the seconds that a new process needs to import torch."""
+    """The same, without the seconds that importing torch costs a new process."""
     from utils.cli import run_script as entry
 
     def run(name, *args):
@@ -71,7 +71,7 @@ def run_here(tmp_path, monkeypatch, capsys):
             entry(module.get_args, module.main)
         except SystemExit as stop:
             code = stop.code or 0
-        gc.collect()  # a folder's lock goes with the objects of the run, as in a process that ends
+        gc.collect()  # frees the lock on the run's folder, as the end of a process does
         said = capsys.readouterr()
         return subprocess.CompletedProcess([name, *args], code, said.out, said.err)
     return run
@@ -79,7 +79,7 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused():
-    """refused(result, *words): exit status 2 and one clear line that holds the words."""
+    """refused(result, *words): exit status 2 and one clear line that contains the words."""
     def check(result, *words):
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""Fingerprints of what the scripts compute on digits: the same bytes before and after a change.
+"""Fingerprints of what the scripts compute on digits, to show that a change keeps all bytes.
 
     python tests/golden.py record before.json      # in the old checkout
     python tests/golden.py compare before.json     # in the new one: exit status 1 if one differs
@@ -57,14 +57,14 @@ def tensors(value):
 
 
 def stripped(value):
-    """JSON without what differs between two equal runs."""
+    """JSON without the fields that differ between two equal runs."""
     if isinstance(value, dict):
         return {k: stripped(v) for k, v in value.items() if k not in VARIES}
     return [stripped(v) for v in value] if isinstance(value, list) else value
 
 
 def fingerprints(folder):
-    """{file: digest} of the perturbations, networks and tables that the commands leave."""
+    """{file: digest} of the perturbations, networks and tables that the commands write."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "torch_home")}
     found = {}
     for name, (script, *flags) in COMMANDS.items():

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The whole suite, from nothing; flags of pytest pass through.
-#   sh tests/run.sh                        all of it, a process for each processor
+# The whole suite, from a bare checkout; pytest flags are passed on.
+#   sh tests/run.sh                        everything, one process per processor
 #   sh tests/run.sh -m quick               a minute or two: starts no script, trains nothing
 #   sh tests/run.sh tests/test_sga.py      one file
 set -eu

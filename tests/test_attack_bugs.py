@@ -1,5 +1,5 @@
-"""The tests of the attacks have teeth: each bug of attack_bugs.py, planted in a copy of src, makes
-the few tests that it names fail, and these tests pass on the copy as it is.
+"""The attack tests have teeth: each bug of attack_bugs.py, planted in a copy of src, makes the
+tests that it names fail; on an unchanged copy they pass.
 """
 
 import json
@@ -20,7 +20,7 @@ WHOLE = "no bug"
 
 
 def plant(bug, folder):
-    """A copy of src in which `bug` is the only change."""
+    """Copy src into `folder` with `bug` as the only change. -> its path"""
     shutil.copytree(SRC, folder, ignore=shutil.ignore_patterns("__pycache__"))
     if bug is not None:
         text = (folder / bug.file).read_text()
@@ -30,9 +30,9 @@ def plant(bug, folder):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, testrun_uid):
-    """Name of a bug -> exit status and output of its tests; WHOLE -> those of all, without one.
+    """Name of a bug -> exit status and output of its tests; WHOLE -> of all tests, without a bug.
 
-    One process of pytest-xdist finds them out, the others wait.
+    One process of pytest-xdist runs them, the others wait.
     """
     path = tmp_path_factory.getbasetemp().parent / f"planted_{testrun_uid}.json"
     with alone(path):
@@ -55,10 +55,10 @@ def found_out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_a_planted_bug_is_seen(bug, outcomes):
+def test_every_planted_bug_is_caught(bug, outcomes):
     assert (SRC / bug.file).read_text().count(bug.old) == 1, f"{bug.old!r} moved: mend the list"
     status, said = outcomes[bug.name]
-    assert status == 1, said  # failures; not 2 or 4, tests that cannot be found
+    assert status == 1, said  # test failures; 2 or 4 mean that tests were not found
     assert not [word for word in ("ImportError", "SyntaxError", "NameError") if word in said], said
 
 

@@ -1,8 +1,8 @@
 """The attacks compared with those of foolbox, ART, torchattacks, adv-lib and pyautoattack.
 
-If two libraries mean the same algorithm, the images must be equal; if they draw different random
-numbers or search differently, ours must be about as strong. Tests of a library that is not
-installed are skipped: `sh tests/run.sh` installs all five.
+Where two libraries implement the same algorithm, the images must be equal; where they draw
+different random numbers or search differently, ours must be about as strong. Tests against a
+library that is not installed are skipped: `sh tests/run.sh` installs all five.
 """
 
 import copy
@@ -31,8 +31,8 @@ L1 = {"eps": 20.0, "alpha": 4.0, "steps": 10}
 
 
 def library(name):
-    """A module of another library, or a skipped test."""
-    if name.startswith("adv_lib"):  # imports visdom, a plotting server, and uses it nowhere here
+    """A module of another library; skips the test if it is missing."""
+    if name.startswith("adv_lib"):  # imports visdom, a plotting server, which is not used here
         sys.modules.setdefault("visdom", types.SimpleNamespace(Visdom=None))
     return pytest.importorskip(name, reason=f"{name.split('.')[0]} is not installed; type "
                                "sh tests/run.sh, which installs it")
@@ -70,7 +70,7 @@ def predicted(model, x):
 
 
 def apart(a, b):
-    """Largest difference of two batches of images."""
+    """Largest difference between two batches of images."""
     return (a - b).abs().max().item()
 
 
@@ -120,7 +120,7 @@ THREE = {"torchattacks": by_torchattacks, "foolbox": by_foolbox, "art": by_art}
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 @pytest.mark.parametrize("name", THREE)
-def test_pgd_in_linf_is_that_of_other_libraries(name, targeted, toy, x):
+def test_pgd_in_linf_equals_that_of_other_libraries(name, targeted, toy, x):
     y = (predicted(toy, x) + targeted) % K
     theirs = THREE[name](toy, x, y, "linf", targeted=targeted, **LINF)
     ours = attacks.pgd(toy, x, y, random_start=False, targeted=targeted, **LINF)
@@ -129,10 +129,10 @@ def test_pgd_in_linf_is_that_of_other_libraries(name, targeted, toy, x):
 
 
 @pytest.mark.parametrize(("loss", "name"), [("ce", "ce"), ("margin", "dl"), ("dlr", "dlr")])
-def test_pgd_on_every_loss_is_that_of_adv_lib(loss, name, toy, x):
-    """adv-lib returns the last image that was adversarial before a step, and so sees ours, the one
-    after the tenth step, before its eleventh. Images that then are not adversarial stay out.
-    In float64: the two write DLR differently, and a float32 gradient of zero has either sign."""
+def test_pgd_on_every_loss_equals_that_of_adv_lib(loss, name, toy, x):
+    """adv-lib returns the last image that was adversarial before a step, so its eleventh step sees
+    our image after ten. Images that are not adversarial then are left out. In float64: the two
+    compute DLR differently, and a float32 gradient of zero can have either sign."""
     pgd_linf = library("adv_lib.attacks").pgd_linf
     toy, x = copy.deepcopy(toy).double(), x.double()
     y = predicted(toy, x)
@@ -144,8 +144,8 @@ def test_pgd_on_every_loss_is_that_of_adv_lib(loss, name, toy, x):
     assert apart(ours[fooled], theirs[fooled]) <= 1e-6
 
 
-def test_pgd_from_the_same_random_start_is_that_of_foolbox(toy, x):
-    """Our start is the result of an attack whose one step is too small to matter."""
+def test_pgd_from_the_same_random_start_equals_that_of_foolbox(toy, x):
+    """Our start is the result of an attack with a single, negligible step."""
     y = predicted(toy, x)
     foolbox_attack = library("foolbox.attacks").LinfProjectedGradientDescentAttack
     ours, start = (attacks.pgd(toy, x, y, eps=LINF["eps"], alpha=alpha, steps=steps,
@@ -158,7 +158,7 @@ def test_pgd_from_the_same_random_start_is_that_of_foolbox(toy, x):
 
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
-def test_fgsm_is_that_of_torchattacks_and_foolbox(targeted, toy, x):
+def test_fgsm_equals_that_of_torchattacks_and_foolbox(targeted, toy, x):
     y = (predicted(toy, x) + targeted) % K
     eps = LINF["eps"]
     ours = attacks.fgsm(toy, x, y, eps=eps, targeted=targeted)
@@ -173,9 +173,9 @@ def test_fgsm_is_that_of_torchattacks_and_foolbox(targeted, toy, x):
 
 
 @pytest.mark.parametrize("mu", [1.0, 0.5])
-def test_mim_is_that_of_torchattacks_and_art(mu, toy, x):
+def test_mim_equals_that_of_torchattacks_and_art(mu, toy, x):
     """torchattacks divides the gradient by its mean instead of its sum: the signs are the same.
-    foolbox's momentum method averages signs instead."""
+    foolbox is left out: its momentum method averages signs."""
     y = predicted(toy, x)
     ours = attacks.mim(toy, x, y, mu=mu, **LINF)
     theirs = library("torchattacks").MIFGSM(toy, decay=mu, **LINF)(x, y)
@@ -186,7 +186,7 @@ def test_mim_is_that_of_torchattacks_and_art(mu, toy, x):
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 @pytest.mark.parametrize("name", ["torchattacks", "foolbox"])
-def test_pgd_in_l2_with_rescale_is_that_of_other_libraries(name, targeted, toy, x):
+def test_pgd_in_l2_with_rescale_equals_that_of_other_libraries(name, targeted, toy, x):
     y = (predicted(toy, x) + targeted) % K
     theirs = THREE[name](toy, x, y, "l2", targeted=targeted, **L2)
     ours = attacks.pgd(toy, x, y, norm="l2", projection="rescale", random_start=False,
@@ -195,8 +195,8 @@ def test_pgd_in_l2_with_rescale_is_that_of_other_libraries(name, targeted, toy, 
 
 
 @pytest.mark.parametrize("projection", ["exact", "rescale"])
-def test_pgd_in_l2_is_that_of_art_where_the_box_does_not_bind(projection, toy, grey):
-    """ART clips to the box first and then scales to the ball, the others the other way round."""
+def test_pgd_in_l2_equals_that_of_art_where_the_box_does_not_bind(projection, toy, grey):
+    """ART clips to the box and then scales to the ball; the others do the reverse."""
     y = predicted(toy, grey)
     ours = attacks.pgd(toy, grey, y, norm="l2", projection=projection, random_start=False, **L2)
     assert 0 < ours.min() < ours.max() < 1
@@ -204,8 +204,8 @@ def test_pgd_in_l2_is_that_of_art_where_the_box_does_not_bind(projection, toy, g
 
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
-def test_pgd_in_l1_with_dense_steps_and_rescale_is_that_of_foolbox(targeted, toy, x):
-    """Equal whether or not the box binds: foolbox, too, scales to the ball and then clips."""
+def test_pgd_in_l1_with_dense_steps_and_rescale_equals_that_of_foolbox(targeted, toy, x):
+    """Equal whether or not the box binds: foolbox also scales to the ball and then clips."""
     y = (predicted(toy, x) + targeted) % K
     ours = attacks.pgd(toy, x, y, norm="l1", step="dense", projection="rescale",
                        random_start=False, targeted=targeted, **L1)
@@ -216,7 +216,7 @@ def test_pgd_in_l1_with_dense_steps_and_rescale_is_that_of_foolbox(targeted, toy
 @pytest.mark.parametrize(("norm", "options"), [("l2", L2), ("l1", {**L1, "step": "dense"})])
 def test_the_exact_projection_reaches_a_higher_loss_than_scaling_and_clipping(norm, options, toy,
                                                                               x):
-    """With pixels at 0 and 1, where clipping after scaling wastes part of the radius."""
+    """At pixels of 0 and 1 clipping after scaling wastes part of the radius."""
     y = predicted(toy, x)
     exact, rescale = (
         attacks.pgd(toy, x, y, norm=norm, projection=projection, random_start=False, **options)
@@ -233,7 +233,7 @@ CW = {"steps": 200, "binary_steps": 5, "lr": 0.01, "c": 0.1}
 
 @cache
 def digits(count):
-    """A trained network and test digits that it gets right; most of their pixels are exactly 0."""
+    """A trained network and test digits that it gets right; most pixels are exactly 0."""
     model = models.load_model("mlp", kind="digits", data_dir="digits")
     images = data.open_images("digits", split="test").prepared(28, count + 10)
     x = data.to_float(images.pixels)
@@ -249,7 +249,7 @@ def cw_by_adv_lib(model, x, y, targeted):
 
 
 def cw_by_foolbox(model, x, y, targeted):
-    """foolbox gives a black image where it failed: only its own success mask counts."""
+    """foolbox returns a black image where it fails, so its success mask is used."""
     attack = library("foolbox.attacks").L2CarliniWagnerAttack(
         CW["binary_steps"], CW["steps"], stepsize=CW["lr"], initial_const=CW["c"])
     return foolbox_run(attack, model, x, y, None, targeted)[1:]
@@ -259,7 +259,7 @@ def cw_by_foolbox(model, x, y, targeted):
     pytest.param(("toy", False), id="toy"), pytest.param(("toy", True), id="toy targeted"),
     pytest.param(("digits", False), id="digits", marks=pytest.mark.slow)])
 def cw_case(request, toy, x):
-    """model, x, y, targeted, and what cw_l2 finds there: images, success."""
+    """model, x, y, targeted, and the result of cw_l2: images, success."""
     where, targeted = request.param
     model, x, y = (toy, x, predicted(toy, x)) if where == "toy" else digits(24)
     y = (y + targeted) % K
@@ -268,9 +268,9 @@ def cw_case(request, toy, x):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [cw_by_adv_lib, cw_by_foolbox])
-def test_cw_needs_no_larger_norm_and_fails_no_more_often(by, cw_case):
-    """At the same budget; over the images on which both succeed the mean norm is at most 3 %
-    larger. Not equal: ours searches in coordinates that move pixels at 0 and 1 as well."""
+def test_cw_needs_no_larger_norm_and_fails_no_more_often_than_other_libraries(by, cw_case):
+    """At the same budget; on images where both succeed, the mean norm is at most 3 % larger. Not
+    equal: ours searches in coordinates that also move pixels at 0 and 1."""
     model, x, y, targeted, ours, ok = cw_case
     theirs, their_ok = by(model, x, y, targeted)
     assert (((predicted(model, ours) == y) == targeted) == ok).all()
@@ -286,7 +286,7 @@ PYAUTOATTACK = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def robust(model, x_adv, y):
-    """How many images are still classified as y."""
+    """Number of images still classified as y."""
     return (predicted(model, x_adv) == y).sum().item()
 
 
@@ -296,7 +296,7 @@ def their_apgd(model, eps, norm, loss, steps, seed=0):
 
 
 def their_square(model, x, y, *, eps, norm, queries, seed):
-    """Theirs counts the first query, of the start, apart."""
+    """Theirs does not count the query of the start."""
     attack = library("pyautoattack.square").SquareAttack(
         model, norm=PYAUTOATTACK[norm], eps=eps, n_queries=queries - 1, seed=seed)
     with torch.random.fork_rng():  # it seeds the global one
@@ -304,9 +304,9 @@ def their_square(model, x, y, *, eps, norm, queries, seed):
 
 
 def from_the_same_start(monkeypatch, model, x, y, eps, norm, loss):
-    """25 steps of both APGDs: ours, who is fooled by theirs, their losses and the loss function,
-    the points that each looked at. At its first check pyautoattack compares a loss with zero
-    instead of with the start, so DLR is made positive; and it must not keep losses in float32."""
+    """25 steps of both APGDs: our images, which images theirs fools, their losses, the loss
+    function, the points that each visited. At its first check pyautoattack compares the loss with
+    zero instead of the start, so DLR is made positive; it must also not store losses in float32."""
     projection = library("pyautoattack.autopgd_base").L1_projection
     watched, theirs_watched = Watched(model), Watched(model)
     attack = their_apgd(theirs_watched, eps, norm, loss, 25)
@@ -335,9 +335,9 @@ def test_apgd_follows_the_path_of_pyautoattack_from_the_same_start(
         norm, eps, same, near, loss, toy, x, grey, monkeypatch):
     """No image is fooled at these radii. The points are equal up to the second change of the step
     size: from then on, pyautoattack counts gains over the point that it left when it halved the
-    step, ours, as Alg. 1 says, over the point to which it went back. L1 is in float32, as their
-    projection is; rounding soon decides which coordinates have moved, and so how wide a step is.
-    Grey images in L2, where pyautoattack scales and clips."""
+    step, while ours, as in Alg. 1, counts them over the point it returned to. L1 is in float32,
+    like their projection, so rounding soon decides which coordinates have moved and hence how wide
+    a step is. Grey images in L2, where pyautoattack scales and clips."""
     model, x = copy.deepcopy(toy), (grey if norm == "l2" else x)[1:]  # the first is fooled at once
     if norm != "l1":
         model, x = model.double(), x.double()
@@ -353,9 +353,9 @@ def test_apgd_follows_the_path_of_pyautoattack_from_the_same_start(
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 4 / 255), ("l2", 0.5), ("l1", 6.0)])
-def test_apgd_fools_the_images_that_pyautoattack_fools_from_the_same_start(
-        norm, eps, loss, toy, x, grey, monkeypatch):
-    """And reaches about the same loss on the others."""
+def test_apgd_fools_the_same_images_as_pyautoattack_from_the_same_start(norm, eps, loss, toy, x,
+                                                                        grey, monkeypatch):
+    """The loss on the others is about the same."""
     x = grey if norm == "l2" else x
     y = predicted(toy, x)
     ours, fooled, highest, value, *_ = from_the_same_start(monkeypatch, toy, x, y, eps, norm, loss)
@@ -381,9 +381,9 @@ def photographs(shared):
 @pytest.mark.parametrize(("norm", "eps", "loss"), [
     ("linf", 0.15 / 255, "ce"), ("linf", 0.15 / 255, "dlr"), ("l2", 0.06, "ce"), ("l1", 8.0, "ce")])
 def test_apgd_on_photographs_is_as_strong_as_pyautoattack(norm, eps, loss, shared):
-    """Radii at which about half of the images are robust under pyautoattack, chosen before ours was
-    run; different random starts. The counts differ by at most one image, but in L1 a start from
-    the whole ball is stronger than theirs, which has few large coordinates."""
+    """At radii where about half of the images are robust under pyautoattack, chosen before ours was
+    run; random starts differ. The counts differ by at most one image, except in L1, where a start
+    from the whole ball is stronger than theirs, which has few large coordinates."""
     model, x, y = photographs(shared)
     with torch.random.fork_rng():
         theirs = robust(model, their_apgd(model, eps, norm, loss, 10).perturb(x, y), y)
@@ -397,8 +397,7 @@ def test_apgd_on_photographs_is_as_strong_as_pyautoattack(norm, eps, loss, share
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l2", 1.2), ("l1", 8.0)])
 def test_apgd_on_digits_is_as_strong_as_pyautoattack(norm, eps, loss):
-    """20 steps from different random starts; on either side seeds change the count by one or two.
-    """
+    """20 steps from different random starts; the seed changes either count by one or two."""
     model, x, y = digits(100)
     with torch.random.fork_rng():
         theirs = robust(model, their_apgd(model, eps, norm, loss, 20).perturb(x, y), y)
@@ -408,7 +407,7 @@ def test_apgd_on_digits_is_as_strong_as_pyautoattack(norm, eps, loss):
 
 
 class Recorder(nn.Module):
-    """Always predicts class 0, and keeps its inputs."""
+    """Always predicts class 0 and records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -419,9 +418,9 @@ class Recorder(nn.Module):
         return F.one_hot(torch.zeros(len(x), dtype=torch.int64), K).to(x)
 
     def sides(self, x, norm):
-        """Side of the changed square at every query after the start, the largest of the batch.
+        """Side of the changed square at every query after the start, the largest in the batch.
 
-        In L2 a second square is emptied: what is perturbed and changed is the first.
+        In L2 a second square is emptied: only pixels that are changed and perturbed count.
         """
         _, start, *trials = self.asked
         for trial in trials:
@@ -433,8 +432,8 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("queries", [60, 400])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 1.0)])
-def test_square_changes_squares_of_the_sizes_that_pyautoattack_changes(norm, eps, queries, grey):
-    """Query for query; no image is fooled and no change kept, so that every square can be seen."""
+def test_square_changes_squares_of_the_same_sizes_as_pyautoattack(norm, eps, queries, grey):
+    """Query by query; no image is fooled and no change kept, so every square can be seen."""
     y = torch.zeros(N, dtype=torch.int64)
     ours, theirs = Recorder(), Recorder()
     attacks.square(ours, grey, y, eps=eps, norm=norm, queries=queries)
@@ -447,8 +446,8 @@ def test_square_changes_squares_of_the_sizes_that_pyautoattack_changes(norm, eps
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("l2", 4.0)])
 def test_square_on_digits_is_as_strong_as_pyautoattack(norm, eps):
-    """60 queries, six seeds. Their squares are at the same place for the whole batch, ours are not,
-    so only means can agree: within three standard errors over the seeds."""
+    """60 queries, six seeds. They place squares once per batch, we once per image, so only means
+    can agree: within three standard errors over the seeds."""
     model, x, y = digits(100)
     theirs, ours = [], []
     for seed in range(6):
@@ -477,12 +476,12 @@ def test_square_on_photographs_is_as_strong_as_pyautoattack(norm, eps, shared):
 # --------------------------------------------------------------- exact projections
 
 def nearest_by_scipy(delta, x, eps, norm):
-    """The allowed perturbation nearest to delta by a general solver, to about 1e-6; float64."""
+    """The allowed perturbation nearest to delta, by a general solver, to about 1e-6; float64."""
     n, scale = len(delta), max(1, np.abs(delta).max())
     if norm == "l2":
         parts, bounds = np.eye(n), list(zip(-x, 1 - x, strict=True))
         room = {"fun": lambda d: eps - d @ d / eps, "jac": lambda d: -2 * d / eps}
-    else:  # the difference of two positive parts, of which the L1 norm is the sum, and smooth
+    else:  # a difference of two positive parts: the L1 norm is their sum, and smooth
         parts, bounds = np.hstack([np.eye(n), -np.eye(n)]), [(0, r) for r in (*(1 - x), *x)]
         room = {"fun": lambda d: eps - d.sum(), "jac": lambda d: -np.ones(2 * n)}
     found = minimize(
@@ -496,8 +495,8 @@ def nearest_by_scipy(delta, x, eps, norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("eps", [0.05, 0.3, 1.0, 1.5])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_projections_are_those_of_a_general_solver(norm, eps, dtype):
-    """On ball and box together; images with pixels at 0 and 1, perturbations of many sizes."""
+def test_projections_equal_those_of_a_general_solver(norm, eps, dtype):
+    """Onto ball and box together; images with pixels at 0 and 1, perturbations of many sizes."""
     x = pictures(12, shape=(1, 3, 3), dtype=dtype)
     g = torch.Generator().manual_seed(0)
     delta = torch.randn(x.shape, generator=g, dtype=dtype) * torch.logspace(-2, 1, 12).to(dtype)[

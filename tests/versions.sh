@@ -1,8 +1,8 @@
 #!/bin/sh
-# The quick suite with other versions, in an environment of its own from the registry (6 GB, kept).
+# The quick suite with other versions, in its own environment from the registry (6 GB, kept).
 #   sh tests/versions.sh                                               the oldest pair
 #   PYTHON=python3 TORCH= TORCHVISION= sh tests/versions.sh            the newest
-#   TORCH=2.6.0 TORCHVISION=0.21.0 sh tests/versions.sh -k attacks     flags of pytest pass through
+#   TORCH=2.6.0 TORCHVISION=0.21.0 sh tests/versions.sh -k attacks     pytest flags are passed on
 set -eu
 PYTHON=${PYTHON:-python3.10}
 TORCH=${TORCH-2.4.1}

@@ -1,7 +1,7 @@
-"""Counts the operations at which the host waits for the device, on a machine without such a device.
+"""Counts the operations at which the host would wait for a GPU, on a machine without one.
 
-On a GPU the host waits where it needs a value, and so wherever the shape of a result depends on
-values (a boolean mask as an index), and where it copies: numbers to the device, tensors back.
+The host waits wherever it needs a value: where the shape of a result depends on values (a boolean
+mask as an index), and where it copies numbers to the device or tensors back.
 """
 
 from collections import Counter
@@ -10,11 +10,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BACK = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # no operations on a CPU
+BACK = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}  # not operations on a CPU
 
 
 class Waits:
-    """with Waits() as waits: ...; waits.seen: {operation: how often}"""
+    """with Waits() as waits: ...; waits.seen: {operation: count}"""
 
     def __init__(self):
         self.seen = Counter()
@@ -59,7 +59,7 @@ class _Operations(TorchDispatchMode):
 
 def _waits(function, args, found):
     name = function.overloadpacket.__name__
-    if name.strip("_").startswith("index"):  # a mask as an index is looked through for its places
+    if name.strip("_").startswith("index"):  # a mask as an index must be searched for its places
         masks = [part for part in args[1] if torch.is_tensor(part)] if name.strip("_") in (
             "index", "index_put", "index_put_impl") else []
         return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
