@@ -7,7 +7,7 @@ NET = ("--model_name", "squeezenet1_1", "--weights", "random", "--attacks", "non
 
 @pytest.fixture
 def bad(tmp_path, picture):
-    """A flat folder of three validation images, and what does not fit them."""
+    """A flat folder of three validation images, and label files that do not fit."""
     for i in range(1, 4):
         picture(tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG", seed=i)
     for name, labels in (("few", "1 2"), ("high", "1 2 1000"), ("unknown", "1 2 tensh")):
@@ -34,11 +34,11 @@ def bad(tmp_path, picture):
     (("val",), ["without labels", "--labels FILE"]),
     (("indices", "--classes", "imagenet"), ["class 1000"]),
     (("digits", "--labels", "few.txt"), ["digits has its own labels"])])
-def test_labels_that_cannot_be_used_are_one_line(run_here, refused, bad, flags, words):
+def test_unusable_labels_give_one_line(run_here, refused, bad, flags, words):
     refused(run_here("eval_net.py", *NET, "--data_dir", *flags), *words)
 
 
-def test_a_truncated_shard_is_one_line(run_here, refused, tmp_path):
+def test_a_truncated_shard_gives_one_line(run_here, refused, tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "val.parquet"
     pq.write_table(pa.table({"image": [{"bytes": b"", "path": "x"}] * 50, "label": [0] * 50}), path)

@@ -1,7 +1,7 @@
 """Bad and hostile input to every command: exit status 2, one clear line, nothing run or written.
 
-The bad flags of train_sga.py stand in test_bad_input_train.py. A case changes one file of finished
-runs, or names one that is wrong, and calls the command in this process.
+The bad flags of train_sga.py are in test_bad_input_train.py. A case damages one file of finished
+runs, or names a bad one, and calls the command in this process.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from utils import named
 from utils.cli import run_script as entry
 from utils.nets import build_small
 
-QUIET = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning)  # as Python itself
+QUIET = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning)  # ignored by Python too
 
 SGA = ("train_sga.py", "--epochs", 1, "--num_images", 20, "--weights", "random", "--model_name",
        "mlp", "--amp", "off", "--layout", "contiguous", "--save", "new")
@@ -67,7 +67,7 @@ class Bomb:
 def saved(value, **options):
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of formats that are deprecated
+        warnings.simplefilter("ignore")  # for deprecated formats
         torch.save(value, buffer, **options)
     return buffer.getvalue()
 
@@ -87,7 +87,7 @@ def npy(array):
 
 
 def npy_of(descr, shape, body=b""):
-    """A .npy with this header, whatever follows."""
+    """A .npy file with this header and any body."""
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + body
 
@@ -111,7 +111,7 @@ def chunk(kind, data):
 
 
 def png(width=28, height=28, text=b"", pixels=None):
-    """A grey picture; its pixels need not be as many as its header claims."""
+    """A grey picture; it need not have as many pixels as its header claims."""
     pixels = bytes(height * (width + 1)) if pixels is None else pixels
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0,
                                                               0))
@@ -128,7 +128,7 @@ BOMB = png(30_000, 30_000, pixels=b"0" * 1000)
 MLP = build_small("mlp", 1, 28).state_dict()
 HOLDS_MORE = ("holds more than tensors", "not executed")
 def zipped(compression=zipfile.ZIP_STORED, **entries):
-    """A zip archive; the names of its entries may not be those of Python."""
+    """A zip archive; entry names need not be Python identifiers."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
         for name, content in entries.items():
@@ -137,7 +137,7 @@ def zipped(compression=zipfile.ZIP_STORED, **entries):
 
 
 def deflated(archive):
-    """The same zip archive, compressed: torch opens it."""
+    """The same zip archive, compressed; torch can open it."""
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         return zipped(zipfile.ZIP_DEFLATED, **{name: file.read(name) for name in file.namelist()})
 
@@ -169,12 +169,12 @@ CASES = {}  # name: (command, {file: content}, words of the line)
 
 
 def case(name, command, words, **files):
-    """files: content (bytes, text, or a function of the file's path) by the name of its place."""
+    """files: {path: content}; content is bytes, text, or a function of the path."""
     assert name not in CASES, name
     CASES[name] = (command, files, words)
 
 
-PTH = {  # what reads a .pth: the command, the file
+PTH = {  # reader of a .pth: (command, file)
     "weights": ((*SGA, "--weights", "x.pth"), "x.pth"),
     "pretrained, free": ((*FREE, "--pretrained", "x.pth"), "x.pth"),
     "pretrained, challenge": ((*STAGE, "--pretrained", "x.pth"), "x.pth"),
@@ -299,7 +299,7 @@ for flag in (("--defense", "gcm"), ("--low", 20)):
 case("--momentum nan", (*SGA, "--momentum", "nan"), ("--momentum",))
 case("--out that is no PNG", ("figures.py", "--augmentations", "--out", "free/log.csv"), ("PNG",))
 
-# NAME.json, results.json and what else a run left
+# NAME.json, results.json and the other files of a run
 for name, content in (("cut off", '{"a": 1'), ("empty", ""), ("nested", "[" * 100_000),
                       ("binary", bytes(range(256))),
                       ("of a huge number", '{"scale": ' + "9" * 5000)):
@@ -314,7 +314,7 @@ for name, content in (("cut off", '{"a": 1'), ("empty", ""), ("nested", "[" * 10
 
 
 def edited(*keys, value):
-    """A function that puts `value` in a JSON file; an int among the keys counts the keys."""
+    """A function that puts `value` into a JSON file; int k stands for the k-th key of a dict."""
     def write(path):
         whole = part = json.loads(Path(path).read_text())
         for i, key in enumerate(keys):
@@ -327,7 +327,7 @@ def edited(*keys, value):
 
 
 def changed(**new):
-    """A function that puts these in a checkpoint."""
+    """A function that puts these values into a checkpoint."""
     def write(path):
         torch.save({**torch.load(path, weights_only=True), **new}, path)
     return write
@@ -396,7 +396,7 @@ for name, keys, value in (
     case(f"an exercise with {name}", (*TASK[:1], "--summary", "task", "--save", "new"), ("task",),
          **{"task/results.json": edited(*keys, value=value)})
 
-# checkpoints of other runs, and with the right flags and the wrong content
+# checkpoints of other runs, and with the right flags but wrong content
 case("a perturbation resumed as a network", again(FREE, "sga", "--resume"), ("--resume", "sga"))
 case("a network resumed as a perturbation", again(SGA, "free", "--resume"), ("--resume", "free"))
 case("more epochs of free training", again(FREE, "free", "--resume", "--epochs", 2),
@@ -442,7 +442,7 @@ case("an image whose name is no UTF-8", OWN, ("\\udcff.jpg", "not UTF-8"),
 
 
 def idx(*sides, body=b""):
-    """A file of MNIST's format."""
+    """A file in MNIST's format."""
     return struct.pack(f">HBB{len(sides)}I", 0, 8, len(sides), *sides) + body
 
 
@@ -462,7 +462,7 @@ for name, images, labels, words in (
 # ------------------------------------------------------------------------------ the tests
 
 def call(folder, name, *args):
-    """The command in `folder`, in this process -> exit status, stderr, warnings for the user."""
+    """Run a command in `folder`, in this process. -> exit status, stderr, warnings for users"""
     module, out, err = importlib.import_module(Path(name).stem), io.StringIO(), io.StringIO()
     before, argv, code = os.getcwd(), sys.argv, 0
     try:
@@ -481,7 +481,7 @@ def call(folder, name, *args):
 
 
 def finish_runs(folder):
-    """A finished run of every command, and images for lists, in this empty folder."""
+    """Create a finished run of every command, and images for lists, in this empty folder."""
     for command in (again(FREE, "free"), again(SGA, "sga"), again(STAGE, "stage1"),
                     again(TASK, "task"), again(UAP, "eval"),
                     again(GCM, "gcm"), again(NETS, "nets")):
@@ -494,7 +494,7 @@ def finish_runs(folder):
 
 
 def place(files, folder):
-    """Puts the files of a case there."""
+    """Write the files of a case into the folder."""
     for file, content in files.items():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -506,7 +506,7 @@ def place(files, folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a finished run of every command, and what is in it; digits are read once."""
+    """A folder with a finished run of every command, and its contents; digits are read once."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(named, "_digits", cache(named._digits))
@@ -516,14 +516,14 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def here(finished):
-    """That folder, which a test may damage: it is as before for the next one."""
+    """That folder, which a test may damage; it is restored afterwards."""
     folder, contents = finished
     before = state_of(folder)
     yield folder
     for lock in folder.rglob(".lock"):  # an error's traceback may still hold it
         lock.unlink()
     after = state_of(folder)
-    for path in sorted(after.keys() - before.keys(), reverse=True):  # what is in a folder first
+    for path in sorted(after.keys() - before.keys(), reverse=True):  # contents before folders
         path.rmdir() if stat.S_ISDIR(after[path][0]) else path.unlink()
     for path in before:
         if after.get(path) != before[path] and path in contents:
@@ -532,7 +532,7 @@ def here(finished):
 
 
 def state_of(folder):
-    """{path: mode, and of a file its number, time of change and size}; without locks."""
+    """{path: mode, and for files inode, modification time and size}; without locks."""
     found = {}
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -544,12 +544,12 @@ def state_of(folder):
 
 
 def written(folder):
-    """The same of files alone: a command may make its run folder before it stops."""
+    """The same for files only: a command may create its run folder before it stops."""
     return {path: about for path, about in state_of(folder).items() if not stat.S_ISDIR(about[0])}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_clear_line_and_runs_and_writes_nothing(name, here):
+def test_bad_input_gives_one_clear_line_and_runs_and_writes_nothing(name, here):
     command, files, words = CASES[name]
     place(files, here)
     before = written(here)
@@ -564,8 +564,9 @@ def test_bad_input_is_one_clear_line_and_runs_and_writes_nothing(name, here):
 
 
 @pytest.mark.parametrize("name", ["protocol 4 as uaps", "picture bomb to --augmentations"])
-def test_so_it_is_in_a_process_of_its_own(name, finished, tmp_path, run_script, refused):
-    """With the warnings that Python prints there."""
+def test_bad_input_gives_one_clear_line_in_a_separate_process(name, finished, tmp_path, run_script,
+                                                              refused):
+    """Where Python itself prints its warnings."""
     command, files, words = CASES[name]
     shutil.copytree(finished[0] / "free", tmp_path / "free")
     for file, content in files.items():
@@ -575,7 +576,7 @@ def test_so_it_is_in_a_process_of_its_own(name, finished, tmp_path, run_script, 
 
 
 @pytest.mark.parametrize("kind", [">f4", ">f8", "<f2", ">i2", "longdouble"])
-def test_a_npy_of_any_signed_numbers_is_read_as_float32(kind, tmp_path):
+def test_an_npy_file_of_any_signed_type_is_read_as_float32(kind, tmp_path):
     from utils.uaps import read_uap
 
     values = np.arange(784).reshape(1, 28, 28) % 20 - 9.0
@@ -587,7 +588,8 @@ def test_a_npy_of_any_signed_numbers_is_read_as_float32(kind, tmp_path):
 @pytest.mark.parametrize(("name", "content"), [
     ("bomb.png", BOMB), ("line.png", png(3000, 2)), ("text.png", text_bomb()),
     ("cut.png", png()[:45])], ids=str)
-def test_a_photograph_that_is_a_bomb_is_skipped_like_a_broken_one(name, content, tmp_path):
+def test_a_decompression_bomb_among_photographs_is_skipped_like_a_broken_file(name, content,
+                                                                              tmp_path):
     for label in "ab":
         for i in range(3):
             path = tmp_path / f"data/{label}/{i}.png"
@@ -613,8 +615,8 @@ def test_a_large_photograph_is_read_without_a_warning(tmp_path, monkeypatch):
         assert read_image(tmp_path / "x.png").size == (40, 40)
 
 
-def test_names_of_classes_are_drawn_as_they_are(tmp_path):
-    """No formula for LaTeX's syntax, no warning of letters that the font lacks."""
+def test_class_names_are_drawn_verbatim(tmp_path):
+    """LaTeX syntax is not rendered, and letters that the font lacks give no warning."""
     from utils import draw
 
     x = torch.rand((1, 1, 8, 8))

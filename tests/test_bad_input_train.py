@@ -94,7 +94,7 @@ class Bomb:
 
 
 def make_files(top):
-    """What the wrong arguments name, in this folder."""
+    """Write the files that the wrong arguments name into this folder."""
     for folder in ("empty", "texts/class", "corrupt/class", "good/class"):
         (top / folder).mkdir(parents=True)
     (top / "file.txt").write_text("")
@@ -106,7 +106,7 @@ def make_files(top):
                                build_small("cnn", 1, 28).state_dict().items()})
     torch.save({"weight": Bomb()}, top / "bomb.pth")
     save_pth(top / "ours.pth", {})
-    (top / "ours.json").write_text(  # as after a training at that size
+    (top / "ours.json").write_text(  # as after training at that size
         '{"image_size": 96, "head": "own", "classes": ["class"]}')
 
 
@@ -121,15 +121,15 @@ def test_bad_input_gives_one_clear_line_and_exit_status_2(case, here, run_here, 
     args, words = WRONG[case]
     refused(run_here(SCRIPT, *QUICK, *args), *words)
     assert not (here / "ran").exists()
-    assert not list(here.rglob("sga_*"))  # and nothing to go on from, unless it came to gradients
+    assert not list(here.rglob("sga_*"))  # and no checkpoint, unless it got as far as the gradients
     assert case == "NaN weights" or not list(here.rglob("checkpoint.pth"))
 
 
 @pytest.mark.parametrize("case", BY_PROCESS)
-def test_bad_input_gives_the_same_in_a_process_of_its_own(case, here, run_script, refused):
+def test_bad_input_gives_the_same_line_in_a_separate_process(case, here, run_script, refused):
     args, words = WRONG[case]
     refused(run_script(SCRIPT, *QUICK, *args), *words)
 
 
-def test_the_arguments_that_all_cases_add_to_are_valid(run_here):
+def test_the_arguments_shared_by_all_cases_are_valid(run_here):
     assert run_here(SCRIPT, *QUICK).returncode == 0

@@ -1,5 +1,5 @@
-"""Every benchmark runs from start to end at its smallest size and leaves its table; what they
-compare is comparable. No time is tested.
+"""Every benchmark runs to the end at its smallest size and writes its table; what it compares is
+comparable. No times are tested.
 """
 
 import csv
@@ -56,7 +56,7 @@ LEAVES = {  # script -> files; the others print only
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
-    """benchmarks/ is on the path for one test."""
+    """Put benchmarks/ on the path for one test."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in [name for name in sys.modules if (FOLDER / f"{name}.py").exists()]:
@@ -74,7 +74,7 @@ def test_every_benchmark_has_a_smallest_size():
 
 
 @pytest.mark.parametrize("name", sorted(SMALLEST))
-def test_it_runs_and_leaves_its_table(name, run_here, tmp_path):
+def test_a_benchmark_runs_and_writes_its_table(name, run_here, tmp_path):
     done = run_here(name, *SMALLEST[name])
     if name == "full_disk.py" and "may not mount" in done.stderr:
         pytest.skip("no tmpfs can be mounted by this user")
@@ -89,18 +89,18 @@ def test_it_runs_and_leaves_its_table(name, run_here, tmp_path):
     assert set(rule) == {"---"} and body
     assert all(len(row) == len(head) and all(row[:2]) for row in body)
     if name in ("bad_input.py", "full_disk.py", "kill_test.py"):
-        assert all(row[1] == row[-1] for row in body), done.stderr  # as many as there were
+        assert all(row[1] == row[-1] for row in body), done.stderr  # all of them are right
     for file in files:
         if file.endswith(".json"):
             assert json.loads((tmp_path / file).read_text())
         if file.endswith(".md"):
             assert tables((tmp_path / file).read_text())[0] == [head, rule, *body]
-        if file == "out.csv":  # what docs/results takes over
+        if file == "out.csv":  # is copied to docs/results
             with open(tmp_path / file, newline="") as lines:
                 assert list(csv.reader(lines)) == [head, *body]
 
 
-def test_the_table_of_a_gpu_holds_the_figures_of_the_other_tables(run_here, tmp_path, refused):
+def test_the_gpu_table_contains_the_figures_of_the_other_tables(run_here, tmp_path, refused):
     (tmp_path / "sga.csv").write_text("model,precision,img/s,peak MB\nvgg16,bf16,20.5,\n"
                                       "vgg16,float32,10.1 (0.5),300\n")
     flags = SMALLEST["gpu_table.py"]
@@ -130,7 +130,7 @@ def test_speed_and_cache_are_measured_on_the_same_photographs(run_here, tmp_path
 
 # ------------------------------------------------------------- what is compared with what
 
-def test_a_changed_byte_or_row_counts_as_another_outcome_and_a_clock_does_not(tmp_path):
+def test_a_changed_byte_or_row_is_a_different_outcome_and_a_changed_time_is_not(tmp_path):
     import kill_test
 
     def left(weights=b"abc", loss="1.5", seconds="3", n=40):
@@ -151,7 +151,7 @@ def test_a_changed_byte_or_row_counts_as_another_outcome_and_a_clock_does_not(tm
     (0, "", "exit status 0"), (None, "", "exit status None"), (1, "error: word\n", "exit status 1"),
     (2, "Traceback\nerror: word\n", "2 lines"), (2, "word\n", "1 lines"),
     (2, "error: other\n", "word not in")])
-def test_an_answer_to_bad_input_is_right_or_wrong(monkeypatch, tmp_path, code, said, wrong):
+def test_an_answer_to_bad_input_is_judged_right_or_wrong(monkeypatch, tmp_path, code, said, wrong):
     import bad_input
 
     monkeypatch.setattr(bad_input, "call", lambda folder, command: (code, said))
@@ -159,7 +159,7 @@ def test_an_answer_to_bad_input_is_right_or_wrong(monkeypatch, tmp_path, code, s
     assert found.startswith(wrong) and bool(found) == bool(wrong)
 
 
-def test_bad_input_that_writes_a_file_is_wrong(monkeypatch, tmp_path):
+def test_an_answer_that_writes_a_file_is_wrong(monkeypatch, tmp_path):
     import bad_input
 
     monkeypatch.setattr(bad_input, "call", lambda folder, command: (
@@ -222,7 +222,7 @@ def row(implementation, precision, seconds, passes=20.0):
             "seconds": seconds, "passes": passes}
 
 
-def test_a_ratio_is_to_the_fastest_other_that_took_every_step_in_the_same_form():
+def test_a_ratio_compares_with_the_fastest_other_that_took_every_step_in_the_same_form():
     import attack_speed
     rows = [row("ours", "float32", [2, 2, 8]), row("ours, stop early", "float32", [1, 1, 1], 2),
             row("slow", "float32", [9, 9, 9]), row("fast", "float32", [3, 4, 5], 21),
@@ -232,7 +232,7 @@ def test_a_ratio_is_to_the_fastest_other_that_took_every_step_in_the_same_form()
     assert ratios == pytest.approx([1.5, 4, 4 / 9, 1, 40, 2, 1, None])
 
 
-def test_the_published_step_of_sga_gives_the_gradient_of_ours():
+def test_the_published_sga_step_gives_the_same_gradient_as_ours():
     import uap_speed
     model = models.load_model("cnn", weights="random", kind="digits", data_dir="digits")
     x, generator = pictures(8, shape=(1, 28, 28)), torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.images import listed
 from utils.run import save_pth
 
-BROKEN = ("a/1.png", "b/3.png")  # the second one is the last
+BROKEN = ("a/1.png", "b/3.png")  # the second is the last image
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """A list to which the path of every photograph is added that is decoded from here on."""
+    """A list that collects the path of every photograph decoded from now on."""
     found, real = [], data.decode
     monkeypatch.setattr("utils.images.decode",
                         lambda path, geometry: (found.append(path), real(path, geometry))[1])
@@ -64,7 +64,7 @@ def read(images, folder, workers=0):
 
 
 def only(folder):
-    """The one file that the folder holds, besides locks."""
+    """The only file in the folder, besides locks."""
     path, = (path for path in folder.iterdir() if not path.name.endswith(".lock"))
     return path
 
@@ -77,8 +77,8 @@ def same(one, other):
 # ------------------------------------------------------------------------ the same images
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_pixels_are_those_without_a_cache_and_are_decoded_once(images, folder, decoded,
-                                                                  workers):
+def test_the_pixels_equal_those_without_a_cache_and_are_decoded_once(images, folder, decoded,
+                                                                     workers):
     plain = load(images, workers=0)
     decoded.clear()
     assert same(read(images, folder, workers), plain)
@@ -89,7 +89,7 @@ def test_the_pixels_are_those_without_a_cache_and_are_decoded_once(images, folde
     assert not decoded and plain.skipped == BROKEN
 
 
-def test_batches_are_those_without_a_cache(images, folder, decoded):
+def test_batches_equal_those_without_a_cache(images, folder, decoded):
     plain = list(batches(images, 3, workers=0, skipped=[]))
     decoded.clear()
     stored = cached(images, folder, workers=0)
@@ -101,7 +101,7 @@ def test_batches_are_those_without_a_cache(images, folder, decoded):
     assert stored[1] is None and torch.equal(stored[2], images[2])
 
 
-def test_broken_files_are_warned_of_by_each_command_once(images, folder, capsys):
+def test_each_command_warns_of_a_broken_file_once(images, folder, capsys):
     for _ in range(2):
         read(images, folder)
         said = capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_broken_files_are_warned_of_by_each_command_once(images, folder, capsys)
     assert capsys.readouterr().err.count("cannot be decoded") == 2
 
 
-def test_a_process_that_is_not_the_first_loads_in_silence(images, folder, capsys):
+def test_processes_other_than_the_first_load_silently(images, folder, capsys):
     stored = cached(images, folder, workers=0)
     capsys.readouterr()
     for own in (images, stored):
@@ -118,7 +118,7 @@ def test_a_process_that_is_not_the_first_loads_in_silence(images, folder, capsys
         assert capsys.readouterr().err.count("cannot be decoded") == 2  # by the second load
 
 
-def test_only_broken_files_are_an_error_and_leave_nothing(tmp_path, folder):
+def test_a_folder_of_only_broken_files_is_an_error_and_leaves_nothing(tmp_path, folder):
     for i in range(3):
         (tmp_path / "own" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / "a" / f"{i}.png").write_text("no")
@@ -128,13 +128,13 @@ def test_only_broken_files_are_an_error_and_leave_nothing(tmp_path, folder):
     assert [path.suffix for path in folder.iterdir()] == [".lock"]
 
 
-def test_without_a_folder_or_with_pixels_in_memory_nothing_is_written(images, tmp_path, folder):
+def test_nothing_is_written_without_a_folder_or_with_pixels_in_memory(images, tmp_path, folder):
     assert cached(images, None, workers=0) is images
     digits = open_images("digits", split="test")
     assert cached(digits, folder, workers=0) is digits and not folder.exists()
 
 
-def test_a_part_of_the_list_is_that_part_and_stays_mapped_where_it_is_evenly_spaced(drawn, folder):
+def test_a_selection_has_the_right_images_and_stays_mapped_if_evenly_spaced(drawn, folder):
     for name in BROKEN:
         shutil.copy(drawn / "a/0.png", drawn / name)
     images = open_images(drawn, split="train").prepared(24, None)
@@ -148,7 +148,7 @@ def test_a_part_of_the_list_is_that_part_and_stays_mapped_where_it_is_evenly_spa
         assert (ends[0] <= part.pixels.data_ptr() < ends[1]) is there
 
 
-def test_another_geometry_is_never_read_from_the_pixels_of_the_first(images, folder):
+def test_pixels_of_one_geometry_are_never_used_for_another(images, folder):
     stored = cached(images, folder, workers=0)
     other = Geometry(24, 30, "bicubic")
     assert stored.prepared(other, None).stored is None
@@ -158,7 +158,7 @@ def test_another_geometry_is_never_read_from_the_pixels_of_the_first(images, fol
     assert len(list(folder.glob("*.pixels"))) == 2
 
 
-def test_the_file_is_mapped_read_only_no_warning_leaks_and_it_stays_as_it_is(images, folder):
+def test_the_file_is_mapped_read_only_without_a_warning_and_stays_unchanged(images, folder):
     read(images, folder)
     before = only(folder).read_bytes()
     with warnings.catch_warnings():
@@ -177,7 +177,7 @@ def test_the_file_is_mapped_read_only_no_warning_leaks_and_it_stays_as_it_is(ima
 # ------------------------------------------------------------------------ never a wrong image
 
 def ended(pixels, text):
-    """The file of these pixels and facts, with the length and the checksum that it should have."""
+    """A file of these pixels and facts, with the correct length and checksum."""
     return pixels + text + b"".join(number.to_bytes(8, "little") for number in (
         len(text), zlib.crc32(pixels + text)))
 
@@ -226,7 +226,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_file_is_made_again_with_one_line(images, folder, capsys, decoded, what):
+def test_a_damaged_file_is_rebuilt_with_one_warning(images, folder, capsys, decoded, what):
     plain, _ = load(images, workers=0), cached(images, folder, workers=0)
     path = only(folder)
     right = path.read_bytes()
@@ -261,7 +261,7 @@ def appear(path):
 
 @pytest.mark.parametrize("change", [change_size, change_with_the_same_times_and_size, remove,
                                     appear])
-def test_other_photographs_behind_the_same_names_are_noticed(images, folder, drawn, capsys, change):
+def test_changed_photographs_with_the_same_names_are_noticed(images, folder, drawn, capsys, change):
     read(images, folder)
     capsys.readouterr()
     change(drawn / "b" / "0.png")
@@ -272,7 +272,7 @@ def test_other_photographs_behind_the_same_names_are_noticed(images, folder, dra
     assert len(list(folder.glob("*.pixels"))) == 1  # in place of the old one
 
 
-def test_another_folder_with_the_same_names_has_a_file_of_its_own(images, folder, drawn, tmp_path):
+def test_another_folder_with_the_same_names_has_its_own_file(images, folder, drawn, tmp_path):
     first = read(images, folder)
     shutil.copytree(drawn, tmp_path / "other")
     change_size(tmp_path / "other" / "a" / "0.png")
@@ -281,12 +281,12 @@ def test_another_folder_with_the_same_names_has_a_file_of_its_own(images, folder
     assert same(read(images, folder), first)
     one, two = folder.glob("*.pixels")
     two.unlink()
-    shutil.copy(one, two)  # whole, but of another folder
+    shutil.copy(one, two)  # intact, but of another folder
     assert same(read(others, folder), load(others, workers=0))
     assert same(read(images, folder), first)
 
 
-def test_a_link_to_the_folder_is_the_folder(images, folder, drawn, tmp_path, decoded):
+def test_a_link_to_the_folder_uses_the_same_pixels(images, folder, drawn, tmp_path, decoded):
     read(images, folder)
     decoded.clear()
     (tmp_path / "link").symlink_to(drawn)
@@ -295,7 +295,8 @@ def test_a_link_to_the_folder_is_the_folder(images, folder, drawn, tmp_path, dec
 
 
 @pytest.mark.parametrize("version", ["PIL.__version__", "torchvision.__version__"])
-def test_pixels_of_another_decoder_are_made_again(images, folder, monkeypatch, capsys, version):
+def test_pixels_of_another_decoder_version_are_rebuilt(images, folder, monkeypatch, capsys,
+                                                       version):
     read(images, folder)
     monkeypatch.setattr(version, "1.0")
     capsys.readouterr()
@@ -313,7 +314,7 @@ def test_a_shard_that_changed_is_noticed(tmp_path, picture, folder, decoded):
                             tmp_path / "hf" / "val.parquet")
         images = open_images(tmp_path / "hf", split="test").prepared(24, None)
         from utils.parquet import _file, _read_group, _starts
-        for kept in (_file, _read_group, _starts):  # as a new process
+        for kept in (_file, _read_group, _starts):  # as in a new process
             kept.cache_clear()
         return images
     (tmp_path / "hf").mkdir()
@@ -331,7 +332,7 @@ def test_a_shard_that_changed_is_noticed(tmp_path, picture, folder, decoded):
 # ------------------------------------------------------------------------ several processes
 
 def slowly(images, folder, log, seconds):
-    """What a process does: it writes down what it decodes, and takes its time."""
+    """Run by each process: log every path that is decoded, and decode slowly."""
     real = data.decode
 
     def decode(path, geometry):
@@ -360,8 +361,7 @@ def until(condition):
 
 
 @pytest.mark.slow
-def test_of_processes_that_start_at_once_one_decodes_and_all_get_the_images(images, folder,
-                                                                            tmp_path):
+def test_if_processes_start_at_once_one_decodes_and_all_get_the_images(images, folder, tmp_path):
     log = tmp_path / "log"
     three = [started(images, folder, log, 0.05) for _ in range(3)]
     for process in three:
@@ -373,7 +373,8 @@ def test_of_processes_that_start_at_once_one_decodes_and_all_get_the_images(imag
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_no_half_file_and_frees_the_next(images, folder, tmp_path):
+def test_a_killed_process_leaves_no_partial_file_and_does_not_block_the_next(images, folder,
+                                                                             tmp_path):
     process = started(images, folder, tmp_path / "log", 60)
     until(lambda: (tmp_path / "log").exists())
     os.kill(process.pid, signal.SIGKILL)
@@ -383,7 +384,7 @@ def test_a_killed_process_leaves_no_half_file_and_frees_the_next(images, folder,
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_without_locks_in_the_file_system_it_works_too(images, folder, monkeypatch):
+def test_the_cache_works_on_a_file_system_without_locks(images, folder, monkeypatch):
     def flock(*args):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr("fcntl.flock", flock)
@@ -392,8 +393,7 @@ def test_without_locks_in_the_file_system_it_works_too(images, folder, monkeypat
 
 # ------------------------------------------------------------------------ no space, no permission
 
-def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_decoded(
-        images, tmp_path, decoded):
+def test_an_unwritable_folder_gives_one_line_before_anything_is_decoded(images, tmp_path, decoded):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "cache"):  # root may write anywhere else
         with pytest.raises(UserError, match="--cache .*file.*cannot write there"):
@@ -401,21 +401,22 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_decoded(
     assert not decoded
 
 
-def test_a_folder_that_can_only_be_read_serves_what_it_holds(images, folder, decoded, monkeypatch):
+def test_a_read_only_folder_still_serves_its_pixels(images, folder, decoded, monkeypatch):
     first = read(images, folder)
     decoded.clear()
     monkeypatch.setattr("utils.cache._alone", None)  # nothing is locked
     assert same(read(images, folder), first) and not decoded
 
 
-def test_too_small_a_disk_is_said_before_anything_is_decoded(images, folder, decoded, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_decoded(images, folder, decoded,
+                                                                         monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(UserError, match="8 images need 0.0 GB, 0.0 GB are free; choose another"):
         cached(images, folder, workers=0)
     assert not decoded and [path.suffix for path in folder.iterdir()] == [".lock"]
 
 
-def test_a_disk_that_fills_up_leaves_no_half_file(images, folder):
+def test_a_disk_that_fills_up_leaves_no_partial_file(images, folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
@@ -431,7 +432,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file(images, folder):
 # ------------------------------------------------------------------------ every script
 
 class Tiny(torch.nn.Module):
-    """In place of torchvision's networks: says class 0 of every image."""
+    """Replaces torchvision's networks; predicts class 0 for every image."""
     def __init__(self):
         super().__init__()
         self.out = torch.nn.Linear(3, 1000)
@@ -462,23 +463,23 @@ SCRIPTS = {
 
 
 def results(folder):
-    """{name: content} of what a run left, without times and provenance."""
+    """{name: content} of the files of a run, without times and provenance."""
     found = {path.name: path.read_bytes() for path in folder.iterdir()
              if path.suffix == ".csv" or (path.suffix == ".pth" and path.stem != "checkpoint")}
-    found.pop("log.csv", None)  # seconds
+    found.pop("log.csv", None)  # has seconds
     if (folder / "results.json").is_file():
         saved = json.loads((folder / "results.json").read_text())
         for cell in (saved.get("cells") or {}).values():
             cell.pop("seconds", None)
         found["results.json"] = saved.get("cells") or [
             saved["rows"], saved["protocol"]["n"], saved["protocol"]["skipped"]]
-        found.pop("results.csv", None)  # as well
+        found.pop("results.csv", None)  # too
     return found
 
 
 @pytest.mark.parametrize("case", SCRIPTS)
-def test_the_second_command_decodes_nothing_and_finds_the_same(
-        run_here, drawn, tmp_path, picture, monkeypatch, case):
+def test_a_second_command_decodes_nothing_and_gives_the_same_results(run_here, drawn, tmp_path,
+                                                                     picture, monkeypatch, case):
     for i in range(5):
         picture(tmp_path / "val" / "n01440764" / f"{i}.jpg", 300, 260, seed=i)
     (tmp_path / "val" / "n01440764" / "1.jpg").write_bytes(b"no")
@@ -511,14 +512,14 @@ def test_a_cache_that_cannot_be_written_ends_a_command_with_one_line(run_here, r
     refused(done, "--cache file/cache", "cannot write there")
 
 
-def test_a_run_goes_on_with_a_cache_that_it_began_without(run_here, drawn, tmp_path):
+def test_a_run_begun_without_a_cache_can_resume_with_one(run_here, drawn, tmp_path):
     flags = (*SCRIPTS["free_at.py"], "--device", "cpu", "--workers", 0, "--save", "run")
     assert run_here("free_at.py", *flags).returncode == 0
     done = run_here("free_at.py", *flags, "--cache", "cache", "--resume")
     assert done.returncode == 0, done.stderr
 
 
-def test_random_crops_are_cut_from_the_photographs_themselves(run_here, drawn, tmp_path):
+def test_random_crops_are_cut_from_the_photographs_without_a_cache(run_here, drawn, tmp_path):
     done = run_here("free_at.py", *SCRIPTS["free_at.py"], "--augment", "auto", "--device", "cpu",
                     "--workers", 0, "--save", "run", "--cache", "cache")
     assert done.returncode == 0, done.stderr
@@ -541,7 +542,7 @@ def test_the_processes_of_a_machine_share_its_processors(monkeypatch, environmen
 
 
 class Batch:
-    """Stands for a tensor in the memory of the CPU, which is copied to a device."""
+    """Stands for a CPU tensor that is copied to a device."""
     def __init__(self):
         self.copied = []
 
@@ -573,7 +574,7 @@ def test_photographs_go_to_a_gpu_from_pinned_memory_without_waiting(
     assert all(x.copied == wanted for x in made)
 
 
-def test_batches_are_where_they_are_wanted(images):
+def test_batches_are_on_the_requested_device(images):
     for _, x in batches(images, 4, workers=0, skipped=[], device=torch.device("cpu")):
         assert x.device.type == "cpu" and x.dtype == torch.uint8
     for _, x in batches(images, 4, workers=0, skipped=[], device=torch.device("meta")):

@@ -35,8 +35,8 @@ WNIDS = {"n01440764": 0, "n01443537": 1, "n02504458": 386, "n15075141": 999}
 # ------------------------------------------------------------------------ which ones
 
 def naive_spread(labels, num):
-    """Round after round one more image of every class; of a last round that is too long, an even
-    choice of its classes."""
+    """Each round takes one more image of every class; a last round that is too long takes an even
+    choice of classes."""
     taken, rank = [], 0
     classes = sorted(set(labels))
     while len(taken) < num:
@@ -63,7 +63,7 @@ def test_spread_takes_fewer_images_than_classes_from_evenly_spaced_classes():
 
 
 @pytest.mark.parametrize("num", [1, 9, 10, 25, 26, 28, 40])
-def test_spread_with_a_remainder_and_short_classes_is_the_naive_one(num):
+def test_spread_with_a_remainder_and_short_classes_equals_the_naive_one(num):
     labels = [0] * 3 + [1] * 1 + [2] * 10 + [3] * 7 + [4] * 7  # 28 in all
     chosen = spread(labels, num)
     assert chosen == naive_spread(labels, num)
@@ -90,7 +90,7 @@ def test_asking_for_as_many_images_as_there_are_or_more_gives_all(tmp_path, pict
 
 # --------------------------------------------------------------------- class indices
 
-def test_wnid_folders_get_their_true_imagenet_index_when_only_some_are_there(tmp_path, picture):
+def test_wnid_folders_get_their_true_imagenet_index_even_if_only_some_are_there(tmp_path, picture):
     for wnid in WNIDS:
         picture(tmp_path / wnid / "x.jpg")
     images = open_images(tmp_path, split="train")
@@ -130,7 +130,7 @@ def test_cifar10_class_folders_get_cifar10_indices_at_32_pixels(tmp_path, pictur
 
 
 def test_folders_with_other_names_have_no_labels_that_networks_know(tmp_path, picture):
-    for name in ("cat", "dog", ".hidden"):  # two of CIFAR-10's ten are somebody's photographs
+    for name in ("cat", "dog", ".hidden"):  # two of CIFAR-10's ten names are no CIFAR-10
         picture(tmp_path / name / "x.png")
     images = open_images(tmp_path, split="train")
     assert images.kind == "folder" and not images.labelled
@@ -156,7 +156,7 @@ def test_a_class_may_be_called_train(tmp_path, picture):
     assert open_images(tmp_path, split="test").names == ("bus/x.png", "train/x.png")
 
 
-def test_no_test_images_are_refused_where_both_are_needed(tmp_path, picture):
+def test_missing_test_images_are_refused_where_both_splits_are_needed(tmp_path, picture):
     picture(tmp_path / "a" / "x.png")
     with pytest.raises(UserError, match="there are no test images"):
         open_both(tmp_path, "data")
@@ -181,7 +181,7 @@ def test_the_split_of_digits_is_fixed_and_disjoint_and_covers_all():
         assert (test.labels == digit).sum() == count // 5
 
 
-def test_digits_are_28_pixels_and_nothing_else():
+def test_digits_have_28_pixels_and_no_other_size():
     with pytest.raises(UserError, match="--image_size 32"):
         open_images("digits", split="train").prepared(32, 10)
 
@@ -232,7 +232,7 @@ def test_images_are_read_in_the_geometry_that_they_were_prepared_for(tmp_path, p
     assert torch.equal(load(other, workers=0).pixels[0], other[0])
 
 
-def test_a_geometry_is_said_in_words():
+def test_a_geometry_is_described_in_words():
     assert str(paper_geometry()) == "shorter side to 256 (bilinear), centre crop 224"
     assert str(Geometry(224, 224, "bicubic")) == "shorter side to 224 (bicubic), centre crop 224"
     assert str(paper_geometry(28)) == "28 pixels"
@@ -261,7 +261,7 @@ def test_pixels_without_a_known_range_cannot_be_decoded(tmp_path, kind):
     assert decode(tmp_path / "x.tif", paper_geometry(16)) is None
 
 
-def test_to_float_is_exactly_k_255():
+def test_to_float_gives_exactly_k_over_255():
     k = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_float(k), torch.arange(256).float() / 255)
     assert (to_float(k)[0], to_float(k)[255]) == (0, 1)
@@ -282,8 +282,8 @@ def photographs(tmp_path, picture):
 BROKEN = ("0/3.jpg", "3/2.jpg", "6/9.jpg")
 
 
-def test_a_corrupt_image_is_warned_of_skipped_and_counted_and_the_rest_stays_aligned(photographs,
-                                                                                 capsys):
+def test_a_corrupt_image_is_reported_skipped_and_counted_and_the_rest_stays_aligned(photographs,
+                                                                                    capsys):
     images = open_images(photographs, split="train").prepared(24, None)
     loaded = load(images, workers=0)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
@@ -297,7 +297,7 @@ def test_a_corrupt_image_is_warned_of_skipped_and_counted_and_the_rest_stays_ali
         assert torch.equal(x, decode(photographs / name, paper_geometry(24)))
 
 
-def test_worker_processes_read_the_same_pixels_as_none_and_leave_the_global_rng(photographs):
+def test_workers_read_the_same_pixels_as_none_and_leave_the_global_rng_alone(photographs):
     images = open_images(photographs, split="train").prepared(24, None)
     rng = torch.get_rng_state()
     one, two = (load(images, workers=workers) for workers in (0, 2))
@@ -306,7 +306,7 @@ def test_worker_processes_read_the_same_pixels_as_none_and_leave_the_global_rng(
     assert one.names == two.names and one.skipped == two.skipped == BROKEN
 
 
-def test_batches_come_in_order_with_the_positions_of_what_could_be_read(photographs):
+def test_batches_come_in_order_with_the_positions_of_the_readable_images(photographs):
     images = open_images(photographs, split="train").prepared(24, None)
     skipped, positions = [], []
     for index, x in batches(images, 8, workers=0, skipped=skipped):
@@ -322,7 +322,7 @@ def test_a_batch_without_a_readable_image_is_left_out(photographs):
     assert len(found) == 67
 
 
-def test_only_corrupt_images_are_an_error(tmp_path):
+def test_a_folder_of_only_corrupt_images_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / "class").mkdir(exist_ok=True)
         (tmp_path / "class" / f"{i}.png").write_text("no")
@@ -331,7 +331,7 @@ def test_only_corrupt_images_are_an_error(tmp_path):
         load(images, workers=0)
 
 
-def test_the_list_of_images_is_their_geometry_and_names_and_has_their_sha256(tmp_path, picture):
+def test_the_listing_contains_geometry_and_names_and_is_what_is_hashed(tmp_path, picture):
     for name in ("b/1.png", "a/2.png"):
         picture(tmp_path / name)
     images = open_images(tmp_path, split="train")
@@ -346,7 +346,7 @@ def test_the_hash_of_the_list_changes_with_the_geometry(tmp_path, picture):
     other, bicubic = Geometry(224, 232), Geometry(224, 256, "bicubic")
     hashes = [images.prepared(one, None).sha256() for one in (paper_geometry(), other, bicubic, 64)]
     assert len(set(hashes)) == 4 and hashes[0] == images.sha256()
-    assert images.sha256(other) == hashes[1]  # of a network that reads them so
+    assert images.sha256(other) == hashes[1]  # for a network with that geometry
     assert images.sha256(other, paper_geometry()) == images.sha256(paper_geometry(), other)
     assert images.sha256(other, paper_geometry()) not in hashes
 
@@ -377,7 +377,7 @@ def test_imagenette_as_torchvision_extracts_it_has_true_imagenet_indices(tmp_pat
     assert images.names[0] == "n01440764/val_0.JPEG"
 
 
-def test_half_an_imagenette_is_refused(tmp_path, picture):
+def test_an_incomplete_imagenette_is_refused(tmp_path, picture):
     picture(tmp_path / "imagenette2-320" / "train" / "n01440764" / "a.JPEG")
     for split in ("train", "test"):  # there is no val/ yet
         with pytest.raises(UserError, match="imagenette2-320' is damaged .*; remove it"):
@@ -404,7 +404,7 @@ def test_a_second_process_waits_for_the_one_that_downloads(tmp_path, monkeypatch
     assert imagenette_folder("train", tmp_path) == tmp_path / "imagenette2-320"
 
 
-def test_an_old_file_of_mnist_without_tensors_is_refused(tmp_path):
+def test_an_old_mnist_file_without_tensors_is_refused(tmp_path):
     for name in ("training.pt", "test.pt"):
         path = tmp_path / "MNIST" / "processed" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""README.md and docs/: every table is its results file, every command is taken by its script.
+"""README.md and docs/: every table equals its results file, its script accepts every command.
 
-Commands are run as they stand, in a shell whose `python` only writes down what it was called with;
-the script's own parser then reads it. Nothing is trained or measured.
+Commands are run as they stand, in a shell whose `python` only records its arguments; the script's
+own parser then reads them. Nothing is trained or measured.
 """
 
 import ast
@@ -79,7 +79,7 @@ def test_an_output_in_the_readme_has_at_most_eight_lines():
 
 
 def anchors(page):
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors that GitHub makes from a page's headings."""
     heads = re.findall(r"^#+ (.*)$", prose(page), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -95,7 +95,7 @@ def test_every_link_leads_somewhere(page):
 
 
 @each_page
-def test_every_path_that_a_page_names_is_there(page):
+def test_every_path_that_a_page_names_exists(page):
     text = re.sub(r"https?://\S+", "", page.read_text())
     for name in re.findall(r"(?<![\w./-])((?:src|docs|tests|benchmarks|imgs)/[\w./]*\w)", text):
         assert (ROOT / re.sub(r"/NAME\b.*", "", name)).exists(), name
@@ -104,7 +104,7 @@ def test_every_path_that_a_page_names_is_there(page):
 # ------------------------------------------------------------------------ tables and results
 
 @each_page
-def test_every_table_on_a_page_is_its_results_file(page):
+def test_every_table_on_a_page_equals_its_results_file(page):
     text = page.read_text()
     assert text.count("<!-- results/") == len(BLOCK.findall(text))
     for name, shown in BLOCK.findall(text):
@@ -113,7 +113,7 @@ def test_every_table_on_a_page_is_its_results_file(page):
 
 
 @each_folder
-def test_every_results_folder_is_whole_and_shown_under_its_command(folder):
+def test_every_results_folder_is_complete_and_shown_under_its_command(folder):
     assert {"run.sh", "results.md", "results.csv"} <= {path.name for path in folder.iterdir()}
     marker = f"<!-- results/{folder.name} -->"
     homes = [page for page in PAGES if marker in page.read_text()]
@@ -123,7 +123,7 @@ def test_every_results_folder_is_whole_and_shown_under_its_command(folder):
 
 
 @each_folder
-def test_every_row_of_a_published_table_stands_in_its_data(folder):
+def test_every_row_of_a_published_table_is_in_its_data(folder):
     rows = data(folder)
     for head, rule, *body in tables((folder / "results.md").read_text()):
         assert set(rule) == {"---"}
@@ -132,7 +132,7 @@ def test_every_row_of_a_published_table_stands_in_its_data(folder):
 
 
 @each_folder
-def test_rows_that_a_table_leaves_out_are_zero_throughout(folder):
+def test_rows_left_out_of_a_table_are_all_zero(folder):
     shown = [row for table in tables((folder / "results.md").read_text()) for row in table]
     for row in data(folder):
         if row not in shown and folder.name != "gcm_w":  # checked below, cell by cell
@@ -141,7 +141,7 @@ def test_rows_that_a_table_leaves_out_are_zero_throughout(folder):
             assert all(cell.startswith("0.0 %") for cell in shares), row
 
 
-def test_the_table_against_w_holds_the_cells_of_its_sweep():
+def test_the_table_over_w_shows_the_cells_of_its_sweep():
     (head, _, *body), = tables((RESULTS / "gcm_w" / "results.md").read_text())
     with open(RESULTS / "gcm_w" / "results.csv", newline="") as file:
         cells = {(float(row["w"]), row["model"], row["attacker"]): row
@@ -156,7 +156,7 @@ def test_the_table_against_w_holds_the_cells_of_its_sweep():
     assert not cells
 
 
-def test_every_figure_of_the_readmes_findings_stands_in_a_table():
+def test_every_number_in_the_readmes_findings_is_in_a_table():
     found = README.read_text().split("## What we found")[1].split("\n## ")[0]
     known = {folder.name: {number for row in data(folder) for cell in row
                            for number in numbers(cell)} for folder in FOLDERS}
@@ -172,7 +172,7 @@ def test_every_figure_of_the_readmes_findings_stands_in_a_table():
 
 @pytest.fixture
 def parse(monkeypatch, capsys):
-    """parse(path, args): what the script's own parser prints; an error of it fails the test."""
+    """parse(path, args): what the script's own parser prints; a parser error fails the test."""
     def run(path, args):
         monkeypatch.syspath_prepend(str(path.parent))
         monkeypatch.setattr(sys, "argv", [path.name, *args])
@@ -218,7 +218,7 @@ def called(tmp_path):
 
 
 @each_folder
-def test_every_command_of_run_sh_is_one_that_its_script_takes(folder, called, parse):
+def test_every_command_in_run_sh_is_accepted_by_its_script(folder, called, parse):
     commands = list(called(f"sh docs/results/{folder.name}/run.sh\n"))
     assert commands
     for path, args in commands:
@@ -226,7 +226,7 @@ def test_every_command_of_run_sh_is_one_that_its_script_takes(folder, called, pa
 
 
 @each_page
-def test_every_command_of_a_page_is_one_that_its_script_takes(page, called, parse):
+def test_every_command_on_a_page_is_accepted_by_its_script(page, called, parse):
     for block in fences(page, ""):
         typed = [line[2:] for line in block.splitlines() if line.startswith("$ ")]
         commands = "\n".join(typed or block.splitlines()) + "\n"
@@ -246,7 +246,7 @@ def test_every_flag_that_a_page_names_exists(page, parse):
 
 
 @each_page
-def test_every_python_example_imports_what_is_there(page):
+def test_every_python_example_imports_what_exists(page):
     for block in fences(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""utils/draw.py and figures.py: pictures from files on disk, and the intervals that they show."""
+"""utils/draw.py and figures.py: pictures from files on disk, and the intervals in them."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_a_perturbation_on_the_grid_survives_its_png(tmp_path, shape, eps):
     torch.testing.assert_close(delta, steps / 255, rtol=0, atol=1e-6)
 
 
-def test_of_another_png_a_grey_level_is_one_step(tmp_path):
+def test_a_grey_level_of_a_foreign_png_is_one_step(tmp_path):
     grey = np.array([[128, 118], [138, 129]], np.uint8)
     Image.fromarray(grey).save(tmp_path / "other.png")
     delta, ours = draw.decode_delta(tmp_path / "other.png")
@@ -80,7 +80,7 @@ def test_corruptions_are_drawn_for_one_network_and_for_several():
 
 
 @pytest.mark.parametrize("name", ["$_$", "$"])
-def test_dollars_in_names_are_no_formula(name):
+def test_dollar_signs_in_names_are_not_read_as_formulas(name):
     assert size_of(draw.heatmap([[0.1, 0.9]] * 2, [name, "b"], [name, "b"]))
     assert size_of(draw.curves([{"epoch": 1, "loss": 1.0, "fooling_ratio": 0.5}], name))
 
@@ -96,7 +96,7 @@ def drew(done, path):
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """What eval_uap.py leaves: two perturbations on two networks, and three examples."""
+    """What eval_uap.py writes: two perturbations on two networks, and three examples."""
     folder = tmp_path / "eval"
     folder.mkdir()
     deltas = {name: 0.2 * torch.randn(1, 28, 28, generator=seeded(k)).sign()
@@ -115,7 +115,7 @@ def evaluated(tmp_path):
     return folder
 
 
-def test_perturbations_and_their_fooling_ratios(run_here, refused, evaluated, tmp_path):
+def test_perturbations_are_drawn_with_their_fooling_ratios(run_here, refused, evaluated, tmp_path):
     plain = drew(run_here("figures.py", "--uaps", evaluated, "--rows", "sga_cnn:SGA", "--out",
                           "a.png"), tmp_path / "a.png")
     both = drew(run_here("figures.py", "--results", evaluated, "--examples", evaluated, "--credit",
@@ -125,7 +125,7 @@ def test_perturbations_and_their_fooling_ratios(run_here, refused, evaluated, tm
     refused(run_here("figures.py"), "runs/eval", "eval_uap.py")
 
 
-def test_fooling_ratios_over_what_was_spent(run_here, refused, tmp_path):
+def test_fooling_ratios_are_drawn_over_gradients_or_images(run_here, refused, tmp_path):
     facts = {f"sga_{seed}_{gradients}": {"model_name": ["cnn"], "gradients": gradients,
                                          "num_images": 10}
              for seed in (0, 1) for gradients in (100, 1000)}
@@ -159,7 +159,7 @@ def test_a_flag_of_another_picture_is_refused(run_here, refused, flags, words):
     refused(run_here("figures.py", *flags), words)
 
 
-def test_examples_are_three_rows(run_here, refused, evaluated, tmp_path):
+def test_examples_are_drawn_from_their_file(run_here, refused, evaluated, tmp_path):
     drew(run_here("figures.py", "--examples", evaluated), tmp_path / "imgs" / "digits.png")
     refused(run_here("figures.py", "--examples", tmp_path), "examples.npz", "eval_uap.py")
 
@@ -174,8 +174,8 @@ def test_a_sweep_is_drawn_from_its_csv(run_here, refused, tmp_path):
     refused(run_here("figures.py", "--w_sweep", tmp_path / "no"), "no w_sweep.csv", "gcm.py")
 
 
-def test_tables_whose_lines_would_be_one_are_refused(run_here, refused, tmp_path):
-    """As a network and the same behind a defence, which have one name."""
+def test_tables_whose_lines_would_coincide_are_refused(run_here, refused, tmp_path):
+    """For example a network and the same one behind a defence, which share a name."""
     for name, head, row in (
             ("w_sweep", "model,attacker,w,epsilon,attack_robustness,attack_robustness_low,"
              "attack_robustness_high,attack_robustness_n", "cnn,naive,1,1e-8,0.5,0.4,0.6,100"),
@@ -188,14 +188,14 @@ def test_tables_whose_lines_would_be_one_are_refused(run_here, refused, tmp_path
 
 
 def test_curves_without_fab_are_drawn():
-    """Behind a random defence there is none."""
+    """FAB is not run behind a random defence."""
     rows = [{"network": "cnn", "attacker": f"APGD-CE, {name}", "eps": eps, "value": 0.5, "low": 0.4,
              "high": 0.6, "n": 10} for name in ("adaptive", "naive") for eps in (0, 0.1)]
     assert draw.eps_curves(rows).startswith(b"\x89PNG")
 
 
-def test_curves_over_the_radius_of_several_tables_are_one_picture(
-        run_here, refused, tmp_path, monkeypatch):
+def test_curves_over_the_radius_from_several_tables_share_one_picture(run_here, refused, tmp_path,
+                                                                      monkeypatch):
     head = "network,attacker,eps,value,k,n,low,high"
     for name, attackers in (("plain", ("APGD-CE, adaptive", "FAB, adaptive")),
                             ("small", ("APGD-CE, naive", "FAB, adaptive"))):
@@ -231,7 +231,7 @@ def test_corruptions_are_compared_with_the_first_network(run_here, refused, tmp_
 
 
 def exercise_run(folder, images):
-    """What fgsm_mnist.py leaves, with these examples (n, 1, 28, 28)."""
+    """What fgsm_mnist.py writes, with these examples (n, 1, 28, 28)."""
     folder.mkdir()
     np.savez(folder / "examples.npz", x=np.stack([images] * 3), y=np.arange(len(images)),
              seen=np.stack([np.arange(len(images)), *[np.ones(len(images), int)] * 2]))
@@ -265,14 +265,14 @@ def test_every_operation_is_drawn_in_seven_columns(run_here, refused, picture, t
     refused(run_here("figures.py", "--augmentations", "--image", "nowhere.png"), "nowhere.png")
 
 
-def test_one_picture_at_a_time(run_here, refused, evaluated):
+def test_only_one_picture_is_drawn_at_a_time(run_here, refused, evaluated):
     refused(run_here("figures.py", "--augmentations", "--uaps", evaluated), "one picture at a time")
 
 
 # ------------------------------------------------------------- files of something else
 
-def test_files_of_another_script_or_damaged_ones_are_one_line(
-        run_here, refused, evaluated, tmp_path):
+def test_damaged_files_and_files_of_another_script_give_one_line(run_here, refused, evaluated,
+                                                                 tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for text in ('{"settings": {}, "cells": {}}', "[]", '{"uaps": [], "rows": 3}', "{"):
@@ -292,7 +292,7 @@ def test_files_of_another_script_or_damaged_ones_are_one_line(
     assert not (tmp_path / "imgs").exists()
 
 
-def test_the_corruptions_say_their_own_n_and_both_networks(run_here, monkeypatch, tmp_path):
+def test_the_corruption_figure_names_its_n_and_both_networks(run_here, monkeypatch, tmp_path):
     cell = {"n": 48, "right": dict.fromkeys(("clean", *OPS), 40)}
     (tmp_path / "results.json").write_text(json.dumps({
         "settings": {"data": "digits", "n": 50},

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.imagenet import class_index
 from utils.run import save_pth
 
-# The devkit's order is its own: its first classes are dogs, the first wnid is a fish.
+# The devkit has its own order: its first classes are dogs, the first wnid is a fish.
 DEVKIT = {1: "n02119789", 2: "n02100735", 3: "n01440764", 4: "n15075141", 5: "n01443537"}
 TRUTH = [3, 1, 5, 5, 4, 2]  # ids of the validation images 1 to 6
 INDICES = [0, 278, 1, 1, 999, 212]  # of n01440764, n02119789, ..., in the order of the wnids
@@ -25,7 +25,7 @@ def val_name(i):
 
 
 def devkit(folder, synsets=DEVKIT, year="ILSVRC2012_ID", truth=TRUTH):
-    """The two files of the devkit; behind the 1000 classes stand groups, as in the real one."""
+    """Write the two files of the devkit; groups follow the 1000 classes, as in the real one."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [*synsets.items(), (1001, "n00001740")]
     kinds = [(year, object), ("WNID", object), ("words", object), ("num_children", object)]
@@ -91,7 +91,7 @@ def test_every_form_of_the_ground_truth_gives_the_true_indices(flat, tmp_path, f
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_labels_may_be_anywhere_and_given_by_name(flat, tmp_path, form):
+def test_the_labels_may_be_anywhere_if_their_path_is_given(flat, tmp_path, form):
     (tmp_path / "elsewhere").mkdir()
     FORMS[form](tmp_path / "elsewhere" / form)
     assert not open_images(flat, split="test").has_labels
@@ -123,7 +123,7 @@ def test_a_part_of_the_validation_images_gets_its_own_labels(flat, tmp_path):
     assert torch.equal(open_images(tmp_path, split="test").labels, images.labels)
 
 
-def test_train_folders_stand_beside_a_flat_val(flat, tmp_path, picture):
+def test_train_folders_can_stand_beside_a_flat_val(flat, tmp_path, picture):
     picture(tmp_path / "train" / "n01443537" / "n01443537_1.JPEG")
     (tmp_path / "train.txt").write_text("n01443537/n01443537_1.JPEG 1\n")
     devkit(tmp_path)
@@ -226,7 +226,7 @@ def test_another_csv_is_refused(flat, tmp_path, text, words):
         open_images(flat, split="test")
 
 
-def test_labels_go_with_a_flat_folder_only(flat, tmp_path, picture):
+def test_labels_are_accepted_only_with_a_flat_folder(flat, tmp_path, picture):
     picture(tmp_path / "sorted" / "n01440764" / "x.JPEG")
     write_val_txt(tmp_path / "val.txt")
     for split in ("train", "test"):
@@ -244,7 +244,7 @@ def test_labels_go_with_a_flat_folder_only(flat, tmp_path, picture):
     ("tench", 0), ("Tench, Tinca tinca", 0), ("crane bird", 134), ("maillot, tank suit", 639),
     ("maillot_tank-suit", 639), ("n01440764", 0), ("999", 999), ("crane", None), ("maillot", None),
     ("cran", None), ("1000", None)])
-def test_a_class_is_an_index_a_wnid_or_a_name_and_names_of_two_classes_are_refused(name, index):
+def test_a_class_is_an_index_a_wnid_or_a_name_and_ambiguous_names_are_refused(name, index):
     if index is None:
         with pytest.raises(UserError, match="^here: "):
             class_index(name, "here")
@@ -254,8 +254,7 @@ def test_a_class_is_an_index_a_wnid_or_a_name_and_names_of_two_classes_are_refus
 
 # ------------------------------------------------------------------------- without labels
 
-def test_a_flat_folder_without_labels_is_spread_evenly_over_the_sorted_list(flat, tmp_path,
-                                                                            picture):
+def test_images_without_labels_are_chosen_evenly_from_the_sorted_list(flat, tmp_path, picture):
     images = open_images(flat, split="train")
     assert (images.kind, images.has_labels, images.labelled) == ("imagenet", False, False)
     assert images.prepared(32, 3).names == tuple(f"{val_name(i)}.JPEG" for i in (1, 3, 5))
@@ -280,7 +279,7 @@ def test_fooling_ratios_are_measured_without_labels_and_accuracies_are_not(run_h
     assert done.stdout.count("no labels: fooling ratios are measured, accuracies are not") == 1
 
 
-def test_sga_is_made_on_a_flat_folder_without_labels(run_here, flat, tmp_path):
+def test_sga_trains_on_a_flat_folder_without_labels(run_here, flat, tmp_path):
     done = run_here("train_sga.py", "--data_dir", flat, *RANDOM, "--epochs", 1, "--iter", 1,
                     "--num_images", 3, "--amp", "off", "--layout", "contiguous", "--save", "run")
     assert done.returncode == 0, done.stderr
@@ -291,15 +290,15 @@ def test_sga_is_made_on_a_flat_folder_without_labels(run_here, flat, tmp_path):
 @pytest.mark.parametrize(("script", "flags"), [
     ("gcm.py", RANDOM), ("eval_net.py", RANDOM[:4]), ("free_at.py", RANDOM[:2]),
     ("train_gcm.py", RANDOM[:2])])
-def test_what_needs_labels_says_so_in_one_line(run_here, refused, flat, script, flags):
+def test_scripts_that_need_labels_say_so_in_one_line(run_here, refused, flat, script, flags):
     refused(run_here(script, "--data_dir", flat, *flags), "without labels", "--labels FILE")
 
 
 # ------------------------------------------------------------- the same table as class folders
 
-def test_a_flat_copy_has_the_table_of_the_class_folders_though_the_order_differs(
-        run_here, tmp_path, picture):
-    """Every count, of all images and of the first one of each second class."""
+def test_a_flat_copy_in_another_order_gives_the_same_table_as_class_folders(run_here, tmp_path,
+                                                                            picture):
+    """Every count, over all images and over the first image of every second class."""
     drawn = {wnid: label for i, (wnid, label) in enumerate(wnids().items()) if i % 77 == 5}
     (tmp_path / "flat" / "images").mkdir(parents=True)
     order = torch.randperm(2 * len(drawn), generator=torch.Generator().manual_seed(0)).view(-1, 2)
@@ -330,7 +329,7 @@ def signs(size):
     return (u - 0.5).sign() * 10 / 255
 
 
-def test_the_photographs_flat_have_the_table_of_their_class_folders(shared, run_here, tmp_path):
+def test_flat_photographs_give_the_same_table_as_their_class_folders(shared, run_here, tmp_path):
     folder, weights = shared / "data" / "imagenet_sample" / "val", shared / "data" / "weights"
     if not folder.is_dir() or not (weights / "squeezenet1_1.pth").is_file():
         pytest.skip("no photographs, or no weights, in ../shared/data")

@@ -19,7 +19,7 @@ def test_class_folders_may_be_named_by_index_or_by_class_name(tmp_path, picture,
     assert (images.kind, images.labelled) == ("imagenet", True)
     assert images.labels.tolist() == [index] and len(images.classes) == 1000
     if folder != "n02504458":
-        assert open_images(tmp_path, split="test").kind == "folder"  # unless it is said
+        assert open_images(tmp_path, split="test").kind == "folder"  # without classes=
 
 
 def test_every_class_folder_gets_its_own_index(tmp_path, picture):
@@ -39,7 +39,7 @@ def test_a_class_that_imagenet_does_not_have_is_refused(tmp_path, picture, folde
         open_images(tmp_path, split="test", classes="imagenet")
 
 
-def test_a_class_name_that_two_classes_have_is_refused():
+def test_a_class_name_shared_by_two_classes_is_refused():
     twice = [names for names in imagenet._by_name().items() if len(names[1]) > 1]
     for name, both in twice:
         with pytest.raises(UserError, match=f"{both[0]} and {both[1]}; use the index"):
@@ -105,7 +105,7 @@ def test_a_list_with_some_labels_missing_is_refused(challenge, name, text, words
 # ----------------------------------------------------------------------------- CIFAR-100
 
 class Cifar100:
-    """Stands in for torchvision's, whose files are checked by their MD5."""
+    """Stands for torchvision's, whose files are checked by their MD5."""
     classes = [f"class {i}" for i in range(100)]
 
     def __init__(self, root, train, download):
@@ -115,7 +115,7 @@ class Cifar100:
         self.targets = [0, 99, 41]
 
 
-def test_cifar100_is_a_data_set_by_name_and_by_folder(monkeypatch, tmp_path):
+def test_cifar100_opens_by_name_and_by_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Cifar100)
     (tmp_path / "cifar-100-python").mkdir()
     for data_dir in ("cifar100", tmp_path):

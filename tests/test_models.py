@@ -110,7 +110,7 @@ def test_inception_is_for_299_pixels_and_the_others_for_224():
 
 # ------------------------------------------------------------------- how images are read
 
-PUBLISHED = {  # (network, weights): what torchvision's pages say of their evaluation
+PUBLISHED = {  # (network, weights): evaluation transforms on torchvision's pages
     ("resnet50", "V1"): (256, 224, "bilinear"), ("resnet50", "V2"): (232, 224, "bilinear"),
     ("wide_resnet50_2", "V1"): (256, 224, "bilinear"),
     ("densenet121", "V1"): (256, 224, "bilinear"), ("vit_b_16", "V1"): (256, 224, "bilinear"),
@@ -132,8 +132,8 @@ def target_of(images, name, weights="V1", **flags):
 
 
 @pytest.mark.parametrize(("name", "weights"), PUBLISHED, ids=str)
-def test_under_geometry_weights_pixels_are_those_of_the_published_transforms(
-        photograph, name, weights):
+def test_with_geometry_weights_pixels_equal_those_of_the_published_transforms(photograph, name,
+                                                                              weights):
     path, images = photograph
     target = target_of(images, name, weights, geometry="weights")
     pixels = images.prepared(target.geometry, None)[0]
@@ -149,7 +149,7 @@ def test_under_geometry_weights_pixels_are_those_of_the_published_transforms(
 
 
 @pytest.mark.parametrize(("name", "weights"), PUBLISHED, ids=str)
-def test_under_the_papers_geometry_every_network_gets_the_same_pixels(photograph, name, weights):
+def test_with_the_papers_geometry_every_network_gets_the_same_pixels(photograph, name, weights):
     path, images = photograph
     wanted = T.Compose([T.Resize(256), T.CenterCrop(224), T.PILToTensor()])(
         Image.open(path).convert("RGB"))
@@ -175,7 +175,7 @@ def test_small_images_are_never_scaled(geometry):
     assert target_of(images, "cnn", geometry=geometry).geometry == Geometry(28, 28)
 
 
-def test_a_size_that_the_weights_are_not_for_is_refused_under_geometry_weights(photograph):
+def test_a_size_that_does_not_fit_the_weights_is_refused_with_geometry_weights(photograph):
     with pytest.raises(UserError) as error:
         target_of(photograph[1], "efficientnet_b4", image_size=224, geometry="weights")
     one_line(error, "--geometry weights --image_size 224", "efficientnet_b4", "380 pixels")
@@ -197,7 +197,7 @@ def test_a_network_of_a_fixed_size_refuses_others_in_one_line(photograph, monkey
     one_line(error, "--image_size 256", "vit_b_16", "type --image_size 224")
 
 
-def test_geometries_are_said_once_or_with_the_networks_that_they_belong_to(photograph):
+def test_geometries_are_listed_once_or_with_their_networks(photograph):
     def said(**flags):
         return models.describe_geometry(models.targets_of(
             [["resnet50", "swin_s", "vit_b_16"]], [["V1"]], None, photograph[1], **flags))
@@ -241,7 +241,7 @@ def test_a_folder_of_weights_holds_one_file_for_each_network(tmp_path, state):
         load_small(tmp_path, "cnn")
 
 
-def test_googlenet_of_a_local_file_is_built_as_torchvision_builds_it(tmp_path):
+def test_googlenet_from_a_local_file_is_built_as_torchvision_builds_it(tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     theirs.transform_input = True  # what torchvision sets when it loads its own weights
@@ -350,7 +350,7 @@ def test_missing_and_unknown_weights_give_one_clear_line(tmp_path, monkeypatch,
         one_line(error, "--weights", weights, name)
 
 
-def test_one_network_with_several_weights_is_called_by_these(tmp_path):
+def test_one_network_with_several_weights_is_named_after_them(tmp_path):
     images = open_images("digits", split="test")
     paths = []
     for seed, name in enumerate(("a/mlp.pth", "b/mlp.pth", "robust.pth")):
@@ -370,8 +370,8 @@ def test_one_network_with_several_weights_is_called_by_these(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
-def test_published_networks_with_auxiliary_heads_come_without_these(monkeypatch, name):
-    """In training mode they give a second output."""
+def test_published_networks_with_auxiliary_heads_are_built_without_them(monkeypatch, name):
+    """In training mode the heads give a second output."""
     asked = {}
     monkeypatch.setattr(torchvision.models, "get_model",
                         lambda name, **options: asked.update(options) or nn.Identity())

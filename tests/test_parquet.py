@@ -63,7 +63,7 @@ def test_no_more_than_one_row_group_is_in_memory(tmp_path, picture, monkeypatch)
                         lambda self, i, *args, **more: read.append(i) or real(self, i, *args,
                                                                              **more))
     images = open_images(tmp_path, split="test").prepared(32, None)
-    assert read == []  # names and labels alone
+    assert read == []  # names and labels only
     found = list(batches(images, 2, workers=0, skipped=[]))
     assert read == [0, 1, 2, 3] and sum(len(x) for _, x in found) == 10
     assert parquet._read_group.cache_info().currsize == 1
@@ -78,12 +78,12 @@ def test_shards_of_other_classes_keep_their_names_unless_they_are_imagenets(tmp_
         open_images(tmp_path, split="test", classes="imagenet")
 
 
-def test_names_of_imagenets_classes_decide_which_they_are(tmp_path, picture):
+def test_shards_that_name_imagenets_classes_get_imagenets_indices(tmp_path, picture):
     names = ["English springer", "tench", "maillot, tank suit"]
     shard(tmp_path / "train.parquet", picture, [2, 0, 1, -1], names=names)
     images = open_images(tmp_path, split="test", classes="imagenet")
     assert (images.kind, images.labels.tolist()) == ("imagenet", [639, 217, 0, -1])
-    assert open_images(tmp_path, split="test").kind == "folder"  # nobody said so
+    assert open_images(tmp_path, split="test").kind == "folder"  # without classes=
 
 
 def test_a_thousand_names_are_imagenets_only_in_its_order(tmp_path, picture):
@@ -97,7 +97,7 @@ def test_a_thousand_names_are_imagenets_only_in_its_order(tmp_path, picture):
     assert open_images(tmp_path, split="test").kind == "folder"
 
 
-def test_shards_of_several_data_sets_or_for_testing_alone_are_refused(tmp_path, picture):
+def test_shards_of_several_data_sets_or_for_testing_only_are_refused(tmp_path, picture):
     shard(tmp_path / "test-0.parquet", picture, [0, 1], names=["ant", "bee"])
     assert len(open_images(tmp_path, split="test")) == 2
     with pytest.raises(UserError, match="for testing alone, such as test-0.parquet"):

@@ -1,4 +1,4 @@
-"""eval_net.py --predict: what networks say of every image, with and without labels."""
+"""eval_net.py --predict: the class that networks give every image, with and without labels."""
 
 import csv
 import shutil
@@ -26,8 +26,8 @@ def flat(tmp_path, picture):
     return tmp_path / "flat"
 
 
-def test_every_image_of_a_flat_folder_gets_the_class_that_the_network_gives(run_here, tmp_path,
-                                                                           flat):
+def test_every_image_of_a_flat_folder_gets_the_class_that_the_network_predicts(run_here, tmp_path,
+                                                                               flat):
     (flat / "3.png").write_bytes(b"no image")
     done = run_here("eval_net.py", "--data_dir", flat, *RANDOM, "--save", "out")
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_each_network_reads_unlabelled_images_as_in_its_training(run_here, tmp_p
     assert first == second and any(f"'name': '{name}'" in " ".join(first) for name in CIFAR10)
 
 
-def test_labels_count_in_the_classes_of_the_network_by_their_names(picture, tmp_path):
+def test_labels_are_translated_to_the_networks_classes_by_name(picture, tmp_path):
     for name in ("cat", "dog", "horse"):
         picture(tmp_path / "some" / name / "a.png")
     images = open_images(tmp_path / "some", split="test")
@@ -113,7 +113,7 @@ def test_labels_count_in_the_classes_of_the_network_by_their_names(picture, tmp_
     assert [row["label"] for row in rows_of("a", images, *found, ())] == ["", "", ""]
 
 
-def test_predict_stands_alone(run_here, refused, flat):
+def test_predict_cannot_be_combined_with_measurements(run_here, refused, flat):
     refused(run_here("eval_net.py", "--data_dir", flat, *RANDOM, "--corruptions"), "--predict")
     refused(run_here("eval_net.py", "--data_dir", flat, *RANDOM[:4]), "--predict needs none")
     assert torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""The perturbations of imgs/uaps: readable without loss, inside their eps, with honest facts."""
+"""The perturbations of imgs/uaps: readable without loss, within their eps, with correct facts."""
 
 import json
 import re
@@ -16,14 +16,14 @@ FACTS = {"name", "scale", "shape", "kind", "method", "model_name", "eps", "alpha
          "images_sha256", "on_training_images", "gradients", "amp", "layout", "commit", "torch"}
 
 
-def test_each_has_its_facts():
+def test_each_ready_perturbation_has_its_facts():
     assert len(READY) >= 10
     assert {path.with_suffix("") for path in READY} == {
         path.with_suffix("") for path in (ROOT / "imgs" / "uaps").glob("*.json")}
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
-def test_a_ready_perturbation_is_what_its_facts_say(path):
+def test_a_ready_perturbation_matches_its_facts(path):
     facts = json.loads(path.with_suffix(".json").read_text())
     uap = read_uap(path, scale="auto", eps=facts["eps"])
     assert facts.keys() >= FACTS and "data_dir" not in facts
@@ -36,7 +36,7 @@ def test_a_ready_perturbation_is_what_its_facts_say(path):
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "digits"])
-def test_a_folder_stands_for_those_of_its_kind_of_images(kind):
+def test_a_folder_stands_for_its_perturbations_of_the_given_kind(kind):
     found = find_uaps([ROOT / "imgs" / "uaps"], kind)
     assert len(found) >= 2
     assert all(json.loads(p.with_suffix(".json").read_text())["kind"] == kind for p in found)

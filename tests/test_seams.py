@@ -1,4 +1,4 @@
-"""Where scripts, shell scripts and modules meet: flags exist and are read, floors are kept."""
+"""Where scripts, shell scripts and modules meet: flags exist and are read, layers stay apart."""
 
 import ast
 import importlib.util
@@ -45,7 +45,7 @@ def flags_of(path):
 
 
 def imports_of(path):
-    """[(module, name)] of what a file imports of this repository, anywhere in it."""
+    """[(module, name)] that a file imports from this repository, anywhere in it."""
     ours = {p.stem for p in SRC.glob("*.py")} | {"utils"}
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -62,7 +62,7 @@ def ids(path):
 
 # ------------------------------------------------------------------------------ flags
 
-SETTINGS = {"args", "s", "self.s", "job.s", "settings", "training.s"}  # what holds them
+SETTINGS = {"args", "s", "self.s", "job.s", "settings", "training.s"}  # names that hold them
 
 
 @pytest.mark.parametrize("path", [*SHELL, *COMMANDS, *MODULES], ids=ids)
@@ -100,7 +100,7 @@ def test_help_needs_neither_data_nor_a_download(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------ floors
+# ------------------------------------------------------------------------------ layers
 
 @pytest.mark.parametrize("path", COMMANDS, ids=ids)
 def test_scripts_import_utils_and_attacks_but_never_each_other(path):
@@ -108,7 +108,7 @@ def test_scripts_import_utils_and_attacks_but_never_each_other(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_utils_know_no_script(path):
+def test_utils_import_no_script(path):
     assert {module.split(".")[0] for module, _ in imports_of(path)} <= {"utils"}
 
 
@@ -135,7 +135,7 @@ def shell(name, *args, cwd, **environment):
 
 @pytest.mark.parametrize("name", ["train.sh", "train_free.sh", "train_gcm.sh", "gen_sga_eval.sh",
                                   "gen_gcm_eval.sh"])
-def test_all_python_commands_of_a_shell_script_run_in_so_many_processes(name, tmp_path):
+def test_all_python_commands_of_a_shell_script_run_in_the_given_processes(name, tmp_path):
     python, record = tmp_path / "python", tmp_path / "record"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@" >>"$RECORD"\n')
     python.chmod(0o755)
@@ -172,7 +172,7 @@ esac
 
 
 @pytest.mark.parametrize("lacking", [None, "", "pip", "pip, ensurepip"])
-def test_an_environment_that_is_there_is_never_wiped(lacking, tmp_path):
+def test_an_existing_environment_is_never_wiped(lacking, tmp_path):
     source, base, venv = tmp_path / "src", tmp_path / "bin" / "base", tmp_path / ".venv"
     for folder in (source, base.parent, venv / "bin"):
         folder.mkdir(parents=True)
@@ -223,7 +223,7 @@ def test_relative_paths_are_relative_to_the_caller(tmp_path, picture):
     assert (tmp_path / "mine" / "sga_squeezenet1_1.pth").is_file()
 
 
-def test_no_file_speaks_of_this_machine():
+def test_no_file_names_a_path_on_this_machine():
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout to list the files of")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""Networks of torchvision, of timm, of a function in a file, and ours: the same four promises.
+"""Networks from torchvision, timm, a function in a file, and ours: the same four promises.
 
 The stand-ins have the structure of RobustBench's networks and of Hugging Face's classifiers; those
 libraries are not needed, and nothing is downloaded.
@@ -49,7 +49,7 @@ def small(classes=10):
 
 
 class Runs:
-    """What makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
@@ -96,11 +96,11 @@ def test_a_label_is_short_and_never_another_networks_name(name, label):
 
 @pytest.mark.parametrize("kind", ["imagenet", "folder", "cifar10", "cifar100", "digits", "mnist"])
 @pytest.mark.parametrize("name", [*SMALL, *NETWORKS])
-def test_networks_of_ours_are_for_any_kind_of_data(name, kind):
+def test_our_networks_take_any_kind_of_data(name, kind):
     assert source(name, kind).label == name
 
 
-def test_torchvision_is_for_colour_images():
+def test_torchvision_networks_take_only_colour_images():
     assert source("resnet18", "cifar10").outputs == 1000
     for kind in ("digits", "mnist"):
         with pytest.raises(UserError) as error:
@@ -108,7 +108,7 @@ def test_torchvision_is_for_colour_images():
         one_line(error, "resnet18", kind, "resnet_small", "timm/NAME", "FILE.py:FUNCTION")
 
 
-def test_two_networks_of_one_label_are_refused_in_one_table(factory, folders):
+def test_two_networks_with_one_label_are_refused_in_one_table(factory, folders):
     text = "def net(): return small(3)\n"
     first, second = factory(text), factory(text, file="other.py")
     with pytest.raises(UserError) as error:
@@ -119,8 +119,8 @@ def test_two_networks_of_one_label_are_refused_in_one_table(factory, folders):
 # ------------------------------------------------------------------------ torchvision
 
 @pytest.mark.parametrize("content", ["junk", "code", "other tensors"])
-def test_damaged_weights_in_the_cache_are_one_line_and_no_code_is_run(content, tmp_path,
-                                                                    monkeypatch):
+def test_damaged_weights_in_the_cache_give_one_line_and_no_code_is_run(content, tmp_path,
+                                                                       monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     cached = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     cached.parent.mkdir()
@@ -153,8 +153,8 @@ def test_a_timm_network_computes_what_timm_computes(timm, tmp_path):
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "seresnet50.a1_in1k",
                                   "tf_efficientnet_b0.ns_jft_in1k", "mobilenetv2_100.ra_in1k"])
-def test_under_geometry_weights_a_timm_network_sees_what_timms_transform_gives(
-        timm, name, tmp_path, picture):
+def test_with_geometry_weights_a_timm_network_sees_what_timms_transform_gives(timm, name, tmp_path,
+                                                                              picture):
     path = picture(tmp_path / "val" / "n01440764" / "a.jpg", 431, 500)
     images = open_images(tmp_path / "val", split="test")
     about = timm.get_pretrained_cfg(name).to_dict()
@@ -167,8 +167,7 @@ def test_under_geometry_weights_a_timm_network_sees_what_timms_transform_gives(
     assert target_of(images, f"timm/{name}", "random").geometry == Geometry(224, 256)
 
 
-def test_timms_published_weights_are_asked_for_once_and_without_a_network_it_is_one_line(
-        timm, monkeypatch):
+def test_timms_published_weights_are_requested_once_and_offline_gives_one_line(timm, monkeypatch):
     asked, real = [], timm.create_model
 
     def create(model_name, pretrained, **more):
@@ -204,7 +203,7 @@ def test_a_timm_network_is_trained_for_any_classes_with_any_head(timm):
 
 
 @pytest.mark.parametrize("head", ["own", "fc"])
-def test_a_timm_network_that_was_trained_here_is_read_again(timm, tmp_path, head):
+def test_a_timm_network_that_was_trained_here_can_be_read_again(timm, tmp_path, head):
     made = trainable("timm/test_resnet", kind="folder", head=head, classes=3).eval()
     save_pth(tmp_path / "w.pth", made[1].state_dict())
     (tmp_path / "w.json").write_text(json.dumps(
@@ -226,7 +225,7 @@ def test_grey_images_become_three_channels_for_timm(timm):
     assert torch.equal(model(x), model(x.expand(-1, 3, -1, -1))) and model(x).shape == (2, 10)
 
 
-def test_timm_that_is_not_installed_is_one_line(monkeypatch):
+def test_a_missing_timm_gives_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError) as error:
         source("timm/seresnet50.a1_in1k", "imagenet")
@@ -236,7 +235,7 @@ def test_timm_that_is_not_installed_is_one_line(monkeypatch):
 @pytest.mark.parametrize(("name", "words"), [
     ("timm/seresnet5O", ["did you mean timm/seresnet50?"]),
     ("timm/resnet18.nonsense", ["no weights of that tag", "a1_in1k"]), ("timm/", ["timm/"])])
-def test_unknown_names_of_timm_are_one_line(timm, name, words):
+def test_unknown_timm_names_give_one_line(timm, name, words):
     with pytest.raises(UserError) as error:
         source(name, "imagenet")
     one_line(error, "--model_name", name, *words)
@@ -287,7 +286,7 @@ def test_mean_and_std_of_the_module_become_the_first_layer(factory, form):
 
 
 class SelfNormalizing(nn.Module):
-    """As some networks of RobustBench: mean and std are tensors, used in forward."""
+    """Like some networks of RobustBench: mean and std are tensors, used in forward."""
 
     def __init__(self):
         super().__init__()
@@ -354,7 +353,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_file_that_gives_no_network_is_one_line(factory, tmp_path, monkeypatch, case):
+def test_a_file_that_gives_no_network_gives_one_line(factory, tmp_path, monkeypatch, case):
     text, name, words = BAD[case]
     factory(text)
     with pytest.raises(UserError) as error:
@@ -400,7 +399,7 @@ class ImageClassifierOutput:
 
 
 class VitForImageClassification(nn.Module):
-    """As Hugging Face's: takes pixel_values, gives an object that holds the logits."""
+    """Like Hugging Face's: takes pixel_values, returns an object that holds the logits."""
 
     def __init__(self):
         super().__init__()
@@ -411,8 +410,8 @@ class VitForImageClassification(nn.Module):
 
 
 @pytest.mark.parametrize("case", LOGITS)
-def test_a_network_that_gives_no_logits_of_the_classes_is_one_line(factory, tmp_path, picture,
-                                                                   case):
+def test_a_network_that_returns_no_logits_of_the_classes_gives_one_line(factory, tmp_path, picture,
+                                                                        case):
     picture(tmp_path / "val" / "n01440764" / "a.jpg", 40, 40)
     images = open_images(tmp_path / "val", split="test")
     network, words = LOGITS[case]
@@ -426,7 +425,7 @@ def test_a_network_that_gives_no_logits_of_the_classes_is_one_line(factory, tmp_
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """page(word): the Python block of docs/attacks.md that holds the word, as FILE.py; its modules
+    """page.block(word): the Python block of docs/attacks.md with the word, as FILE.py; its modules
     are stand-ins.
     """
     from_pretrained = types.SimpleNamespace
@@ -466,7 +465,8 @@ def test_the_pages_hugging_face_file_gives_the_logits_of_normalised_pixels(page)
 
 # --------------------------------------------------------------- classes from the data
 
-def test_a_functions_outputs_are_the_folders_in_order_if_they_are_as_many(factory, folders, capsys):
+def test_a_functions_outputs_are_the_folders_in_order_if_their_numbers_match(factory, folders,
+                                                                             capsys):
     images, name = folders(4), factory("def net(): return small(4)\n")
     assert target_of(images, name).classes == images.classes
     assert "its 4 outputs are taken as the 4 folders" in capsys.readouterr().out
@@ -474,7 +474,8 @@ def test_a_functions_outputs_are_the_folders_in_order_if_they_are_as_many(factor
     assert target_of(images, other).classes == () and not capsys.readouterr().out
 
 
-def test_an_accuracy_on_folders_needs_as_many_outputs(factory, folders, run_here, refused):
+def test_an_accuracy_on_folders_needs_as_many_outputs_as_folders(factory, folders, run_here,
+                                                                 refused):
     folders(4)
     four = factory("def net(): return small(4)\n", "net")
     more = ("--data_dir", "val", "--attacks", "none")
@@ -519,7 +520,8 @@ def test_every_script_takes_a_function_and_names_its_files_by_it(factory, run_he
     assert again.returncode == 0, again.stderr
 
 
-def test_the_code_that_a_run_names_is_run_only_if_it_is_typed(run_here, refused, tmp_path):
+def test_the_code_that_a_run_names_is_executed_only_if_the_user_names_it(run_here, refused,
+                                                                         tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evil.py").write_text("open('ran', 'w')\n")
     (tmp_path / "run" / "net.json").write_text(json.dumps({
@@ -540,7 +542,7 @@ def test_the_code_that_a_run_names_is_run_only_if_it_is_typed(run_here, refused,
 
 @pytest.mark.parametrize("name", [*SMALL, *NETWORKS])
 @pytest.mark.parametrize(("kind", "size", "classes"), [("folder", 33, 3), ("cifar100", 32, 100)])
-def test_networks_of_ours_are_built_for_any_size_and_number_of_classes(name, kind, size, classes):
+def test_our_networks_are_built_for_any_size_and_number_of_classes(name, kind, size, classes):
     if name == "wrn_32_10" and kind == "cifar100":
         pytest.skip("46 million weights, and the other kind shows the same")
     model = trainable(name, kind=kind, classes=classes, image_size=size)
@@ -548,7 +550,7 @@ def test_networks_of_ours_are_built_for_any_size_and_number_of_classes(name, kin
         assert model.eval()(pixels(2, size)).shape == (2, classes)
 
 
-def test_a_network_of_ours_is_read_again_at_the_size_and_classes_of_its_training(tmp_path):
+def test_our_network_is_read_again_at_the_size_and_classes_of_its_training(tmp_path):
     made = trainable("cnn", kind="folder", classes=3, image_size=40).eval()
     save_pth(tmp_path / "cnn.pth", made[1].state_dict())
     (tmp_path / "cnn.json").write_text(

@@ -1,6 +1,6 @@
-"""docs/tour.ipynb runs from its first cell to its last, and shows what it says.
+"""docs/tour.ipynb runs from its first cell to its last, and its outputs match its text.
 
-It asks for the small networks that other tests have trained: the session's folder holds them.
+It uses the small networks that other tests have trained, from the session's folder.
 """
 
 import re
@@ -49,12 +49,12 @@ def says_what_the_text_says(cells):
 
 
 @has_outputs
-def test_what_is_committed_is_what_the_text_says():
+def test_the_committed_outputs_match_the_text():
     says_what_the_text_says(CODE)
 
 
 @has_outputs
-def test_what_is_committed_was_run_in_order_without_an_error_and_names_no_machine():
+def test_the_committed_outputs_were_run_in_order_without_an_error_and_name_no_machine():
     assert all(out.output_type != "error" for cell in CODE for out in cell.outputs)
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     text = (ROOT / "docs" / "tour.ipynb").read_text()
@@ -62,7 +62,7 @@ def test_what_is_committed_was_run_in_order_without_an_error_and_names_no_machin
     assert len(text) < 500_000
 
 
-def test_the_tour_calls_src_and_copies_nothing_of_it():
+def test_the_tour_calls_src_and_copies_nothing_from_it():
     assert "Colab" in TOUR.cells[0].source and "git clone" in TOUR.cells[1].source
     code = "\n".join(cell.source for cell in CODE)
     assert not re.search(r"^\s*(?:def|class) ", code, re.M)
@@ -70,7 +70,7 @@ def test_the_tour_calls_src_and_copies_nothing_of_it():
 
 
 @pytest.mark.slow
-def test_the_tour_runs_whole(tmp_path):
+def test_the_whole_tour_runs(tmp_path):
     nbclient = pytest.importorskip("nbclient")
     (tmp_path / "src").symlink_to(SRC)
     tour = nbformat.from_dict(TOUR)

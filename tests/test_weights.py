@@ -74,7 +74,7 @@ class Attacker(nn.Module):
 
 
 class AttackerModel(nn.Module):
-    """The `robustness` library's: two copies of the network in its state dict."""
+    """As in the `robustness` library: two copies of the network in the state dict."""
 
     def __init__(self, net):
         super().__init__()
@@ -134,13 +134,13 @@ def test_every_combination_of_prefixes_is_stripped_and_named(tmp_path, net, pref
     assert f"prefix {prefix} stripped" in capsys.readouterr().out
 
 
-def test_a_plain_file_is_read_without_a_word(tmp_path, net, capsys):
+def test_a_plain_file_is_read_silently(tmp_path, net, capsys):
     save_pth(tmp_path / "w.pth", net.state_dict())
     assert torch.equal(read(tmp_path / "w.pth")[1](pixels()), net(pixels()))
     assert capsys.readouterr().out == ""
 
 
-def test_names_that_begin_with_a_prefix_by_themselves_stay(tmp_path, net):
+def test_names_that_begin_with_a_prefix_of_their_own_are_kept(tmp_path, net):
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,7 +170,7 @@ def test_an_averaged_model_is_read_without_its_counter(tmp_path, net):
     (("model_ema", "ema"), "model_ema"), (("ema",), "ema"), (("state_dict_ema",), "state_dict_ema"),
     (("ema", "model"), "model"),
     (("state_dict_ema", "state_dict"), "state_dict")])
-def test_of_several_state_dicts_the_most_trusted_is_taken_and_the_others_are_named(
+def test_the_most_trusted_of_several_state_dicts_is_taken_and_the_others_are_named(
         tmp_path, net, capsys, keys, taken):
     other = {key: torch.zeros_like(value) for key, value in net.state_dict().items()}
     save_pth(tmp_path / "w.pth", {key: net.state_dict() if key == taken else other
@@ -190,7 +190,7 @@ def test_safetensors_give_the_same_network_as_pth(tmp_path, net, capsys):
     assert "prefix module. stripped" in capsys.readouterr().out
 
 
-def test_on_a_folder_of_classes_the_file_says_how_many_outputs_there_are(tmp_path):
+def test_the_file_decides_the_number_of_outputs_on_a_folder_of_classes(tmp_path):
     torch.manual_seed(0)
     net = load_model("squeezenet1_1", weights="random", kind="folder")[1]
     net.classifier[1] = nn.Conv2d(512, 7, 1)
@@ -217,7 +217,7 @@ def test_a_training_starts_from_weights_with_the_normalizer_it_will_be_read_with
 
 # ------------------------------------------------------------------------------- refused
 
-def test_weights_of_which_few_match_name_the_prefix_and_the_counts(tmp_path, net):
+def test_weights_that_hardly_match_are_refused_with_their_prefix_and_counts(tmp_path, net):
     state = list(net.state_dict().items())
     half = {f"module.{key}": value for key, value in state[:len(state) // 2]}
     save_pth(tmp_path / "w.pth", half)
@@ -231,7 +231,7 @@ def test_weights_of_which_few_match_name_the_prefix_and_the_counts(tmp_path, net
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_weights_of_which_nearly_all_match_are_refused_too(tmp_path, net, change):
+def test_weights_that_match_almost_completely_are_refused_too(tmp_path, net, change):
     state = dict(net.state_dict())
     last = list(state)[-1]
     if change == "missing":
@@ -256,7 +256,7 @@ def test_safetensors_that_cannot_be_read_give_one_line(tmp_path, net, monkeypatc
         with pytest.raises(UserError) as error:
             read(path)
         one_line(error, "w.safetensors", "truncated")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
     with pytest.raises(UserError) as error:
         read(path)
     one_line(error, "w.safetensors", "pip install safetensors")
@@ -267,7 +267,7 @@ def test_safetensors_that_cannot_be_read_give_one_line(tmp_path, net, monkeypatc
     (torch.zeros(5), torch.ones(5)), (torch.zeros(3), None),
     (torch.full((3,), 123.), torch.full((3,), 58.))],
     ids=["zero", "minus", "five", "none", "of 255"])
-def test_a_normalizer_that_cannot_be_one_is_refused(tmp_path, net, mean, std):
+def test_an_invalid_normalizer_is_refused(tmp_path, net, mean, std):
     state = {f"model.{key}": value for key, value in net.state_dict().items()}
     entries = {"normalizer.mean": mean, "normalizer.std": std}
     save_pth(tmp_path / "w.pth", state | {k: v for k, v in entries.items() if v is not None})
@@ -295,7 +295,7 @@ def test_a_normalizer_for_a_network_that_normalises_itself_is_refused(tmp_path, 
     one_line(error, "w.pth", "a normalizer", "mean and std of its own")
 
 
-def test_a_folder_that_is_called_random_does_not_stand_in_the_way(tmp_path, monkeypatch):
+def test_a_folder_called_random_does_not_get_in_the_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random").mkdir()
     assert weights.weights_path("cnn", "random") is None
