@@ -24,7 +24,7 @@ EVERY = ("--device", "cpu", "--workers", 0)
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder of three classes, eight photographs each; every class has a colour of its own."""
+    """A folder of three classes, eight photographs each; every class has its own colour."""
     return drawn(tmp_path / "own")
 
 
@@ -45,7 +45,7 @@ def facts_in(folder):
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory):
-    """A folder with own/ and in run/ a network that was trained on it at 64 pixels."""
+    """A folder with own/ and, in run/, a network trained on it at 64 pixels."""
     folder, said = tmp_path_factory.mktemp("trained"), io.StringIO()
     drawn(folder / "own")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
@@ -60,7 +60,7 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def taught(trained_once, own, tmp_path, monkeypatch):
-    """Its facts and its .pth, of a copy in tmp_path."""
+    """The facts and the .pth of a copy of that run in tmp_path."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained_once / "run", tmp_path / "run")
     return facts_in(tmp_path / "run")
@@ -98,7 +98,7 @@ def test_a_network_of_three_classes_is_measured_by_every_script(taught, own, run
         assert "64 pixels" in done.stdout and "n: 6" in done.stdout
 
 
-def test_no_accuracy_is_measured_where_there_are_no_labels(taught, own, run_here, tmp_path):
+def test_no_accuracy_is_measured_without_labels(taught, own, run_here, tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     about = json.dumps({"info": {"features": {"label": {"names": ["ape", "bee", "cat"]}}}})
     images = [{"bytes": path.read_bytes()} for path in sorted(own.glob("*/0.png"))]
@@ -123,7 +123,7 @@ def test_images_of_other_classes_are_refused(taught, own, run_here, refused):
 
 
 @pytest.mark.parametrize(("key", "value"), [("head", "wall"), ("classes", []), ("classes", [3])])
-def test_facts_that_cannot_be_used_are_refused(taught, run_here, refused, key, value):
+def test_unusable_facts_are_refused(taught, run_here, refused, key, value):
     facts, path = taught
     path.with_suffix(".json").write_text(json.dumps(facts | {key: value}))
     refused(run_here("eval_net.py", "--runs", "run", "--attacks", "none", *EVERY), key)
@@ -163,8 +163,8 @@ def test_networks_of_every_source_get_as_many_outputs_as_there_are_classes(
     assert done.returncode == 0 and "n: 2 test images" in done.stdout, done.stderr
 
 
-def test_folders_that_are_indices_of_imagenet_train_and_are_measured_as_such(own, run_here,
-                                                                             tmp_path):
+def test_folders_named_by_imagenet_indices_are_trained_on_and_measured_as_such(own, run_here,
+                                                                               tmp_path):
     for name, index in (("ape", "7"), ("bee", "217"), ("cat", "30")):
         (own / name).rename(own / index)
     done = run_here("free_at.py", *OWN, "--classes", "imagenet", "--model_name", "resnet_small",
@@ -177,7 +177,7 @@ def test_folders_that_are_indices_of_imagenet_train_and_are_measured_as_such(own
     assert len(list(torch.load(path, weights_only=True).values())[-1]) == 1000
 
 
-def test_a_function_that_must_be_told_the_number_of_classes_is_told_it(own, run_here, tmp_path):
+def test_a_function_that_needs_the_number_of_classes_gets_it(own, run_here, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\ndef network(num_classes):\n    return nn.Sequential(\n"
         "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n")
@@ -188,7 +188,7 @@ def test_a_function_that_must_be_told_the_number_of_classes_is_told_it(own, run_
     assert done.returncode == 0, done.stderr
 
 
-def test_an_image_size_that_is_not_typed_is_that_of_the_weights(own, run_here, tmp_path, taught):
+def test_the_image_size_defaults_to_that_of_the_weights(own, run_here, tmp_path, taught):
     done = run_here("free_at.py", *OWN, "--model_name", "cnn_bn", "--pretrained", taught[1],
                     "--method", "natural", "--lr", 0, "--save", "second")
     assert done.returncode == 0, done.stderr
@@ -207,7 +207,7 @@ def test_an_image_size_that_is_not_typed_is_that_of_the_weights(own, run_here, t
     (("--labels", "gone.txt"), ("--labels gone.txt", "has class folders")),
     (("--image_size", 8), ("--image_size", "at least 28")),
     (("--recipe", "free"), ("--recipe free", "not for folder"))], ids=str)
-def test_bad_input_is_one_line(own, run_here, refused, tmp_path, flags, words):
+def test_bad_input_gives_one_line(own, run_here, refused, tmp_path, flags, words):
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom torch import nn\n"
         "class Seven(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(own, run_here, refused, tmp_path, flags, words):
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_one_class_or_no_labels_are_refused(own, run_here, refused, tmp_path):
+def test_a_single_class_or_missing_labels_are_refused(own, run_here, refused, tmp_path):
     for name in ("bee", "cat"):
         for path in (own / name).iterdir():
             path.unlink()

@@ -33,7 +33,7 @@ def saved(folder):
 
 
 def plain(folder):
-    """The cells without what differs between two runs of the same."""
+    """The cells without the fields that differ between equal runs."""
     return {key: {k: v for k, v in cell.items() if k not in ("seconds", "commit")}
             for key, cell in saved(folder)["cells"].items()}
 
@@ -85,7 +85,7 @@ def test_an_adaptive_attacker_does_as_well_as_without_the_layer_and_a_naive_one_
 
 
 @pytest.mark.slow
-def test_the_figures_of_the_files_are_those_of_the_cells_counted_by_hand(made):
+def test_the_figures_in_the_files_equal_those_of_the_cells_counted_by_hand(made):
     cells = saved(made[0])["cells"]
     names = {"vanilla": "none naive", "gcm, naive attacker": "gcm naive"}
     checked = 0
@@ -106,7 +106,7 @@ def test_the_figures_of_the_files_are_those_of_the_cells_counted_by_hand(made):
 
 
 @pytest.mark.slow
-def test_a_naive_attackers_loss_is_kept_for_pgd_in_linf_alone(made):
+def test_a_naive_attackers_loss_is_kept_for_pgd_in_linf_only(made):
     followed = {key for key, cell in plain(made[0]).items() if "losses" in cell}
     assert followed == {"mlp none naive pgd_linf", "mlp gcm w=1e+20 epsilon=1e-08 naive pgd_linf"}
     cells = plain(made[0])
@@ -132,7 +132,7 @@ def test_the_strongest_attack_is_a_column_that_names_its_members(run_here, tmp_p
     assert all(s <= w for s, w in zip(strong["after"], weak["after"], strict=True))
 
 
-def test_every_radius_is_that_of_its_norm_and_square_says_its_queries(run_here, tmp_path):
+def test_each_attack_has_the_radius_of_its_norm_and_square_names_its_queries(run_here, tmp_path):
     done = run_here("gcm.py", *FEW, "--num_images", 10, "--attacks", "fgsm", "pgd_l1", "pgd_l2",
                     "cw_pgd_l2", "square", "--queries", 7, "--eps", 0.1, "--eps_l2", 1.5,
                     "--eps_l1", "25/2", "--defense", "none")
@@ -148,7 +148,7 @@ def test_every_radius_is_that_of_its_norm_and_square_says_its_queries(run_here, 
         assert cell["outside"] == 0
 
 
-def test_images_of_gradients_in_bf16_are_measured_in_float32(run_here, tmp_path, monkeypatch):
+def test_images_made_with_bf16_gradients_are_measured_in_float32(run_here, tmp_path, monkeypatch):
     measured, real = [], measure.times_right
 
     def watched(model, x, y, draws, chance):
@@ -235,9 +235,9 @@ def test_the_papers_figures_are_left_out_beside_another_measurement(changed, van
 
 @pytest.fixture
 def photographs(tmp_path, picture, monkeypatch):
-    """Flags for two photographs, on which every torchvision network is a tiny one.
+    """Flags for two photographs; every torchvision network is replaced by a tiny one.
 
-    It says class 0 of every image, which is right about both photographs.
+    It predicts class 0 for every image, which is right for both photographs.
     """
     class Tiny(torch.nn.Module):
         def __init__(self):
@@ -271,7 +271,7 @@ def test_efficientnet_b4_takes_224_pixels_beside_the_papers_rows(run_here, photo
     assert "paper: '-'" not in done.stdout
 
 
-def test_at_the_size_of_its_weights_it_stands_beside_no_figure_of_the_paper(
+def test_a_network_at_the_size_of_its_weights_has_no_figures_of_the_paper_beside_it(
         run_here, photographs, tmp_path):
     done = run_here("gcm.py", *photographs, "efficientnet_b4", "resnet50", *ONE, "--geometry",
                     "weights")
@@ -290,7 +290,7 @@ def test_at_the_size_of_its_weights_it_stands_beside_no_figure_of_the_paper(
             "224\n") in done.stdout
 
 
-def test_image_size_is_for_all_networks(run_here, photographs, tmp_path):
+def test_image_size_applies_to_all_networks(run_here, photographs, tmp_path):
     done = run_here("gcm.py", *photographs, "efficientnet_b4", "resnet50", *ONE, "--image_size", 96)
     assert done.returncode == 0, done.stderr
     there = saved(tmp_path / "t")["settings"]
@@ -300,7 +300,7 @@ def test_image_size_is_for_all_networks(run_here, photographs, tmp_path):
     assert "geometry: shorter side to 110 (bilinear), centre crop 96;" in done.stdout
 
 
-def test_images_are_decoded_once_for_every_geometry(run_here, photographs, monkeypatch):
+def test_images_are_decoded_once_per_geometry(run_here, photographs, monkeypatch):
     decoded, real = [], data.decode
     monkeypatch.setattr("utils.images.decode", lambda path, g: decoded.append(g) or real(path, g))
     flags = ("resnet50", "wide_resnet50_2", "swin_s", *ONE, "--geometry", "weights")
@@ -347,7 +347,7 @@ def test_a_perturbation_of_224_pixels_is_measured_on_every_network(run_here, pho
 
 
 def test_variables_of_the_shell_script_become_flags(tmp_path):
-    """Python is replaced by a script that prints what it is to run."""
+    """Python is replaced by a script that prints its arguments."""
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@"\n')
     stub.chmod(0o755)
@@ -362,11 +362,11 @@ def test_variables_of_the_shell_script_become_flags(tmp_path):
 # -------------------------------------------------------------------- resuming
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the script may catch it."""
+    """Stands for SIGKILL: the script must not catch it."""
 
 
-def test_a_table_that_is_killed_and_resumed_is_the_uninterrupted_one(
-        made, run_here, tmp_path, monkeypatch):
+def test_a_killed_and_resumed_table_equals_the_uninterrupted_one(made, run_here, tmp_path,
+                                                                 monkeypatch):
     real = measure.run_cell
     for at in (0, 1, 4):
         done = []
@@ -394,7 +394,7 @@ def test_a_table_that_is_killed_and_resumed_is_the_uninterrupted_one(
 
 @pytest.fixture
 def classified(monkeypatch):
-    """How many images each forward pass without a gradient had, but for the one of a zero image."""
+    """Batch sizes of the forward passes without gradients, except the probe with one zero image."""
     seen, real = [], Halving.forward
 
     def forward(self, x):
@@ -423,8 +423,8 @@ def test_finished_cells_are_not_classified_again(run_here, tmp_path, classified)
     assert plain(tmp_path / "t") == whole
 
 
-def test_a_killed_pass_over_clean_images_goes_on_also_after_a_commit(
-        run_here, classified, monkeypatch):
+def test_a_killed_pass_over_clean_images_resumes_even_after_a_commit(run_here, classified,
+                                                                     monkeypatch):
     flags, real = (*SHORT, "--batch_size", 7, "--save", "t"), Progress._keep
     about = run.provenance(torch.device("cpu"))
 
@@ -446,7 +446,7 @@ def test_a_killed_pass_over_clean_images_goes_on_also_after_a_commit(
     assert classified == [7, 7, 7, 7, 2]
 
 
-def test_a_random_defence_repeats_with_its_seed_also_when_resumed(run_here, tmp_path):
+def test_a_random_defence_repeats_with_its_seed_even_when_resumed(run_here, tmp_path):
     flags = (*SHORT, "--defense", "gcm+resizepad", "--draws", 3, "--low", 14)
     done = run_here("gcm.py", *flags, "--save", "whole")
     assert "gcm+resizepad, adaptive attacker (BPDA, EOT of 3)" in done.stdout
@@ -485,7 +485,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(
     assert (made[0] / "results.json").read_bytes() == before
 
 
-def test_with_overwrite_a_table_of_other_settings_is_replaced(run_here, tmp_path):
+def test_overwrite_replaces_a_table_made_with_other_settings(run_here, tmp_path):
     flags = ("gcm.py", *FEW, "--attacks", "fgsm", "--save", "out")
     assert run_here(*flags).returncode == 0
     (tmp_path / "out" / "partial.json").write_text("{}")
@@ -497,13 +497,13 @@ def test_with_overwrite_a_table_of_other_settings_is_replaced(run_here, tmp_path
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_table_goes_on_with_another_batch_size_and_says_so(run_here, tmp_path, older):
+def test_a_table_continues_with_another_batch_size_and_says_so(run_here, tmp_path, older):
     one = ("gcm.py", *FEW, "--save", "out", "--batch_size")
     done = run_here(*one, 30, "--attacks", "fgsm")
     assert done.returncode == 0 and "; batch size: 30;" in done.stdout, done.stderr
     first = saved(tmp_path / "out")
     assert "batch_size" not in first["settings"]
-    if older:  # one size for the whole table, of which cells said nothing
+    if older:  # one size for the whole table, not recorded in the cells
         cells = {key: {k: v for k, v in cell.items() if k != "batch_size"}
                  for key, cell in first["cells"].items()}
         (tmp_path / "out" / "results.json").write_text(json.dumps(
@@ -582,7 +582,7 @@ def test_the_sweep_shows_from_which_w_on_a_naive_attacker_fails(run_here, tmp_pa
     (("--eps_l2", "0"), ("--eps_l2", "wanted a number above 0")),
     (("--eps_l1", "0"), ("--eps_l1", "wanted a number above 0")),
     (("--eps", "8"), ("--eps", "outside (0, 1]"))], ids=str)
-def test_bad_input_is_one_line(run_here, refused, flags, words, tmp_path):
+def test_bad_input_gives_one_line(run_here, refused, flags, words, tmp_path):
     refused(run_here("gcm.py", *FEW, *flags), *words)
     assert not (tmp_path / "runs" / "gcm" / "results.json").exists()
 
@@ -594,14 +594,15 @@ def test_folders_that_are_not_classes_of_the_networks_are_refused(
             "not those of the network", "n01440764")
 
 
-def test_a_network_that_is_right_about_nothing_is_refused(run_here, refused, picture, tmp_path):
+def test_a_network_that_classifies_nothing_correctly_is_refused(run_here, refused, picture,
+                                                                tmp_path):
     picture(tmp_path / "val" / "n01440764" / "a.jpg")
     refused(run_here("gcm.py", "--data_dir", "val", "--model_name", "squeezenet1_1", "--weights",
                      "random", "--workers", 0), "none of these images right", "--weights")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"rows": []}', "half a fi"])
-def test_a_results_file_of_something_else_is_kept_and_refused(run_here, refused, tmp_path, text):
+def test_a_foreign_results_file_is_refused_and_kept(run_here, refused, tmp_path, text):
     folder = tmp_path / "runs" / "gcm"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(text)
@@ -640,7 +641,7 @@ def uap(tmp_path, name):
     return torch.load(next(p for p in found if p.name != "checkpoint.pth"), weights_only=True)
 
 
-def test_through_gcm_an_adaptive_attacker_makes_the_plain_perturbation_and_a_naive_one_does_not(
+def test_an_adaptive_attacker_behind_gcm_makes_the_plain_perturbation_and_a_naive_one_does_not(
         run_here, tmp_path):
     for name, more in (("plain", ()), ("naive", ("--defense", "gcm")),
                        ("adaptive", ("--defense", "gcm", "--bpda"))):
@@ -653,8 +654,8 @@ def test_through_gcm_an_adaptive_attacker_makes_the_plain_perturbation_and_a_nai
     assert facts["defense"] == "gcm" and facts["bpda"] is True
 
 
-def test_through_a_random_defence_a_killed_run_resumes_to_the_same_bytes(
-        run_here, tmp_path, monkeypatch):
+def test_a_killed_run_behind_a_random_defence_resumes_to_the_same_bytes(run_here, tmp_path,
+                                                                        monkeypatch):
     import train_sga
 
     flags = (*TRAIN, "--epochs", 3, "--defense", "gcm+resizepad")

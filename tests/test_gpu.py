@@ -34,7 +34,7 @@ def nothing_waits():
 
 
 class Between(nn.Module):
-    """The model; from its second forward pass until its last but one nothing may wait."""
+    """Wraps the model; nothing may wait from its second forward pass to the last but one."""
 
     def __init__(self, model, passes):
         super().__init__()
@@ -97,7 +97,7 @@ def test_a_graph_gives_the_bytes_of_a_step_without_one_and_no_step_waits(method,
         assert all(map(torch.equal, found, plain)) and plain[1].abs().max() > 0
 
 
-def test_minibatches_come_without_waiting_and_are_augmented_with_one_wait():
+def test_minibatches_come_without_waiting_and_are_augmented_as_on_the_cpu():
     images = load(open_images("digits", split="train").prepared(28, 60), workers=0)
     made = passes.one_pass(images, 20, torch.Generator(), Team(), vary=True, smallest=1, workers=0,
                            device=CUDA)

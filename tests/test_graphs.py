@@ -8,7 +8,7 @@ from utils import graphs
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """How often there was a recording and a replay."""
+    """The numbers of recordings and replays."""
     seen = {"record": 0, "replay": 0}
 
     def record(work):
@@ -44,7 +44,7 @@ def test_every_batch_of_the_first_shape_is_replayed_and_results_are_kept(recorde
     assert recorded == {"record": 1, "replay": 3}
 
 
-def test_the_arguments_are_not_written_to_and_need_not_stay(recorded):
+def test_the_arguments_are_not_written_to_and_need_not_be_kept(recorded):
     graphed, given = graphs.Graphed(gradient), batch(0)
     before = given[0].clone()
     graphed(*given), graphed(*batch(1))
@@ -65,7 +65,7 @@ def test_another_shape_is_computed_without_the_graph(other, recorded):
     assert recorded == {"record": 1, "replay": 1}
 
 
-def test_what_cannot_be_recorded_is_computed_as_without_a_graph(monkeypatch):
+def test_work_that_cannot_be_recorded_is_computed_without_a_graph(monkeypatch):
     tried = []
 
     def record(work):

@@ -1,7 +1,6 @@
-"""Where memory runs out a batch is taken in parts: the same figures, and one line.
+"""If memory runs out, the batch is split: the same figures, and one line says so.
 
-The networks and attacks here say that memory ran out when they get more images than they have room
-for.
+The networks and attacks here raise an out-of-memory error if they get more images than fit.
 """
 
 import csv
@@ -30,7 +29,7 @@ from utils.run import make_generator, save_pth
 
 
 class Small(nn.Module):
-    """A network whose memory holds `room` images; `seen`: how many each forward pass was given."""
+    """A network whose memory holds `room` images; `seen`: batch sizes of its forward passes."""
 
     def __init__(self, room, net=None, error=None):
         super().__init__()
@@ -52,7 +51,7 @@ def pictures(n=20):
 @pytest.mark.parametrize("error", [
     None, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("GET was unable to find an engine to execute this computation")], ids=str)
-def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(capsys, error):
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_its_size_is_kept(capsys, error):
     small = Small(6, error=error)
     model, x = Halving(small, "vgg16"), pictures()
     with torch.no_grad():
@@ -67,13 +66,13 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(capsys, 
         for n in (20, 10)]
 
 
-def test_what_fits_is_not_divided(capsys):
+def test_a_batch_that_fits_is_not_divided(capsys):
     small = Small(20)
     Halving(small, "vgg16")(pictures())
     assert small.seen == [20] and not capsys.readouterr().err
 
 
-def test_one_image_that_does_not_fit_is_the_error_itself():
+def test_one_image_that_does_not_fit_raises_the_original_error():
     small = Small(0)
     with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
         Halving(small, "vgg16")(pictures(3))
@@ -81,19 +80,19 @@ def test_one_image_that_does_not_fit_is_the_error_itself():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), UserError("wrong")], ids=str)
-def test_another_error_is_not_taken_for_it(error):
+def test_another_error_is_not_taken_for_a_lack_of_memory(error):
     with pytest.raises(type(error), match=str(error)), torch.no_grad():
         Halving(Small(0, error=error), "vgg16")(pictures())
 
 
-def test_a_pass_whose_gradient_is_wanted_is_not_divided():
+def test_a_forward_pass_that_needs_gradients_is_not_divided():
     small = Small(6)
     with pytest.raises(torch.OutOfMemoryError):
         Halving(small, "vgg16")(pictures().requires_grad_())
     assert small.seen == [20]
 
 
-def test_a_random_defence_in_front_draws_the_same_for_every_image():
+def test_a_random_defence_in_front_draws_the_same_if_the_batch_is_halved():
     def seen(room):
         got = []
         net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3, bias=False))
@@ -107,11 +106,11 @@ def test_a_random_defence_in_front_draws_the_same_for_every_image():
     assert torch.equal(seen(10), seen(3))
 
 
-def test_what_parts_give_is_added_and_no_part_is_done_twice(capsys):
+def test_the_results_of_parts_are_added_and_no_part_is_done_twice(capsys):
     done, halves = [], Halves("PGD")
 
     def work(x, y):
-        if len(x) > 6 or (len(x) > 4 and y[0] >= 6):  # as memory that others fill meanwhile
+        if len(x) > 6 or (len(x) > 4 and y[0] >= 6):  # as if others had filled memory meanwhile
             raise torch.OutOfMemoryError("CUDA out of memory")
         done.append(x.tolist())
         return int((x * y).sum())
@@ -132,7 +131,7 @@ class Greedy(Small):
         return self.net(x)
 
 
-def test_an_attack_that_runs_out_of_memory_goes_on_with_halves_of_the_batch(capsys):
+def test_an_attack_that_runs_out_of_memory_continues_with_halves_of_the_batch(capsys):
     images = load(open_images("digits", split="test").prepared(28, 50), workers=0)
     net = models.freeze(models.trainable("mlp", kind="digits", seed=1)).double()
     images = replace(images, labels=net(images.pixels / 255).argmax(1))
@@ -172,7 +171,7 @@ VARIES = {"seconds", "commit", "batch_size"}
 
 
 def plain(value):
-    """Of results.json: all that is counted."""
+    """results.json without the fields that vary."""
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items() if key not in VARIES}
     return [plain(one) for one in value] if isinstance(value, list) else value
@@ -200,8 +199,8 @@ def test_a_command_that_runs_out_of_memory_says_so_and_prints_the_same_figures(
 
 
 @pytest.mark.parametrize(("script", "attack"), [("eval_net.py", "pgd20"), ("gcm.py", "pgd_linf")])
-def test_a_command_whose_attack_runs_out_of_memory_goes_on(run_here, tmp_path, monkeypatch, script,
-                                                           attack):
+def test_a_command_whose_attack_runs_out_of_memory_continues(run_here, tmp_path, monkeypatch,
+                                                             script, attack):
     found, real = {}, halving.Halving.__init__
     for room in (10 ** 6, 8):
         monkeypatch.setattr(halving.Halving, "__init__", lambda self, model, name, room=room: real(
@@ -226,9 +225,9 @@ def log_of(folder):
 
 
 def both(run_here, tmp_path, script, *flags, limit, same=True):
-    """Runs in the folders `whole` and, after limit(), `parts`; what the second says of memory.
+    """Run in `whole` and, after limit(), in `parts`. -> the second run's lines about memory
 
-    same: both end the same.
+    same: whether both must end the same.
     """
     done = run_here(script, *flags, "--device", "cpu", "--save", "whole")
     assert done.returncode == 0 and "out of memory" not in done.stderr, done.stderr
@@ -277,14 +276,14 @@ def test_labels_and_fooling_ratios_of_train_sga_are_halved(run_here, tmp_path, m
     real = models.Target.load
     said = both(run_here, tmp_path, "train_sga.py", "--model_name", "mlp", "--num_images", 60,
                 "--epochs", 2, "--amp", "off", "--layout", "contiguous", *flags,
-                same="cosine" not in flags,  # which leaves zero by rounding; halves round otherwise
+                same="cosine" not in flags,  # leaves zero by rounding, which halves change
                 limit=lambda: monkeypatch.setattr(
                     models.Target, "load", lambda self, *a, **k: Small(20, real(self, *a, **k))))
     assert len(said) in (2, 4)  # of the network, and of its copy that makes the gradients
     assert all(line.startswith("warning: surrogate: out of memory") for line in said)
 
 
-def test_what_the_exercise_measures_is_halved(capsys):
+def test_the_measurements_of_the_exercise_are_halved(capsys):
     images = load(open_images("digits", split="test").prepared(28, 60), workers=0)
     net = models.freeze(models.trainable("lenet_bn", kind="digits", seed=3))
     s = SimpleNamespace(alpha_fgs=0.1, alpha_fgv=0.3)

@@ -42,7 +42,7 @@ TRAININGS = {"train_sga.py": train_sga, "free_at.py": free_at, "train_gcm.py": t
 
 
 def by_hand():
-    """How torch computes, asked of torch itself."""
+    """The arithmetic settings, read from torch itself."""
     cudnn = torch.backends.cudnn
     return (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark,
             cudnn.deterministic)
@@ -62,7 +62,7 @@ def quick_before():
 
 # ------------------------------------------------------------- float32 on a GPU
 
-def test_measuring_is_exact_and_leaves_what_was_before_even_after_an_error():
+def test_measuring_is_exact_and_restores_the_settings_even_after_an_error():
     assert by_hand() == QUICK
     with pytest.raises(KeyError), precision.measuring():
         assert by_hand() == EXACT
@@ -82,7 +82,7 @@ def test_trainings_may_use_tf32_on_a_gpu_only_and_not_under_deterministic(device
 
 
 class Watched(Trainer):
-    """Notes how torch computes in the epoch and in what is measured after it."""
+    """Records the arithmetic settings in the epoch and in the measurement after it."""
 
     def __init__(self, device):
         super().__init__(device, steps=1, keep={})
@@ -98,7 +98,7 @@ class Watched(Trainer):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_an_epoch_on_a_gpu_may_be_quick_and_what_is_measured_after_it_is_exact(monkeypatch,
+def test_an_epoch_on_a_gpu_may_use_tf32_and_the_measurement_after_it_is_exact(monkeypatch,
                                                                               deterministic):
     monkeypatch.setattr(loops, "synchronize", lambda device: None)  # there is no GPU
     trainer = Watched(CUDA)
@@ -121,7 +121,7 @@ def test_every_forward_pass_of_a_script_on_a_cpu_is_exact(script, run_here, tmp_
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_provenance_of_a_training_says_how_it_computed(monkeypatch, deterministic):
+def test_the_provenance_of_a_training_records_its_arithmetic(monkeypatch, deterministic):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     wanted = precision.EXACT if deterministic else precision.QUICK
     assert provenance(CUDA, deterministic)["arithmetic"] == wanted
@@ -131,8 +131,8 @@ def test_the_provenance_of_a_training_says_how_it_computed(monkeypatch, determin
 
 
 @pytest.mark.parametrize("script", TRAININGS)
-def test_trainings_take_deterministic_for_their_epochs_and_their_provenance(script, run_here,
-                                                                           tmp_path, monkeypatch):
+def test_trainings_apply_deterministic_to_their_epochs_and_their_provenance(script, run_here,
+                                                                            tmp_path, monkeypatch):
     given = []
 
     def asked(where):
@@ -156,7 +156,7 @@ def test_trainings_take_deterministic_for_their_epochs_and_their_provenance(scri
     assert json.loads(facts.read_text())["arithmetic"] == precision.EXACT
 
 
-def test_deterministic_decides_a_result_on_a_gpu_only():
+def test_deterministic_affects_a_result_on_a_gpu_only():
     s = argparse.Namespace(deterministic=True, eps=0.1)
     assert result_flags(s, device="cuda") == {"deterministic": True, "eps": 0.1, "device": "cuda"}
     assert result_flags(s, device="cpu") == {"eps": 0.1, "device": "cpu"}
@@ -212,7 +212,7 @@ def hardware(monkeypatch):
     return has
 
 
-def test_what_is_given_is_kept_and_nothing_is_timed():
+def test_given_choices_are_kept_and_nothing_is_timed():
     for amp, layout in PAIRS:
         machine = Machine({})
         assert machine.choice(amp=amp, layout=layout) == (amp, layout) and not machine.calls
@@ -220,9 +220,9 @@ def test_what_is_given_is_kept_and_nothing_is_timed():
 
 @pytest.mark.parametrize(("given", "wanted"), [
     ({}, ("bf16", "channels_last")), ({"amp": "bf16"}, ("bf16", "channels_last")),
-    ({"amp": "off"}, ("off", "contiguous")),  # 0.9 is too near to 1.0
+    ({"amp": "off"}, ("off", "contiguous")),  # 0.9 is too close to 1.0
     ({"layout": "contiguous"}, ("off", "contiguous"))])
-def test_the_fastest_is_taken(hardware, given, wanted):
+def test_the_fastest_candidate_is_chosen(hardware, given, wanted):
     assert Machine(costs(1.0, 0.9, 2.0, 0.5)).choice(**given) == wanted
 
 
@@ -281,7 +281,7 @@ def test_a_device_without_bf16_kernels_takes_float32_or_refuses_bf16(hardware):
     torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
-def test_running_out_of_memory_is_neither_float32_nor_a_device_that_cannot(hardware, error):
+def test_running_out_of_memory_is_not_taken_for_a_lack_of_bf16(hardware, error):
     for given in ({}, {"amp": "bf16"}):
         with pytest.raises(type(error)) as caught:
             Machine(costs(1.0, 1.0, error, 1.0)).choice(**given)
@@ -289,7 +289,7 @@ def test_running_out_of_memory_is_neither_float32_nor_a_device_that_cannot(hardw
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_running_out_of_memory_while_timing_is_one_line(run_here, monkeypatch, error):
+def test_running_out_of_memory_while_timing_gives_one_line(run_here, monkeypatch, error):
     def gradient(models, x, delta, y, loss, generator=None):
         if models[0].amp == "bf16":
             raise error
@@ -304,7 +304,7 @@ def test_running_out_of_memory_while_timing_is_one_line(run_here, monkeypatch, e
         "error: out of memory on the device; type a smaller --batch_size, --minibatch"]
 
 
-def test_running_out_of_memory_is_not_a_damaged_checkpoint(tmp_path):
+def test_running_out_of_memory_is_not_taken_for_a_damaged_checkpoint(tmp_path):
     class Large(Watched):
         def restore(self, state):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -316,7 +316,7 @@ def test_running_out_of_memory_is_not_a_damaged_checkpoint(tmp_path):
 @pytest.mark.parametrize(("words", "wanted"), [
     ("The operator 'aten::x' is not currently implemented for the MPS device. Please open", True),
     ("a method of a subclass", False)])
-def test_a_device_that_lacks_an_operation_is_one_line(words, wanted, capsys):
+def test_a_device_that_lacks_an_operation_gives_one_line(words, wanted, capsys):
     def main(_):
         raise NotImplementedError(words)
 
@@ -415,7 +415,7 @@ def test_a_gradient_too_small_for_fp16_reaches_the_weights_and_float32_is_the_pl
         torch.testing.assert_close(moved[amp], moved["off"], rtol=0.01, atol=0)
 
 
-def test_a_step_that_overflows_is_left_out_and_the_scale_is_halved():
+def test_a_step_that_overflows_is_skipped_and_the_scale_is_halved():
     layer, mixed = Product(1.0), precision.Mixed("fp16", CPU)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     for scale, factor, left_out in ((65536, 1e6, True), (32768, 1e-3, False)):
@@ -440,7 +440,7 @@ def test_the_scale_is_kept_in_the_state():
         precision.Mixed(amp, CPU).load_state_dict(precision.Mixed(amp, CPU).state_dict())
 
 
-def test_free_trainings_delta_stays_whole_where_gradients_overflow():
+def test_free_trainings_delta_stays_finite_where_gradients_overflow():
     x, delta = torch.full((1, 1, 2, 2), 0.5), torch.tensor([[[[0.0, 0.1], [0.0, 0.0]]]])
     slopes = torch.tensor([[[[float("nan"), float("nan")], [float("inf"), -1.0]]]])
     free_at.free_minibatch(lambda z, _: z.backward(slopes), x, None, delta, eps=0.1, alpha=0.1, m=1)
@@ -465,13 +465,13 @@ def trained(method, amp, scale=2.0 ** 16):
 
 
 @pytest.mark.parametrize("method", ["natural", "free", "pgd", "fast"])
-def test_training_in_fp16_is_float32_training_but_for_rounding(method):
+def test_training_in_fp16_equals_float32_training_up_to_rounding(method):
     exact, rounded = trained(method, "off")[0], trained(method, "fp16")[0]
     assert 0 < (exact - rounded).abs().max() < 0.5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("method", ["natural", "free", "pgd", "fast"])
-def test_a_training_in_fp16_gets_over_its_overflows(method):
+def test_a_training_in_fp16_recovers_from_its_overflows(method):
     moved, training = trained(method, "fp16", scale=2.0 ** 24)
     assert 2.0 ** 10 < training.mixed.scaler.get_scale() < 2.0 ** 20
     assert moved.isfinite().all() and training.delta.isfinite().all()
@@ -506,7 +506,7 @@ def test_a_run_in_fp16_that_is_stopped_resumes_to_the_same_bytes(script, trainin
 
 
 @pytest.mark.parametrize("margin", [0.0, 12.0, 40.0, 80.0])
-def test_the_loss_that_attacks_climb_in_fp16_has_a_level_gradient_of_the_same_sign(margin):
+def test_the_loss_that_attacks_maximize_in_fp16_has_a_level_gradient_of_the_same_sign(margin):
     logits = torch.tensor([[0.3, -0.2, 0.1], [0.0, 1.0, 0.5]], dtype=torch.float64)
     logits[:, 1] += margin
     y = torch.tensor([1, 1])
@@ -535,7 +535,7 @@ class Sure(nn.Module):
         return self.layer(x.flatten(1))
 
 
-def test_attacks_under_fp16_reach_images_that_the_network_is_sure_of():
+def test_attacks_under_fp16_move_images_that_the_network_is_sure_of():
     x, y, model = torch.full((2, 1, 2, 2), 0.5), torch.tensor([1, 1]), Sure(20.0)
     wanted = attacks.fgsm(model, x, y, eps=0.1)
     assert (wanted != x).all()
@@ -553,8 +553,8 @@ def test_attacks_under_fp16_reach_images_that_the_network_is_sure_of():
 @pytest.mark.parametrize(("script", "more"), [
     ("free_at.py", ("--method", "pgd", "--steps", 2)), ("free_at.py", ("--method", "fast")),
     ("train_gcm.py", ())])
-def test_the_attacks_of_trainings_climb_the_level_loss_in_fp16_only(script, more, run_here,
-                                                                   monkeypatch):
+def test_the_attacks_of_trainings_maximize_the_level_loss_in_fp16_only(script, more, run_here,
+                                                                       monkeypatch):
     asked, real = [], precision.level_cross_entropy
     monkeypatch.setattr(precision, "level_cross_entropy",
                         lambda *given: asked.append(1) or real(*given))
@@ -566,7 +566,7 @@ def test_the_attacks_of_trainings_climb_the_level_loss_in_fp16_only(script, more
         assert bool(asked) == (amp == "fp16")
 
 
-def test_outside_fp16_attacks_climb_the_plain_cross_entropy():
+def test_attacks_outside_fp16_maximize_the_plain_cross_entropy():
     logits, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 4
     for amp in ("off", "bf16"):
         found = precision.Mixed(amp, CPU).attack_loss(logits, y)
@@ -583,7 +583,7 @@ def test_networks_are_contiguous_on_apples_gpus(kind, layout):
 
 
 @pytest.mark.parametrize(("kind", "waits"), [("mps", False), ("cuda", True), ("cpu", False)])
-def test_only_a_cuda_device_is_sent_to_without_waiting(kind, waits):
+def test_only_copies_to_a_cuda_device_do_not_wait(kind, waits):
     class Sent:
         def to(self, device, non_blocking):
             return device.type, non_blocking

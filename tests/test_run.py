@@ -1,4 +1,4 @@
-"""A run: the same bytes twice, whole files or none, a kill at any moment, and who may go on."""
+"""Runs: the same bytes twice, whole files or none, kills at any moment, what may be resumed."""
 
 import csv
 import gc
@@ -36,7 +36,7 @@ def rows(folder):
 
 
 def changed(args, **flags):
-    """The command line with other values: an argument given twice counts the last time."""
+    """The command line with other values: the last of repeated arguments counts."""
     return (*args, *(part for name, value in flags.items() for part in (f"--{name}", value)))
 
 
@@ -50,8 +50,8 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_tar_file_of_old_is_refused_and_not_run(tmp_path):
-    """torch before 2.6 reads these files also where it was asked for nothing but weights."""
+def test_an_old_tar_file_is_refused_and_not_executed(tmp_path):
+    """torch before 2.6 reads such files even when asked for weights only."""
     bomb, path = pickle.dumps(Bomb(str(tmp_path / "ran"))), tmp_path / "w.pth"
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "storages", "tensors", "pickle"):
@@ -65,8 +65,8 @@ def test_a_tar_file_of_old_is_refused_and_not_run(tmp_path):
 
 # ------------------------------------------------------------------------ same bytes
 
-def test_two_runs_give_the_same_bytes_and_another_seed_gives_others(run_here, run_script,
-                                                                     tmp_path):
+def test_two_runs_give_the_same_bytes_and_another_seed_gives_different_ones(run_here, run_script,
+                                                                            tmp_path):
     flags = changed(TINY, momentum=0.9, model_name="cnn,mlp")
     made = []
     for i, run in enumerate((run_here, run_here, run_script)):
@@ -78,7 +78,7 @@ def test_two_runs_give_the_same_bytes_and_another_seed_gives_others(run_here, ru
     assert (tmp_path / "other" / "sga_cnn+mlp_augment.pth").read_bytes() != made[0]
 
 
-def test_what_auto_chose_is_printed_and_typing_it_repeats_the_bytes(run_here, tmp_path):
+def test_the_choice_of_auto_is_printed_and_typing_it_repeats_the_bytes(run_here, tmp_path):
     result = run_here(SCRIPT, *changed(TINY, amp="auto", layout="auto"))
     assert result.returncode == 0, result.stderr
     facts = json.loads((tmp_path / "run" / "sga_mlp.json").read_text())
@@ -107,7 +107,7 @@ def test_a_run_killed_by_signal_9_resumes_to_the_bytes_of_an_uninterrupted_run(
         process.kill()
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert 1 <= len(rows(killed)) < 10
-    (killed / ".checkpoint.pth.left1234.tmp").write_bytes(b"half")  # as a kill leaves
+    (killed / ".checkpoint.pth.left1234.tmp").write_bytes(b"half")  # as left by a kill
     result = (run_here if more else run_script)(SCRIPT, *flags, "--resume")
     assert result.returncode == 0, result.stderr
     name = "sga_cnn_augment.pth" if more else "sga_cnn.pth"
@@ -120,7 +120,7 @@ def test_a_run_killed_by_signal_9_resumes_to_the_bytes_of_an_uninterrupted_run(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL between two writes: nothing of the script may catch it."""
+    """Stands for SIGKILL between two writes: the script must not catch it."""
 
 
 def test_a_kill_after_any_write_of_a_run_resumes_to_the_same_files(run_here, tmp_path,
@@ -165,8 +165,7 @@ def test_resuming_a_finished_run_changes_nothing_and_resuming_nothing_starts_a_r
 
 @pytest.mark.parametrize("more", [(), ("--momentum", 0.9), ("--augment",), ("--method", "spgd")],
                          ids=lambda more: "_".join(map(str, more)) or "paper")
-def test_a_finished_run_goes_on_to_the_bytes_of_one_that_was_longer_from_the_start(
-        run_here, tmp_path, more):
+def test_a_finished_run_can_be_extended_to_the_bytes_of_a_longer_run(run_here, tmp_path, more):
     assert run_here(SCRIPT, *changed(TINY, epochs=5, save="whole"), *more).returncode == 0
     for epochs in (2, 4, 5):
         result = run_here(SCRIPT, *changed(TINY, epochs=epochs), *more, "--resume")
@@ -189,7 +188,7 @@ def test_a_finished_run_goes_on_to_the_bytes_of_one_that_was_longer_from_the_sta
     ("fgsm_mnist.py", ("--num_images", 100, "--eval_images", 5, "--queries", 2), "seed0/fgs.pth"),
     ("train_gcm.py", ("--num_images", 80, "--batch_size", 38, "--workers", 0, "--step_epochs", 1,
                       "--augment", "rain"), "stage1_cnn_bn.pth")])
-def test_so_do_the_other_trainings_whose_steps_do_not_depend_on_the_number_of_epochs(
+def test_other_trainings_whose_steps_do_not_depend_on_the_epochs_can_be_extended_too(
         run_here, tmp_path, script, flags, name):
     for args in (("--epochs", 2, "--save", "whole"), ("--epochs", 1, "--save", "run"),
                  ("--epochs", 2, "--save", "run", "--resume")):
@@ -198,8 +197,7 @@ def test_so_do_the_other_trainings_whose_steps_do_not_depend_on_the_number_of_ep
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_training_whose_learning_rate_depends_on_the_number_of_epochs_cannot_go_on(
-        run_here, refused):
+def test_a_training_whose_learning_rate_depends_on_the_epochs_cannot_be_extended(run_here, refused):
     flags = ("--method", "natural", "--num_images", 100, "--save", "run")
     assert run_here("free_at.py", *flags, "--epochs", 1).returncode == 0
     refused(run_here("free_at.py", *flags, "--epochs", 2, "--resume"), "another --epochs",
@@ -249,13 +247,13 @@ def test_a_second_run_without_resume_is_refused_and_overwrite_starts_again(made,
     assert (made / "sga_mlp.pth").read_bytes() == before
 
 
-def test_overwrite_leaves_no_other_perturbation_behind(made, run_here, refused):
+def test_overwrite_refuses_a_folder_with_another_perturbation(made, run_here, refused):
     kept = {path.name: path.read_bytes() for path in made.iterdir()}
     refused(run_here(SCRIPT, *TINY, "--augment", "--overwrite"), "another perturbation", "sga_mlp")
     assert {path.name: path.read_bytes() for path in made.iterdir()} == kept
 
 
-def test_a_finished_run_stays_as_it_is(made, run_here):
+def test_a_finished_run_changes_only_if_it_is_extended(made, run_here):
     facts = json.loads((made / "sga_mlp.json").read_text()) | {"commit": "of then"}
     save_json(made / "sga_mlp.json", facts)
     kept = {path.name: path.read_bytes() for path in made.iterdir()}
@@ -311,7 +309,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_running(t
 
 @pytest.fixture
 def disk_of():
-    """disk_of(n): from here on a file of more than n bytes cannot be written; None: it can."""
+    """disk_of(n): from now on files of more than n bytes cannot be written; None: no limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if n is None else n, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -386,9 +384,9 @@ def test_a_folder_that_cannot_be_written_gives_one_line(tmp_path):
             RunFolder(path)
 
 
-# ---------------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------------- what a run writes
 
-def test_the_facts_say_what_made_the_perturbation(made):
+def test_the_facts_record_how_the_perturbation_was_made(made):
     facts, preset = json.loads((made / "sga_mlp.json").read_text()), PRESETS["digits"]
     wanted = {"method": "sga", "model_name": ["mlp"], "weights": ["random"], "eps": preset.eps,
               "alpha": preset.alpha, "loss": "ce", "beta": 9.0, "epochs": 2, "batch_size": 250,
@@ -473,7 +471,7 @@ def test_a_folder_on_a_file_system_without_locks_is_written_to(tmp_path, monkeyp
     monkeypatch.setattr("fcntl.flock", flock)
     assert RunFolder(tmp_path / "run").path.is_dir()
     (tmp_path / "run" / ".log.csv.abcdefgh.tmp").write_text("")
-    assert "abcdefgh" in str(os.listdir(RunFolder(tmp_path / "run").path))  # perhaps another's
+    assert "abcdefgh" in str(os.listdir(RunFolder(tmp_path / "run").path))  # may be another's
 
 
 def test_a_file_is_written_where_modes_cannot_be_changed(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def trainable(model):
 
 
 def naive_loss(logits, label, loss="ce", beta=9.0, target=None):
-    """The loss of one image that is ascended, (K,) -> scalar, from exponentials."""
+    """The loss to maximize for one image, (K,) -> scalar, from exponentials."""
     wanted = label if target is None else target
     ce = -(logits[wanted].exp() / logits.exp().sum()).log()
     if target is not None:
@@ -173,7 +173,7 @@ def test_spgd_gives_the_gradient_of_the_whole_batch_whatever_the_chunk_size(worl
 
 
 def test_black_and_white_pixels_have_a_gradient_until_delta_takes_them_outside(world):
-    """torch.clamp stops it at exactly 0 and 1 since torch 2.15, and passed it on before."""
+    """torch.clamp stops it at exactly 0 and 1 since torch 2.15; earlier versions passed it on."""
     models, x, y, _ = world
     at_the_edge = torch.full_like(x[:1], 0.5)
     at_the_edge[0, 0, 0, 0], at_the_edge[0, 1, 2, 3] = 0.0, 1.0
@@ -271,7 +271,7 @@ def test_a_zero_gradient_moves_nothing_and_momentum_stays_finite():
 
 
 @pytest.mark.parametrize("steps", [1, 30])
-def test_adam_takes_the_steps_of_torchs_and_is_cut_to_eps(steps):
+def test_adam_takes_the_steps_of_torchs_adam_clipped_to_eps(steps):
     oracle = torch.zeros(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([oracle], lr=0.02, maximize=True)
     delta, v = torch.zeros(1, 3, 4, 4).double(), torch.zeros(2, 3, 4, 4).double()
@@ -371,7 +371,7 @@ def test_delta_never_leaves_eps_and_stays_on_the_grid_of_1_255():
     assert (trail[-1].abs() > EPS - 1e-6).any()  # it reached the edge
 
 
-def test_the_perturbation_raises_the_loss_that_is_ascended():
+def test_the_perturbation_raises_the_loss_that_is_maximized():
     model, pixels = toy(dtype=torch.float32), pictures()
     x = pixels.float() / 255
     y = clean_labels([model], x)[0]
@@ -415,14 +415,14 @@ def test_the_identity_map_returns_the_image():
     torch.testing.assert_close(warp(x, IDENTITY.expand(3, 2, 3)), x, rtol=0, atol=1e-6)
 
 
-def test_a_flip_map_is_the_flipped_image():
+def test_a_flip_map_gives_the_flipped_image():
     x = pictures(3).float() / 255
     torch.testing.assert_close(warp(x, mapped(-1.0).expand(3, 2, 3)), x.flip(-1), rtol=0,
                                atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, -2])
-def test_a_shift_map_is_the_shifted_image_with_reflected_borders(k):
+def test_a_shift_map_gives_the_shifted_image_with_reflected_borders(k):
     x = pictures(2).float() / 255
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (0, 0), (3, 3)), mode="symmetric")
     wanted = torch.from_numpy(padded[..., 3 + k:3 + k + SIDE])

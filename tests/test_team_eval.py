@@ -1,4 +1,4 @@
-"""Evaluations by several processes: the same results as one, also when killed and continued."""
+"""Evaluations by several processes: the same results as one, even when killed and continued."""
 
 import csv
 import gc
@@ -49,10 +49,10 @@ JOBS = {  # folder: script and flags; 5 batches, 4, 4, 3, 5, one alone, and 4
     "uap": ("eval_uap.py", "--model_name", "mlp", "--num_images", 30, "--batch_size", 8,
             "--defense", "resizepad", "--uaps", "a.pth", "b.pth"),
 }
-KILLED = {"gcm": 14, "net": 7, "uap": 2}  # after how many batches that are kept
-VARIES = ("seconds", "commit", "processes", "path")  # between two runs of the same
+KILLED = {"gcm": 14, "net": 7, "uap": 2}  # after how many saved batches
+VARIES = ("seconds", "commit", "processes", "path")  # between equal runs
 
-# What the processes of one launch do: every job of a list, one after another.
+# Run by the processes of one launch: every job of a list, one after another.
 TOGETHER = """
 import gc, importlib, json, sys, threading
 import torch
@@ -86,7 +86,7 @@ def leave_uaps(folder):
 
 
 def leave_photographs(folder):
-    """Of two classes, and networks that are right about half of them."""
+    """Photographs of two classes, and networks that get half of them right."""
     for i in range(8):
         coarse = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
         path = folder / "photos" / "ab"[i % 2] / f"{i}.png"
@@ -101,7 +101,7 @@ def leave_photographs(folder):
 
 
 def launch(folder, processes, jobs):
-    """The jobs by torchrun, in the folder."""
+    """Run the jobs by torchrun, in the folder."""
     (folder / "together.py").write_text(TOGETHER)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
@@ -114,14 +114,14 @@ def launch(folder, processes, jobs):
 
 
 def bare(value):
-    """A value of results.json without what differs between two runs of the same."""
+    """A value of results.json without the fields that differ between equal runs."""
     if isinstance(value, dict):
         return {key: bare(part) for key, part in value.items() if key not in VARIES}
     return [bare(part) for part in value] if isinstance(value, list) else value
 
 
 def left(folder):
-    """{file: what it holds} of an evaluation; tables of attacks hold seconds."""
+    """{file: content} of an evaluation, without the seconds in tables of attacks."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".json":
@@ -137,12 +137,12 @@ def left(folder):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the script may catch it."""
+    """Stands for SIGKILL: the script must not catch it."""
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Folder with the results of one process, and of runs that were killed in their middle."""
+    """The folder with the results of one process, and of runs that were killed halfway."""
     from utils.cli import run_script as entry
 
     folder, patch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
@@ -178,7 +178,7 @@ def _run(patch, entry, job, save):
     try:
         entry(module.get_args, module.main)
     finally:
-        gc.collect()  # a folder's lock goes with the objects of the run
+        gc.collect()  # frees the lock on the run's folder
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -197,7 +197,7 @@ def many(request, one, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_several_processes_leave_the_results_of_one(one, many, name):
+def test_several_processes_give_the_same_results_as_one(one, many, name):
     folder, _, _ = many
     assert left(folder / name) == left(one / name)
     assert {path.name for path in (folder / name).iterdir()} == {
@@ -205,7 +205,7 @@ def test_several_processes_leave_the_results_of_one(one, many, name):
 
 
 @pytest.mark.slow
-def test_several_processes_save_the_images_of_one(one, many):
+def test_several_processes_save_the_same_images_as_one(one, many):
     saved = [{path.relative_to(folder): path.read_bytes() for path in folder.glob("kept/*/*/*")}
              for folder in (one, many[0])]
     assert saved[0] == saved[1] and len(saved[0]) >= 8
@@ -229,7 +229,7 @@ def test_without_torchrun_a_process_is_alone(rank, local, size, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "local", "size"), [
     (None, None, "2"), ("0", None, "2"), ("a", "0", "2"), (None, None, "many")])
-def test_a_part_of_what_torchrun_sets_is_refused(rank, local, size, monkeypatch):
+def test_incomplete_variables_of_torchrun_are_refused(rank, local, size, monkeypatch):
     started_with(monkeypatch, rank, local, size)
     with pytest.raises(UserError, match=f"WORLD_SIZE is {size}, .*or unset WORLD_SIZE"):
         join_team(torch.device("cpu"))
@@ -244,7 +244,7 @@ def started_with(monkeypatch, *values):
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_is_kept_and_only_the_first_prints(many):
+def test_the_number_of_processes_is_recorded_and_only_the_first_prints(many):
     folder, done, processes = many
     for cell in json.loads((folder / "gcm" / "results.json").read_text())["cells"].values():
         assert cell["processes"] == processes
@@ -255,7 +255,7 @@ def test_the_number_of_processes_is_kept_and_only_the_first_prints(many):
 
 
 @pytest.mark.slow
-def test_the_comparison_says_something(one):
+def test_the_compared_results_are_not_trivial(one):
     found = json.loads((one / "gcm" / "results.json").read_text())["cells"]
     assert len(found) == 6
     assert any(0 < sum(cell["after"]) < sum(cell["before"]) for cell in found.values())
@@ -268,8 +268,8 @@ def test_the_comparison_says_something(one):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
-def test_a_run_that_was_killed_in_its_middle_goes_on_there_to_the_same_results(
-        one, name, tmp_path, monkeypatch):
+def test_a_run_killed_halfway_resumes_there_and_gives_the_same_results(one, name, tmp_path,
+                                                                       monkeypatch):
     from utils.cli import run_script as entry
 
     shutil.copytree(one / f"killed {name}", tmp_path / name)
@@ -288,7 +288,7 @@ def test_a_run_that_was_killed_in_its_middle_goes_on_there_to_the_same_results(
 
 
 @pytest.mark.slow
-def test_what_is_left_of_other_perturbations_is_not_continued(one, tmp_path, monkeypatch):
+def test_progress_on_other_perturbations_is_not_continued(one, tmp_path, monkeypatch):
     from utils.cli import run_script as entry
 
     shutil.copytree(one / "killed uap", tmp_path / "uap")
@@ -300,7 +300,7 @@ def test_what_is_left_of_other_perturbations_is_not_continued(one, tmp_path, mon
     assert left(tmp_path / "uap") == left(tmp_path / "anew")
 
 
-# What one of two processes does: it dies at its sixth batch, the second process in the second cell.
+# Run by two processes; one dies at its sixth batch, which for the second is in the second cell.
 DYING = """
 import os, sys
 
@@ -327,7 +327,7 @@ run_script(gcm.get_args, gcm.main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
-def test_when_a_process_dies_the_others_say_so_in_one_line_and_the_same_command_continues(
+def test_if_a_process_dies_the_others_say_so_in_one_line_and_the_same_command_continues(
         one, tmp_path, monkeypatch, who):
     from utils.cli import run_script as entry
 
@@ -353,7 +353,7 @@ def test_when_a_process_dies_the_others_say_so_in_one_line_and_the_same_command_
     assert left(tmp_path / "gcm") == left(one / "gcm")
 
 
-def test_a_damaged_partial_file_is_measured_again_and_said_to_be(tmp_path, capsys, monkeypatch):
+def test_a_damaged_partial_file_is_reported_and_measured_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cells, "EVERY", 0)
     images, path = Numbers(6), tmp_path / "partial.json"
 
@@ -372,12 +372,12 @@ def test_a_damaged_partial_file_is_measured_again_and_said_to_be(tmp_path, capsy
     key, = json.loads(whole)["kept"]
     for kept in ([], {key: 3}, {key: {"done": "3", "skipped": [], "state": {}}},
                  {key: {"done": 2, "skipped": [-1], "state": {}}},
-                 {key: {"done": 2, "skipped": [], "state": []}}):  # whole, but of another form
+                 {key: {"done": 2, "skipped": [], "state": []}}):  # intact, but of another form
         text = json.dumps(kept)
         path.write_text(json.dumps({"sha256": cells._hash(text), "kept": kept}))
         assert Progress(path=path, settings={}).kept == {}
         assert "partial.json: damaged" in capsys.readouterr().out
-    for part in ({"done": 9, "skipped": []}, {"done": 2, "skipped": [6]}):  # of other images
+    for part in ({"done": 9, "skipped": []}, {"done": 2, "skipped": [6]}):  # for other images
         path.write_text(whole)
         one = Progress(path=path, settings={})
         one.kept = {key: part | {"state": {"sum": 7}}}
@@ -392,7 +392,7 @@ def test_a_damaged_partial_file_is_measured_again_and_said_to_be(tmp_path, capsy
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_pass_that_was_killed_goes_on_with_another_batch_size(tmp_path, monkeypatch, size):
+def test_a_killed_pass_resumes_with_another_batch_size(tmp_path, monkeypatch, size):
     monkeypatch.setattr(cells, "EVERY", 0)
     images, index, path = Numbers(20, broken=(7, 11)), torch.arange(1, 20), tmp_path / "partial"
 
@@ -422,9 +422,7 @@ def test_a_pass_that_was_killed_goes_on_with_another_batch_size(tmp_path, monkey
 # ------------------------------------------------------------------ one round after another
 
 class Numbers:
-    """n images of one pixel, whose value is their position; files of those in `broken` are not
-    decoded.
-    """
+    """n images of one pixel, whose value is their position; those in `broken` cannot be decoded."""
     size, geometry, skipped, root, labels = 1, None, (), SRC, torch.zeros(99, dtype=torch.int64)
     stored = None
 
@@ -444,7 +442,7 @@ class Numbers:
 
 
 class Threads(Team):
-    """Processes of a team that are threads of this one."""
+    """A team whose processes are threads of this one."""
 
     def everyone(self, value):
         said, barrier = self.__dict__["shared"]
@@ -456,7 +454,7 @@ class Threads(Team):
 
 
 def together(size, task):
-    """What task(team) gives in every one of `size` threads."""
+    """The results of task(team) in each of `size` threads."""
     state, found = ([None] * size, threading.Barrier(size)), [None] * size
 
     def work(rank):
@@ -502,7 +500,7 @@ def test_files_that_cannot_be_decoded_are_known_to_every_process(size, capsys):
                          whole=False)
 
 
-def test_results_are_added_by_their_form():
+def test_results_are_added_by_type():
     one = {"n": 1, "after": [1], "largest": 0.5, "by": {"3": 1}}
     two = {"n": 2, "after": [2, 3], "largest": 0.2, "by": {"3": 4, "5": 1}}
     assert added(added({}, one), two) == {"n": 3, "after": [1, 2, 3], "largest": 0.5,
@@ -510,7 +508,7 @@ def test_results_are_added_by_their_form():
     assert one["n"] == 1 and one["after"] == [1]
 
 
-def test_a_first_process_that_refuses_says_so_in_all():
+def test_a_refusal_by_the_first_process_reaches_all():
     def refusing(team):
         def make():
             raise UserError("no")
@@ -557,8 +555,8 @@ def test_a_short_list_is_decoded_once_and_a_long_one_is_only_checked(
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("how", ["short", "long", "cached"])
-def test_of_several_processes_the_first_alone_names_broken_files(
-        photographs, tmp_path, monkeypatch, capsys, size, how):
+def test_only_the_first_of_several_processes_names_broken_files(photographs, tmp_path, monkeypatch,
+                                                                capsys, size, how):
     if how == "long":
         monkeypatch.setattr(cells, "KEPT", 0)
     if how == "cached":
@@ -640,7 +638,7 @@ def _train(home):
     models.load_model("mlp", kind="digits", data_dir="digits")
 
 
-def test_of_several_processes_one_trains_a_network_that_is_not_there_yet(tmp_path):
+def test_only_one_of_several_processes_trains_a_missing_network(tmp_path):
     fork = get_context("fork")
     processes = [fork.Process(target=_train, args=(str(tmp_path),)) for _ in range(3)]
     for process in processes:

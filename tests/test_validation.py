@@ -38,7 +38,7 @@ def settings(**changed):
 
 # ------------------------------------------------------------------------- the images
 
-def test_they_are_test_images_the_last_ones_of_each_class(capsys):
+def test_validation_images_are_the_last_test_images_of_each_class(capsys):
     train, test = (open_images("digits", split=split) for split in ("train", "test"))
     held = free_run.validation(settings(validate=30, classes=list(train.classes)), train, Team())
     assert len(held) == 30 and held.labels.bincount().tolist() == [3] * 10
@@ -49,14 +49,14 @@ def test_they_are_test_images_the_last_ones_of_each_class(capsys):
     assert "validated after each pass on 30 images" in capsys.readouterr().out
 
 
-def test_by_default_they_are_few():
+def test_by_default_there_are_few_validation_images():
     train = open_images("digits", split="train")
     few = train.prepared(28, 160)
     assert len(free_run.validation(settings(classes=list(train.classes)), few, Team())) == 16
     assert free_run.validation(settings(validate=0), train, Team()) is None
 
 
-def test_without_a_test_split_they_are_held_out_ones(run_here, tmp_path, picture):
+def test_without_a_test_split_validation_uses_held_out_images(run_here, tmp_path, picture):
     for k, name in enumerate(CIFAR10):
         for i in range(6):
             picture(tmp_path / "sixty" / name / f"{i}.png", 32, 32, seed=10 * i + k)
@@ -69,7 +69,8 @@ def test_without_a_test_split_they_are_held_out_ones(run_here, tmp_path, picture
     assert facts["validated"] == 10 and facts["num_images"] == 40 and facts["best_pass"] == 1
 
 
-def test_where_there_are_none_one_line_says_so_and_training_goes_on(run_here, tmp_path, picture):
+def test_without_validation_images_one_line_says_so_and_training_continues(run_here, tmp_path,
+                                                                           picture):
     for k, name in enumerate(CIFAR10):
         picture(tmp_path / "both" / "train" / name / "0.png", 32, 32, seed=k)
         picture(tmp_path / "both" / "val" / f"other_{name}" / "0.png", 32, 32, seed=k)
@@ -85,7 +86,7 @@ def test_where_there_are_none_one_line_says_so_and_training_goes_on(run_here, tm
 # ------------------------------------------------------------------------- what is measured
 
 @pytest.mark.parametrize("method", ["natural", "free"])
-def test_loss_accuracy_and_accuracy_under_pgd_10_are_those_of_a_loop(method):
+def test_loss_accuracy_and_accuracy_under_pgd_10_equal_those_of_a_loop(method):
     held = free_run.validation(settings(validate=70, classes=list(digits().classes)),
                                open_images("digits", split="train"), Team())
     training = free_at.FreeTraining(options(method=method, epochs=30), digits(), Team(), CPU, held)
@@ -107,7 +108,7 @@ def test_loss_accuracy_and_accuracy_under_pgd_10_are_those_of_a_loop(method):
     assert robust < clean
 
 
-def test_processes_share_the_blocks_and_find_the_same(monkeypatch):
+def test_processes_share_the_blocks_and_give_the_same_result(monkeypatch):
     monkeypatch.setattr(Team, "total", lambda self, values: values)
     images, model = digits(40), models.trainable("mlp", kind="digits")
     monkeypatch.setattr(free_run, "BLOCK", 8)
@@ -122,7 +123,7 @@ def test_processes_share_the_blocks_and_find_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["free", "pgd"])
-def test_training_leaves_the_same_bytes_with_and_without_it(run_here, tmp_path, method):
+def test_training_gives_the_same_bytes_with_and_without_validation(run_here, tmp_path, method):
     name = "free2_mlp" if method == "free" else "pgd_mlp"
     for number in (0, 20):
         done = run_here("free_at.py", "--method", method, "--validate", number, *SMALL, number)
@@ -136,7 +137,7 @@ def test_training_leaves_the_same_bytes_with_and_without_it(run_here, tmp_path, 
 
 # ------------------------------------------------------------------------- the best network
 
-def test_the_best_is_that_under_pgd_10_then_on_clean_images_and_the_first_of_equals(
+def test_the_best_network_is_chosen_under_pgd_10_then_on_clean_images_then_by_order(
         run_here, tmp_path, monkeypatch):
     found, weights = iter([(1.0, 0.9, 0.3), (2.0, 0.5, 0.4), (3.0, 0.6, 0.4), (0.5, 0.6, 0.4)]), []
 
@@ -157,8 +158,7 @@ def test_the_best_is_that_under_pgd_10_then_on_clean_images_and_the_first_of_equ
     assert [row["val_adv_acc"] for row in rows(run)] == ["0.3", "0.4", "0.4", "0.4"]
 
 
-def test_a_run_stands_for_its_last_network_and_the_best_one_is_asked_for_by_name(run_here,
-                                                                                tmp_path):
+def test_a_run_stands_for_its_last_network_and_the_best_one_is_given_by_name(run_here, tmp_path):
     assert run_here("free_at.py", *SMALL, "run").returncode == 0
     few = ("--num_images", 20, "--attacks", "none", "--device", "cpu", "--workers", 0)
     done = run_here("eval_net.py", "--runs", "run", *few, "--save", "last")
@@ -177,7 +177,7 @@ def killed_after_two_passes(run_here, *flags):
     real, calls = free_at.FreeTraining.one_pass, []
 
     class Killed(BaseException):
-        """Stands for SIGKILL: nothing of the script may catch it."""
+        """Stands for SIGKILL: the script must not catch it."""
 
     def killing(self, bar):
         calls.append(1)
@@ -208,7 +208,7 @@ def test_a_run_that_resumes_without_validation_keeps_the_best_network_so_far(
     assert len(rows(tmp_path / "run")) == 4
 
 
-def test_an_overwritten_run_takes_its_best_network_with_it(run_here, tmp_path):
+def test_overwriting_a_run_removes_its_best_network(run_here, tmp_path):
     assert run_here("free_at.py", *SMALL, "run").returncode == 0
     assert (tmp_path / "run" / "free2_mlp_best.pth").exists()
     done = run_here("free_at.py", *SMALL, "run", "--overwrite", "--validate", 0)
