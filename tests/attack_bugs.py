@@ -1,7 +1,7 @@
-"""Bugs of one line that attack code is known for, each with a few quick tests that must see it.
+"""One-line bugs typical of attack code, each with a few quick tests that must catch it.
 
-test_attack_bugs.py plants them, each in its own copy of src, and runs this file, which runs their
-tests: every pytest is a fork of one process that has imported torch, which takes most of the time.
+test_attack_bugs.py plants each in its own copy of src and runs this file, which runs their tests.
+Every pytest is a fork of one process that has imported torch, as the import takes most of the time.
 """
 
 import json
@@ -26,7 +26,7 @@ AUGMENT = "utils/augment.py"
 
 @dataclass(frozen=True)
 class Bug:
-    """In `file`, `old`, which stands there once, becomes `new`; `tests` (node ids) must fail."""
+    """Replaces `old`, which occurs once in `file`, by `new`; `tests` (node ids) must then fail."""
     name: str
     file: str
     old: str
@@ -114,20 +114,20 @@ def uap(name):
     return f"tests/test_universal.py::test_{name}"
 
 
-OPTIMUM = "on_a_linear_model_the_optimum_is_reached_and_not_passed"
+OPTIMUM = "attacks_reach_the_optimum_of_a_linear_model_and_do_not_exceed_it"
 BALL = "the_result_is_in_the_ball_and_in_the_box_and_worse_than_the_clean_image"
-AS_BEFORE = "model_images_labels_and_global_random_numbers_are_as_before"
-EVAL = "it_attacks_the_model_in_eval_mode_whatever_its_mode_also_under_no_grad"
+AS_BEFORE = "model_images_labels_and_the_global_rng_are_left_unchanged"
+EVAL = "an_attack_runs_the_model_in_eval_mode_whatever_its_mode_even_under_no_grad"
 UNDEFENDED = "an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_network"
 STEPS = "apgd_takes_the_steps_of_its_paper_whatever_the_losses"
-CURVED = "apgd_on_a_curved_network_is_that_of_its_paper_image_by_image"
-L1_STAGES = "the_stages_in_l1_are_those_of_its_paper_each_from_the_best_point_of_the_one_before"
-QUERIES = "square_is_that_of_its_paper_query_by_query"
-PUBLISHED = "it_is_that_of_the_published_loop_in_any_chunks"
+CURVED = "apgd_on_a_curved_network_follows_its_paper_image_by_image"
+L1_STAGES = "the_l1_stages_follow_the_paper_each_from_the_best_point_of_the_one_before"
+QUERIES = "square_follows_its_paper_query_by_query"
+PUBLISHED = "the_gradient_equals_that_of_the_published_loop_in_any_chunks"
 COSINE = "the_cosine_of_logits_or_features_equals_the_naive_oracle"
-MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_what_is_left"
-ITERATION = "fab_is_that_of_its_paper_image_by_image"
-NEAREST = "the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison"
+MEMBERS = "the_strongest_attack_runs_its_members_in_turn_on_the_surviving_images"
+ITERATION = "fab_follows_its_paper_image_by_image"
+NEAREST = "the_projection_is_the_nearest_allowed_point"
 
 BUGS = [
     Bug("a step down the loss", ATTACKS,
@@ -140,7 +140,7 @@ BUGS = [
         "nearest(z, x, eps, norm.name, norm.p", "nearest(z, z, eps, norm.name, norm.p",
         (rule(f"{BALL}[float32-bim]"),)),
     Bug("mean loss", CORE, "value.sum()", "value.mean()",
-        (rule("an_image_alone_is_treated_as_in_a_batch[cw_l2]"),)),
+        (rule("an_image_gets_the_same_result_alone_and_in_a_batch[cw_l2]"),)),
     Bug("labels of other images once fooled ones have left", ATTACKS,
         "(t[left] for t in (x, y, x_adv, g, who, row))",
         "(t[:len(left)] if t is y else t[left] for t in (x, y, x_adv, g, who, row))",
@@ -157,11 +157,11 @@ BUGS = [
         (form("random_starts_are_spread_evenly_over_the_ball[l2]"),)),
     Bug("momentum of gradients of any length", ATTACKS,
         'mu * v[who] + unit(g, "l1")', "mu * v[who] + g",
-        (form("mim_is_the_naive_loop_with_a_running_mean_of_gradients_of_l1_norm_1[1.0]"),)),
+        (form("mim_equals_the_naive_loop_with_momentum_over_gradients_of_l1_norm_1[1.0]"),)),
     Bug("worst_case forgets whom it has fooled", SEVERAL,
         "result[who[fooled]], alive[who[fooled]] = x_adv[fooled], False",
         "result[who[fooled]] = x_adv[fooled]",
-        (form("worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fooled"),)),
+        (form("worst_case_runs_each_attack_on_survivors_only_and_combines_what_they_fooled"),)),
     Bug("the strongest attack does not choose its classes", SEVERAL,
         'apgd, loss="dlr_targeted" if', 'apgd, loss="dlr" if',
         (form(f"{MEMBERS}[4-APGD-T (3 targets)-dlr_targeted]"),)),
@@ -173,14 +173,15 @@ BUGS = [
         (few("the_strongest_attack_needs_no_warning_because_its_title_says_what_runs[3]"),)),
     Bug("the label is one of its own targets", CORE,
         "min(targets, wrong)", "targets",
-        (paper("apgd_on_few_classes_runs_once_towards_each_wrong_one[dlr_targeted-linf-0.05-9-2]"),
-         few("a_line_says_where_there_are_fewer_wrong_classes_than_targets"))),
+        (paper("apgd_on_few_classes_runs_once_towards_each_wrong_class[dlr_targeted-linf-0.05-9"
+               "-2]"),
+         few("a_warning_says_when_there_are_fewer_wrong_classes_than_targets"))),
     Bug("DLR of three classes is the margin", CORE,
         "_too_few(logits, 3)", "_too_few(logits, 4)",
-        (few("pgd_on_dlr_is_the_naive_one_on_what_so_few_classes_allow[linf-3-False-dlr]"),)),
+        (few("pgd_on_dlr_equals_naive_pgd_on_the_loss_used_instead[linf-3-False-dlr]"),)),
     Bug("targeted DLR of three classes flees its target", CORE,
         "return -margin(logits, y) / _targeted", "return margin(logits, y) / _targeted",
-        (few("pgd_on_dlr_is_the_naive_one_on_what_so_few_classes_allow[linf-3-True-margin]"),)),
+        (few("pgd_on_dlr_equals_naive_pgd_on_the_loss_used_instead[linf-3-True-margin]"),)),
     Bug("a network of one class is attacked", CORE,
         "if classes < 2:", "if classes < 1:",
         (rule("a_model_of_one_class_is_refused_in_one_line_that_says_what_to_do_with_a_single_"
@@ -190,7 +191,7 @@ BUGS = [
         (form(f"{OPTIMUM}[fgsm-inside the box]"),)),
     Bug("targeted attacks flee their target", CORE,
         "-function(logits, y)", "function(logits, y)",
-        (rule("towards_a_target_the_image_comes_nearer_to_its_class[bim]"),)),
+        (rule("a_targeted_attack_moves_the_image_closer_to_the_target_class[bim]"),)),
     Bug("APGD never halves its step", APGD,
         "s.size / 2, s.size)", "s.size, s.size)",
         (form("apgd_halves_its_step_until_it_reaches_a_maximum_inside_the_ball[linf]"),)),
@@ -223,7 +224,7 @@ BUGS = [
         (paper(f"{STEPS}[linf]"),)),
     Bug("APGD returns the point of the highest loss, fooled or not", APGD,
         "torch.where(column(climbed | first,", "torch.where(column(climbed,",
-        (paper("apgd_returns_the_point_that_fools_although_another_has_the_higher_loss"),)),
+        (paper("apgd_returns_the_point_that_fools_even_if_another_has_a_higher_loss"),)),
     Bug("APGD in L1 counts what the last point has moved", APGD,
         "moved = (s.best != x)", "moved = (s.at != x)",
         (paper(f"{STEPS}[l1]"),)),
@@ -276,18 +277,18 @@ BUGS = [
         "nearer = fooled & (here < s.size) & ~s.done", "nearer = fooled & ~s.done",
         (border(f"{ITERATION}[linf]"),)),
     Bug("FAB flees the border", FAB, "-torch.cat([f, f_x]), norm", "torch.cat([f, f_x]), norm",
-        (border("on_a_linear_network_it_finds_the_nearest_image[l2-greys-5]"),)),
+        (border("fab_finds_the_nearest_image_of_a_linear_network[l2-greys-5]"),)),
     Bug("a plane in Linf as if in L2", FAB, 'far * slope if norm == "l2"', 'far * slope if norm',
-        (border("the_projection_on_a_plane_is_that_of_a_bisection[linf-torch.float64]"),)),
+        (border("the_projection_onto_a_plane_equals_that_of_a_bisection[linf-torch.float64]"),)),
     Bug("a plane without the box", FAB, "room_of(z, side) * side.abs()", "side.abs()",
-        (border("the_projection_on_a_plane_is_that_of_a_bisection[l2-torch.float64]"),)),
+        (border("the_projection_onto_a_plane_equals_that_of_a_bisection[l2-torch.float64]"),)),
     Bug("a plane in L1 by the coordinates of the smallest slopes", FAB,
         "sort(1, descending=True)", "sort(1)",
-        (border("the_projection_on_a_plane_is_that_of_a_bisection[l1-torch.float64]"),)),
+        (border("the_projection_onto_a_plane_equals_that_of_a_bisection[l1-torch.float64]"),)),
     Bug("FAB succeeds outside the radius", FAB,
         "success = size <= eps if eps < math.inf else size.isfinite()",
         "success = size.isfinite()",
-        (border("with_a_radius_it_succeeds_where_the_nearest_image_is_inside"),)),
+        (border("fab_with_a_radius_succeeds_where_the_nearest_image_is_inside"),)),
     Bug("FAB starts again where it started", FAB,
         "norm, own[who].fold(k)) if k >= len(goals) \\\n", "norm, own[who].fold(k)) if False \\\n",
         (border("restarts_begin_at_half_of_the_smallest_norm_or_radius[None]"),)),
@@ -299,15 +300,15 @@ BUGS = [
         "else budget * x.shape[1]", "else budget", (paper(f"{QUERIES}[l1]"),)),
     Bug("all stages at the radius itself", APGD,
         "[(3, larger), (2, larger)", "[(1, larger), (1, larger)",
-        (whole("in_l1_the_first_steps_are_taken_in_larger_balls"),)),
+        (whole("the_first_steps_in_l1_are_taken_in_larger_balls"),)),
     Bug("the stages of L1 begin with long steps of many entries", APGD,
         "moved / entries / 1.5 if stages", "moved / entries / 1.5 if False", (paper(L1_STAGES),)),
     Bug("images that a larger ball fools go no further", APGD,
         "is_fooled(logits, s.y, targeted) & inside", "is_fooled(logits, s.y, targeted)",
-        (whole("an_image_that_is_fooled_only_outside_the_radius_is_not_fooled"),)),
+        (whole("an_image_fooled_only_outside_the_radius_does_not_count_as_fooled"),)),
     Bug("a smaller ball is entered from outside", APGD,
         "nearest(at, x, times * eps, norm)", "at",
-        (whole("in_l1_the_first_steps_are_taken_in_larger_balls"),)),
+        (whole("the_first_steps_in_l1_are_taken_in_larger_balls"),)),
     Bug("AutoAttack plus without Square", SEVERAL,
         "return again | queries | towards", "return again | towards",
         (whole("plus_and_rand_run_all_their_members_in_their_order[plus]"),)),
@@ -316,7 +317,7 @@ BUGS = [
         (whole("plus_and_rand_run_all_their_members_in_their_order[rand]"),)),
     Bug("AutoAttack rand with the draws of the defended model alone", SEVERAL,
         "return ceil(DRAWS / draws)", "return DRAWS if draws == 1 else 1",
-        (whole("of_a_random_network_rand_averages_twenty_draws_or_more"),)),
+        (whole("rand_averages_at_least_twenty_draws_of_a_random_network"),)),
     Bug("AutoAttack's Square has the schedule of its queries", SEVERAL,
         "queries=QUERIES, rescale=False", "queries=QUERIES, rescale=True",
         (whole("the_members_have_the_settings_of_the_authors"),)),
@@ -334,34 +335,35 @@ BUGS = [
         (extra("rounded_images_are_levels_inside_the_ball[greys-linf-0.03490196078431373]"),)),
     Bug("saved images are measured before they are saved", CELLS,
         "right8 = times_right(model, x8, y", "right8 = times_right(model, x, y",
-        (extra("saved_images_are_measured_again_and_as_from_images"),)),
+        (extra("saved_images_are_measured_after_saving_and_again_by_from_images"),)),
     Bug("saved images are measured on the clean ones", "utils/saved.py",
         "found[k] = read_png(path, found[k]).to(x.device)", "read_png(path, found[k])",
-        (extra("saved_images_are_measured_again_and_as_from_images"),)),
+        (extra("saved_images_are_measured_after_saving_and_again_by_from_images"),)),
     Bug("a curve forgets whom a smaller radius has fooled", "utils/curves.py",
         'left = done[key]["after"]', "left = clean",
-        (extra("a_curve_is_the_attack_at_every_radius_on_what_is_left"),)),
+        (extra("a_curve_runs_the_attack_at_every_radius_on_the_surviving_images"),)),
     Bug("FAB's curve counts the images inside", "utils/curves.py", "size > eps]", "size < eps]",
         (extra("the_curve_of_fab_counts_the_images_that_are_farther_away"),)),
     Bug("a transfer table whose lines are its columns", "utils/transfer.py",
         "net.defended, x_adv, y, net.draws", "source.defended, x_adv, y, net.draws",
-        (extra("a_transfer_is_the_sources_images_on_the_target[False]"),)),
+        (extra("a_transfer_measures_the_sources_images_on_the_target[False]"),)),
     Bug("every image is diverse", "utils/attack/diverse.py", ".to(x) < self.p", ".to(x) < 1",
-        (extra("diverse_inputs_change_about_so_many_images"),)),
+        (extra("diverse_inputs_change_about_the_given_share_of_images"),)),
     Bug("gradients are blurred to another size", "utils/attack/diverse.py",
         "linspace(-SPREAD, SPREAD", "linspace(-1, 1",
-        (extra("blurred_gradients_are_those_of_a_loop"),)),
+        (extra("blurred_gradients_equal_those_of_a_loop"),)),
     Bug("the generator is ignored", CHANCE,
         "    if generator is None:\n", "    if True:\n",
-        (rule("the_same_seed_gives_the_same_bytes_and_another_seed_others[pgd linf sign exact]"),)),
+        (rule("the_same_seed_gives_the_same_bytes_and_another_seed_different_ones"
+              "[pgd linf sign exact]"),)),
     Bug("nine rounds", CHANCE, "range(10)", "range(9)",
-        (drawn("the_answers_of_random123[pi]"),)),
+        (drawn("philox_gives_the_answers_of_random123[pi]"),)),
     Bug("random numbers belong to the place in the batch", CHANCE,
         "image = self.images[:, None]", "image = torch.arange(n)[:, None]",
         (rule("random_numbers_follow_their_images"),)),
     Bug("random layers count draws of the batch", TELLING,
         "batch.turn[batch.rows] += 1", "batch.turn += 1",
-        (layer("told_of_its_images_a_random_layer_gives_each_the_same_draws_in_any_batch_and_order"
+        (layer("a_random_layer_told_of_its_images_draws_the_same_for_each_in_any_batch_and_order"
                ),)),
     Bug("an attack does not say which images are left", CORE,
         "with passing(index):", "with passing(slice(None)):",
@@ -369,13 +371,13 @@ BUGS = [
               "[pgd stop_early]"),)),
     Bug("an attacker knows the draws of the evaluation", CORE,
         "telling(own.fold(LAYERS))", "telling(own)",
-        (layer("an_attacker_does_not_know_the_draws_by_which_its_images_are_judged"),)),
+        (layer("an_attacker_does_not_know_the_draws_that_judge_its_images"),)),
     Bug("images are judged by the draws that they were attacked with", CELLS,
         "(model, x_adv, y, draws, own.fold(AFTER", "(model, x_adv, y, draws, own.fold(ATTACK",
         (count("draws_before_and_after_an_attack_are_independent"),)),
     Bug("the same start after every restart", ATTACKS,
         "norm.name, own[who].fold(k)), x0", "norm.name, own[who].fold(0)), x0",
-        (form("of_all_restarts_the_worst_is_kept[the higher loss]"),)),
+        (form("the_worst_of_all_restarts_is_kept[the higher loss]"),)),
     Bug("random numbers from the global generator", BALLS,
         "2 * chance.uniform(*shape) - 1", "2 * torch.rand(x.shape) - 1",
         (rule(f"{AS_BEFORE}[pgd linf sign exact]"),)),
@@ -397,10 +399,10 @@ BUGS = [
     Bug("of all restarts the highest loss, fooled or not", ATTACKS,
         "worse = (hit & ~fooled[who]) | ((hit == fooled[who]) & (f > value[who]))",
         "worse = f > value[who]",
-        (form("of_all_restarts_the_worst_is_kept[the fooled one]"),)),
+        (form("the_worst_of_all_restarts_is_kept[the fooled one]"),)),
     Bug("one draw tells who is fooled", CORE,
         "is_fooled(mean, y, targeted)", "is_fooled(logits, y, targeted)",
-        (form("an_image_is_fooled_if_the_mean_over_the_draws_is_and_not_one_lucky_draw"),)),
+        (form("an_image_counts_as_fooled_by_the_mean_over_draws_and_not_by_one_lucky_draw"),)),
     Bug("a model may change the image", CORE,
         "x._version != version\n", "False\n",
         (form("a_model_that_works_in_place_on_its_input_is_refused"),)),
@@ -412,11 +414,11 @@ BUGS = [
         (rule("a_nan_gradient_is_refused_in_one_line_that_names_the_cause[fgsm]"),)),
     Bug("a NaN gradient moves the image until it is reported", CORE,
         "if not free_to_ask(g):", "if False:",
-        (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[pgd l2 normalized exact-"
+        (waiting("what_breaks_on_the_way_is_refused_with_the_same_line[pgd l2 normalized exact-"
                  "gradient]"),)),
     Bug("what breaks on the way is never reported", CORE,
         "if self.wrong:", "if False:",
-        (waiting("what_breaks_on_the_way_is_refused_in_the_same_line[bim-logits]"),)),
+        (waiting("what_breaks_on_the_way_is_refused_with_the_same_line[bim-logits]"),)),
     Bug("each step asks whether the logits are finite", CORE,
         "if not (self.first or free_to_ask(fine)):", "if False:",
         (waiting("no_step_of_an_attack_waits[bim]"),)),
@@ -431,7 +433,7 @@ BUGS = [
         (waiting("projections_in_a_fixed_number_of_rounds_are_the_same[l2-torch.float32]"),)),
     Bug("the layer of another formula", DEFENSES,
         "torch.sin(self.w * x)", "torch.cos(self.w * x)",
-        (layer("it_is_the_formula_of_the_paper"),)),
+        (layer("gcm_computes_the_formula_of_the_paper"),)),
     Bug("an adaptive attacker follows the layer's gradient", DEFENSES,
         "bpda(layer) if isinstance(layer, GradientConcealment) else layer", "layer",
         (layer(f"{UNDEFENDED}[0-fgsm]"),)),
@@ -452,7 +454,7 @@ BUGS = [
         (count("an_image_outside_the_ball_or_the_box_counts_as_not_attacked"),)),
     Bug("robustness over all images", CELLS,
         '"attack_robustness": share(both, right)', '"attack_robustness": share(both, cell["n"])',
-        (count("attack_robustness_by_hand"),)),
+        (count("attack_robustness_equals_that_counted_by_hand"),)),
     Bug("an image that is repaired counts as robust", CELLS,
         'robust_acc=share(c["both"], n)', 'robust_acc=share(c["adv"], n)',
         ("tests/test_eval.py::"
@@ -471,13 +473,13 @@ BUGS = [
         (count("every_sign_is_flagged_beyond_its_threshold_and_not_at_it"),)),
     Bug("delta starts anew at every replay", FREE,
         "delta.add_(alpha", "delta.copy_(alpha",
-        (free("free_is_algorithm_1_written_naively"),)),
+        (free("free_equals_algorithm_1_written_naively"),)),
     Bug("the network sees images outside the box", FREE,
         "step(cut(x + noise), y)", "step(x + noise, y)",
-        (free("free_is_algorithm_1_written_naively"),)),
+        (free("free_equals_algorithm_1_written_naively"),)),
     Bug("a replay too few", FREE,
         "for _ in range(m):", "for _ in range(m - 1):",
-        (free("free_is_algorithm_1_written_naively"),)),
+        (free("free_equals_algorithm_1_written_naively"),)),
     Bug("black pixels without a gradient", FREE,
         "step(cut(x + noise), y)", "step((x + noise - 1e-7).clamp(0, 1), y)",
         (free("under_ball_delta_never_moves_where_x_plus_delta_is_outside_the_image"),)),
@@ -493,13 +495,13 @@ BUGS = [
         (recipe("weight_decay_of_weights_leaves_batch_norm_and_biases_alone"),)),
     Bug("padding on both sides", HEADS,
         "F.pad(out, (0, 1, 0, 1))", "F.pad(out, (1, 0, 1, 0))",
-        (recipe("a_unit_of_the_wide_network_is_tensorflows[4-8-2-False]"),)),
+        (recipe("a_unit_of_the_wide_network_equals_tensorflows[4-8-2-False]"),)),
     Bug("tested on the images of an older training", FINISHED,
         "    left = images.without(train.names)\n", "    left = images\n",
         (network("a_network_is_never_tested_on_its_training_images"),)),
     Bug("nothing held out", RECIPES,
         "return (images.without(held.names), len(held))", "return (images, len(held))",
-        (free("without_a_test_split_a_run_is_measured_on_images_that_it_did_not_see[flags0-60-6]"),
+        (free("without_a_test_split_a_run_is_measured_on_unseen_images[flags0-60-6]"),
          )),
     Bug("free takes m times the budget", RECIPES,
         "math.ceil(s.epochs / s.replays)", "s.epochs",
@@ -512,7 +514,7 @@ BUGS = [
         (free("fast_takes_one_step_from_a_random_point"),)),
     Bug("every image mirrored", PASSES,
         "u[2, :, None] < 0.5", "u[2, :, None] < 1.5",
-        (free("crops_and_mirrors_are_those_of_a_loop"),)),
+        (free("crops_and_mirrors_equal_those_of_a_loop"),)),
     Bug("the clean gradient is lost", SHEET,
         "        loss.backward()\n        g = images.grad",
         "        g, = torch.autograd.grad(loss, images)",
@@ -522,13 +524,13 @@ BUGS = [
         (sheet("the_joint_step_is_the_sum_of_two_gradients_computed_separately[fgs]"),)),
     Bug("the true label where the predicted one is asked for", SHEET,
         "F.cross_entropy(logits, logits.argmax(1))", "F.cross_entropy(logits, y)",
-        (sheet("with_the_predicted_label_the_attack_does_not_know_the_true_one"),)),
+        (sheet("an_attack_on_the_predicted_label_does_not_use_the_true_one"),)),
     Bug("adversarial accuracy over all images", SHEET,
         "share(count, right if", "share(count, len(images) if",
-        (sheet("the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else"),)),
+        (sheet("the_adversarial_accuracy_counts_only_images_classified_correctly_before"),)),
     Bug("adversarial images of what was wrong before", SHEET,
         "good = logits.argmax(1) == y", "good = torch.ones_like(y, dtype=torch.bool)",
-        (sheet("the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else"),)),
+        (sheet("the_adversarial_accuracy_counts_only_images_classified_correctly_before"),)),
     Bug("noise inside the range", SHEET,
         "2 * torch.randint(0, 2, x.shape, generator=generator) - 1",
         "2 * torch.rand(x.shape, generator=generator) - 1",
@@ -539,35 +541,35 @@ BUGS = [
         (sheet("sgd_takes_the_step_of_the_sheet_along_the_sum_of_both_gradients"),)),
     Bug("the curve's PGD-40 on a network in training mode", SHEET,
         "accuracies(self.model.eval(), self.test", "accuracies(self.model, self.test",
-        (sheet("the_curve_is_that_of_the_network_in_evaluation_mode"),)),
+        (sheet("the_curve_measures_the_network_in_evaluation_mode"),)),
     Bug("the training attack goes through GCM", STAGES,
         "attacked = adaptive(self.defended)", "attacked = self.defended",
-        (stage("the_training_attack_passes_around_gcm"),)),
+        (stage("the_training_attack_bypasses_gcm"),)),
     Bug("FGSM's weight forgotten", STAGES,
         "yield weight / 2, x_adv, y", "yield 0.5, x_adv, y",
-        (stage("both_signs_of_both_fgsm_terms_by_hand"),)),
+        (stage("both_signs_of_both_fgsm_terms_equal_those_computed_by_hand"),)),
     Bug("the attacked images of the last step are the clean ones", STAGES,
         "yield weight / 2, x_adv, y", "yield weight / 2, x, y",
-        (stage("both_signs_of_both_fgsm_terms_by_hand"),)),
+        (stage("both_signs_of_both_fgsm_terms_equal_those_computed_by_hand"),)),
     Bug("FGSM with one sign", STAGES,
         "fgs_step(x, g, eps), attacks.fgs_step(x, g, -eps)",
         "fgs_step(x, g, eps), attacks.fgs_step(x, g, eps)",
-        (stage("both_signs_of_both_fgsm_terms_by_hand"),)),
+        (stage("both_signs_of_both_fgsm_terms_equal_those_computed_by_hand"),)),
     Bug("targeted FGSM at the true class", STAGES,
         "(s.w_fgsm_target, drawn.eps_target, drawn.target)",
         "(s.w_fgsm_target, drawn.eps_target, y)",
-        (stage("both_signs_of_both_fgsm_terms_by_hand"),)),
+        (stage("both_signs_of_both_fgsm_terms_equal_those_computed_by_hand"),)),
     Bug("gradients never averaged over processes", STAGES,
         "with without_sync(self.parallel) if left else nullcontext():",
         "with without_sync(self.parallel):",
-        (stage("gradients_are_averaged_over_processes_once_in_a_step"),)),
+        (stage("gradients_are_averaged_over_processes_once_per_step"),)),
     Bug("mixed images labelled as the first alone", STAGES,
         "yield s.w_mixup, *v2.MixUp(**mixing)(x, y)",
         "yield s.w_mixup, v2.MixUp(**mixing)(x, y)[0], F.one_hot(y, len(s.classes))",
         (stage("mixed_images_have_mixed_labels[w_mixup]"),)),
     Bug("one rate for head and backbone", STAGES,
         "s.lr_backbone * factor", "s.lr_head * factor",
-        (stage("head_and_backbone_have_learning_rates_of_their_own[backbone]"),)),
+        (stage("head_and_backbone_have_their_own_learning_rates[backbone]"),)),
     Bug("learning rates never cut", STAGES,
         "s.gamma ** (len(self.rows) // s.step_epochs)", "1.0",
         (stage("learning_rates_are_cut_in_steps"),)),
@@ -576,50 +578,51 @@ BUGS = [
         (stage("augmentations_are_drawn_anew_in_every_epoch"),)),
     Bug("an augmentation's numbers go by the place in the batch", AUGMENT,
         "CHANGES[name](out[rows], stream[rows])", "CHANGES[name](out[rows], stream[:len(rows)])",
-        (augmented("an_image_gets_the_same_alone_and_in_any_batch_and_order[pepper_salt]"),)),
+        (augmented("an_image_gets_the_same_result_alone_and_in_any_batch_or_order[pepper_salt]"),)),
     Bug("two fields of noise are one", AUGMENT,
         "self.fields += 1", "self.fields = 1",
-        (augmented("extend_takes_every_pixel_from_one_further_down_and_right_drawn_for_each"),)),
+        (augmented("extend_takes_each_pixel_from_a_random_place_further_down_and_right"),)),
     Bug("photons without the rest of their mean", AUGMENT,
         "found += v >= up_to", "found += 0",
-        (augmented("poisson_numbers_have_the_distribution_of_their_mean[0.0624]"),)),
+        (augmented("poisson_numbers_follow_the_distribution_of_their_mean[0.0624]"),)),
     Bug("processes augment with seeds of their own", STAGES,
         "generator=own.fold(AUGMENTED))\n                y",
         "generator=own.fold(self.team.rank))\n                y",
         (stage("an_image_is_augmented_alike_by_any_number_of_processes"),)),
     Bug("gradients in the order of the processes", "utils/sga_team.py",
         "parts[k % team.size][k // team.size] for", "parts[k * team.size // len(works)]["
-        "k % len(mine)] for", (shared("each_process_does_its_works_and_all_get_all_in_order[5]"),)),
+        "k % len(mine)] for", (shared(
+            "each_process_does_its_work_and_all_get_all_results_in_order[5]"),)),
     Bug("labels of another process's images", "utils/sga_team.py",
         "blocks[rank::team.size])] = part", "blocks[::team.size])] = part",
-        (shared("a_process_without_images_takes_part_all_the_same"),)),
+        (shared("a_process_without_images_still_takes_part"),)),
     Bug("the last epoch for the best", STAGES,
         'if (plain + augmented) / 2 > self.best["score"]:', "if True:",
         (stage("the_network_of_the_best_epoch_is_saved"),)),
     Bug("gradients of several processes halved", STAGES,
         "self.mixed.backward(loss * (team.size / joint))", "self.mixed.backward(loss / joint)",
-        (stage("two_processes_take_the_step_of_one"),)),
+        (stage("two_processes_take_the_same_step_as_one"),)),
     Bug("tested on what was held out to choose", DATA,
         "if (test.root, test.names) != (train.root, train.names):", "if False:",
-        (stage("a_data_set_with_a_test_split_is_tested_on_it"),)),
+        (stage("a_network_is_tested_on_the_test_split_if_there_is_one"),)),
     Bug("accuracy under an augmentation of the plain image", CELLS,
         "times_right(model, z, y, 1", "times_right(model, x, y, 1",
-        (network("the_accuracy_under_a_corruption_is_that_of_a_plain_loop"),)),
+        (network("the_accuracy_under_a_corruption_equals_that_of_a_plain_loop"),)),
     Bug("queries that are learnt away", HEADS,
         "q = self.norm_query(q + self.dropout(q))", "q = self.norm_query(q)",
-        ("tests/test_heads.py::test_ml_decoder_is_attention_written_naively",)),
+        ("tests/test_heads.py::test_ml_decoder_equals_attention_written_naively",)),
     Bug("the attacker of eval_net.py does not know the defence", EVALUATED,
         "attack, adaptive(self.defended, s.draws), self", "attack, self.defended, self",
         (network("a_network_behind_gcm_is_attacked_by_the_adaptive_attacker"),)),
     Bug("measured without the defence", EVALUATED,
         "self.defended, images, draws", "self.model, images, draws",
-        (network("a_network_is_measured_behind_its_defence_in_all_draws"),)),
+        (network("a_network_is_measured_behind_its_defence_with_all_draws"),)),
     Bug("another step size than the table says", "eval_net.py",
         "alpha=eps / 4", "alpha=eps / 2",
-        (network("the_cells_are_those_of_the_attacks_called_one_by_one"),)),
+        (network("the_cells_equal_those_of_the_attacks_called_one_by_one"),)),
     Bug("tested on images that were trained on", FINISHED,
         "return train.select(held), note", "return train, note",
-        (network("a_network_of_train_gcm_is_tested_on_images_that_were_held_out"),)),
+        (network("a_network_of_train_gcm_is_tested_on_held_out_images"),)),
     Bug("a resumed loop forgets its random numbers", LOOP,
         "restore = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict",
         "restore = str if isinstance(part, torch.Generator) else part.load_state_dict",
@@ -627,16 +630,16 @@ BUGS = [
          )),
     Bug("a resumed pass draws another order", LOOP,
         "            generator.set_state(inside[\"begun\"][name])\n", "            pass\n",
-        ("tests/test_checkpoints.py::test_a_run_killed_after_every_checkpoint_walks_the_same_way",)),
+        ("tests/test_checkpoints.py::test_a_run_killed_after_any_checkpoint_takes_the_same_steps",)),
     Bug("a resumed pass goes on with the random numbers of its start", LOOP,
         "self.keep[name].set_state(state)", "pass",
-        ("tests/test_checkpoints.py::test_a_run_killed_after_every_checkpoint_walks_the_same_way",)),
+        ("tests/test_checkpoints.py::test_a_run_killed_after_any_checkpoint_takes_the_same_steps",)),
     Bug("the loss of a resumed pass is that of its end", LOOP,
         "self.sums.copy_(self.inside[\"sums\"])", "pass",
-        ("tests/test_checkpoints.py::test_a_run_killed_after_every_checkpoint_walks_the_same_way",)),
+        ("tests/test_checkpoints.py::test_a_run_killed_after_any_checkpoint_takes_the_same_steps",)),
     Bug("a resumed pass begins with its first minibatch", PASSES,
         "if len(part) >= smallest][skip:]", "if len(part) >= smallest]",
-        ("tests/test_checkpoints.py::test_minibatches_that_are_left_out_draw_the_same_and_are_not_"
+        ("tests/test_checkpoints.py::test_skipped_minibatches_draw_the_same_numbers_and_are_not_"
          "decoded",)),
     Bug("a loss that is not finite is saved", LOOP,
         "if not math.isfinite(loss) or broken:", "if False:",
@@ -655,20 +658,20 @@ BUGS = [
         (uap("the_clean_side_has_no_gradient"),)),
     Bug("outputs of other images once they are kept", UNIVERSAL,
         "else of_model[index] for of_model in y", "else of_model[:len(index)] for of_model in y",
-        (uap("outputs_that_are_given_are_those_that_would_be_computed"),)),
+        (uap("given_outputs_equal_those_that_would_be_computed"),)),
     Bug("clean outputs that are kept although every step warps its images", SGA,
         "if self.s.augment or self.random", "if self.random",
         (uap("two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle[True]"),)),
     Bug("a random defence draws for the clean side alone", SGA,
         "    with universal.drawing(chance):\n        value",
         "    with universal.drawing(None):\n        value",
-        (uap("through_a_random_defence_both_sides_draw_the_same_and_each_step_draws_anew"),)),
+        (uap("behind_a_random_defence_both_sides_draw_the_same_and_each_step_draws_anew"),)),
     Bug("the members of an ensemble are compared with the first one's outputs", SGA,
         "in enumerate(zip(models, y, strict=True))]",
         "in enumerate(zip(models, y[:1] * len(models), strict=True))]",
         (uap("each_member_is_compared_with_its_own_outputs"),)),
     Bug("DM-UAP's weights stay where they were moved", MAXIMIN,
-        "p.copy_(before)", "pass", (sure("the_network_is_as_before_to_the_last_bit[off-False]"),)),
+        "p.copy_(before)", "pass", (sure("the_network_is_restored_to_the_last_bit[off-False]"),)),
     Bug("DM-UAP's images move to where the network is least sure", MAXIMIN,
         "- radius / 8 *", "+ radius / 8 *", (sure(f"{PUBLISHED}[(7,)-0.02]"),)),
     Bug("DM-UAP's smoothing is left out", MAXIMIN,
@@ -684,12 +687,12 @@ BUGS = [
         (uap("the_last_feature_map_of_torchvision_networks_is_found[alexnet]"),)),
     Bug("a preset wins over typed flags", "utils/sga_run.py",
         "for k, v in method.items() if getattr(args, k) is None", "for k, v in method.items()",
-        (uap("a_preset_sets_what_is_not_typed"),)),
+        (uap("a_preset_sets_the_flags_that_are_not_typed"),)),
 ]
 
 
 def run_tests(folder, tests, log):
-    """In a fork: pytest -x on the copy of src in `folder`; -> process id."""
+    """Fork and run pytest -x on the copy of src in `folder`. -> process id"""
     pid = os.fork()
     if pid:
         return pid
@@ -700,7 +703,7 @@ def run_tests(folder, tests, log):
 
 
 def allowed():
-    """Processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

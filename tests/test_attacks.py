@@ -1,5 +1,5 @@
-"""The attacks compared with what is known without them: optima of linear models in closed form,
-naive textbook loops, projections by bisection, gradients averaged by hand.
+"""The attacks compared with independent answers: closed-form optima of linear models, naive
+textbook loops, projections by bisection, gradients averaged by hand.
 """
 
 import functools
@@ -47,7 +47,7 @@ def seeded(seed=0):
 # ------------------------------------------------------- two classes: the optimum is known
 
 def gains(attack, x, norm, weight):
-    """What each image's margin gained over the most that it can gain, for both labels: (2 * N,)."""
+    """Each image's gain in margin over the largest possible gain, for both labels: (2 * N,)."""
     share = []
     for label in (0, 1):
         w = flat(weight[1 - label] - weight[label])
@@ -80,7 +80,7 @@ SLACK = {"apgd linf": 1e-3, "apgd l2": 1e-3, "apgd l1": 1e-2}  # of the optimum
 
 @pytest.mark.parametrize("kind", [greys, pictures], ids=["inside the box", "at the box"])
 @pytest.mark.parametrize("name", OPTIMAL)
-def test_on_a_linear_model_the_optimum_is_reached_and_not_passed(name, kind):
+def test_attacks_reach_the_optimum_of_a_linear_model_and_do_not_exceed_it(name, kind):
     norm, attack = OPTIMAL[name]
     share = gains(attack, kind(6, shape=SMALL), norm, 0.3 * random_weight(2, D))
     assert share.max() < 1 + 2e-5
@@ -99,7 +99,7 @@ def test_sparse_steps_of_one_coordinate_put_all_mass_on_the_largest_weight():
 
 
 def test_sparse_steps_skip_pixels_that_the_box_holds_back():
-    """As published (SLIDE, arXiv:1904.13000): a gradient out of the box is no gradient."""
+    """As published (SLIDE, arXiv:1904.13000): gradients that point out of the box do not count."""
     weight, x = 0.3 * random_weight(2, D), greys(6, shape=SMALL)
     w = weight[1] - weight[0]
     held = w.abs() > w.abs().sort().values[-13]
@@ -135,7 +135,7 @@ def test_square_in_l2_fools_if_half_the_radius_suffices_and_never_if_the_radius_
 
 
 def nearest_radius(w, pixels, need, norm):
-    """The radius at which the best d in ball and box gains w.d = need; infinite where none does."""
+    """The radius at which the best d in ball and box gains w.d = need; infinite if none does."""
     if norm == "l2":
         d = nearest_linear(w, pixels, need)
         return np.inf if d is None else size(d, "l2")
@@ -148,7 +148,7 @@ def nearest_radius(w, pixels, need, norm):
 @pytest.mark.parametrize("loss", ["dlr_targeted", "ce"])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_apgd_fools_exactly_where_the_closed_form_says_it_is_possible(norm, loss):
-    """At the box, for several classes: the border is where the nearest of them can be reached."""
+    """At the box, for several classes: the critical radius is that of the nearest class."""
     classes = K if loss == "dlr_targeted" else 2
     x = pictures(3, shape=SMALL)
     model = linear(0.3 * random_weight(classes, D))
@@ -189,7 +189,7 @@ def test_apgd_halves_its_step_until_it_reaches_a_maximum_inside_the_ball(norm):
 # ------------------------------------------------------------- the smallest L2 norm
 
 def ways_out(model, image, label, confidence=0.0):
-    """Lengths in L2 of the shortest ways to each of the other classes in the box, sorted."""
+    """L2 norms of the smallest perturbations in the box to each other class, sorted."""
     w, bias = model[1].weight.double().numpy(), model[1].bias.double().numpy()
     z = w @ flat(image) + bias
     ways = [nearest_linear(w[j] - w[label], flat(image), z[label] - z[j] + confidence)
@@ -210,7 +210,7 @@ def test_cw_is_within_2_percent_of_the_shortest_way_out_of_the_class(classes, bi
     y = predicted(model, x)
     ways = [ways_out(model, image, label, confidence)
             for image, label in zip(x, y.tolist(), strict=True)]
-    # clear cases: not next to the border, and no second class at about the same distance
+    # clear cases: not next to the decision boundary, and no second class about as near
     clear = [i for i, way in enumerate(ways) if way[0] > 0.1 and min(way[1:] + [9]) > 1.5 * way[0]]
     x, y, best = x[clear[:6]], y[clear[:6]], [ways[i][0] for i in clear[:6]]
     x_adv, success = attacks.cw_l2(model, x, y, steps=300, confidence=confidence)
@@ -224,8 +224,8 @@ def test_cw_is_within_2_percent_of_the_shortest_way_out_of_the_class(classes, bi
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "distance"), [
     (SMALL, 0.01), (SMALL, 0.02), ((3, 32, 32), 0.1), ((3, 32, 32), 0.2)])
-def test_cw_is_as_close_if_the_border_is_nearer_than_one_step_of_adam(shape, distance):
-    """A step of lr 0.01 is 0.03 and 0.3 long; CIFAR images lie 0.1 to 0.3 from the border."""
+def test_cw_is_as_close_if_the_decision_boundary_is_nearer_than_one_step_of_adam(shape, distance):
+    """A step of lr 0.01 is 0.03 and 0.3 long; CIFAR images lie 0.1 to 0.3 from the boundary."""
     x = greys(3, shape=shape)
     weight = random_weight(2, x[0].numel())
     w = (weight[1] - weight[0]) / (weight[1] - weight[0]).norm()
@@ -236,7 +236,7 @@ def test_cw_is_as_close_if_the_border_is_nearer_than_one_step_of_adam(shape, dis
 
 
 def test_cw_moves_black_and_white_pixels_inwards_if_only_they_matter():
-    """Weights that pull pixels at 0 up and pixels at 1 down, and are zero for the rest."""
+    """The weights pull pixels at 0 up and pixels at 1 down, and are zero for the rest."""
     x = pictures(1, shape=SMALL)
     weight = torch.stack([torch.zeros(D), ((x == 0).float() - (x == 1).float()).flatten()])
     bias = torch.tensor([1.0 + (weight[1] @ x.flatten()).item(), 0.0])
@@ -283,7 +283,7 @@ def test_cw_on_a_constant_model_fails_without_a_change():
     assert not success.any() and torch.equal(x_adv, x)
 
 
-def test_cw_does_not_move_an_image_that_is_misclassified_already_nor_reports_it():
+def test_cw_neither_moves_nor_reports_an_image_that_is_already_misclassified():
     model, x, report = toy(), pictures(4), {}
     x_adv, success = attacks.cw_l2(model, x, (predicted(model, x) + 1) % K, steps=20,
                                    report=report)
@@ -291,7 +291,7 @@ def test_cw_does_not_move_an_image_that_is_misclassified_already_nor_reports_it(
     assert not report["zero_gradient"].any()
 
 
-# -------------------------------------------------------------- attacks and textbooks
+# ----------------------------------------------------- attacks compared with textbooks
 
 @pytest.fixture(scope="module")
 def world():
@@ -300,7 +300,7 @@ def world():
 
 
 def naive_fgv(model, x, y, alpha, **loss):
-    """From the gradient of each image by itself."""
+    """Image by image."""
     g = torch.stack([naive_gradient(model, image, label, **loss)
                      for image, label in zip(x, y.tolist(), strict=True)])
     return (x + alpha * torch.stack([one / one.abs().max() for one in g])).clamp(0, 1)
@@ -318,7 +318,7 @@ RADII = {"linf": (0.05, 0.02), "l2": (0.8, 0.4), "l1": (8.0, 5.0)}  # eps, alpha
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_pgd_is_the_naive_loop_for_every_norm_step_and_projection(world, norm, step, projection):
     eps, alpha = RADII[norm]
-    own = {"sign": "linf", "normalized": "l2"}.get(step, "l1")  # the norm in which alpha is meant
+    own = {"sign": "linf", "normalized": "l2"}.get(step, "l1")  # the norm that alpha refers to
     same = {"eps": eps, "alpha": alpha if own == norm else RADII[own][1], "steps": 5, "norm": norm,
             "step": step, "q": 1 / 16, "projection": projection}
     ours = attacks.pgd(*world, random_start=False, **same)
@@ -340,8 +340,8 @@ def test_pgd_climbs_the_given_loss_away_from_labels_or_towards_targets(world, lo
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
-def test_towards_a_target_the_dlr_loss_climbs_from_every_rank(rank):
-    """The ratio for labels, (z_1 - z_target) / (z_1 - z_3), is constant where it is the third."""
+def test_targeted_dlr_makes_progress_from_every_rank_of_the_target(rank):
+    """The untargeted ratio, (z_1 - z_target) / (z_1 - z_3), is constant if the target is third."""
     model, x = toy(), pictures(8)
     y = model(x).argsort(1, descending=True)[:, rank]
     same = {"eps": 0.05, "loss": "dlr", "targeted": True}
@@ -357,7 +357,7 @@ def test_pgd_defaults_to_the_step_of_its_norm(world):
         assert torch.equal(attacks.pgd(*world, **same), attacks.pgd(*world, step=step, **same))
 
 
-def test_a_custom_loss_is_climbed(world):
+def test_a_custom_loss_is_maximized(world):
     model, x, y = world
     with torch.enable_grad():
         pixels = x.clone().requires_grad_(True)
@@ -367,14 +367,14 @@ def test_a_custom_loss_is_climbed(world):
 
 
 @pytest.mark.parametrize("mu", [1.0, 0.5])
-def test_mim_is_the_naive_loop_with_a_running_mean_of_gradients_of_l1_norm_1(world, mu):
+def test_mim_equals_the_naive_loop_with_momentum_over_gradients_of_l1_norm_1(world, mu):
     same = {"eps": 0.05, "alpha": 0.01, "steps": 8, "mu": mu}
     ours = attacks.mim(*world, **same)
     close(ours, naive_pgd(*world, **same))
     assert (ours - attacks.mim(*world, **same | {"mu": 0.0})).abs().max() > 0.01
 
 
-def test_mim_without_momentum_and_pgd_from_the_image_are_bim_and_one_step_of_it_is_fgsm(world):
+def test_mim_without_momentum_and_pgd_from_the_image_equal_bim_and_one_step_of_bim_is_fgsm(world):
     same = {"eps": 0.05, "alpha": 0.02, "steps": 5}
     bim = attacks.bim(*world, **same)
     assert torch.equal(attacks.mim(*world, mu=0.0, **same), bim)
@@ -418,7 +418,7 @@ def test_stop_early_freezes_each_image_at_its_first_fooling_step_and_no_other(ta
 class Hills(nn.Module):
     """One pixel, three classes, label 0: hills at 0.3 and 0.7 that gradient steps cannot leave.
 
-    left, right: what classes 1 and 2 gain on the hill; the logit of class 0 is 3.
+    left, right: the peak logits of classes 1 and 2 on each hill; the logit of class 0 is 3.
     """
 
     def __init__(self, left, right):
@@ -432,7 +432,7 @@ class Hills(nn.Module):
 
 
 def on_the_right(hills, restarts):
-    """The share of 64 one-pixel images that end on the hill at 0.7."""
+    """Share of 64 one-pixel images that end on the hill at 0.7."""
     x, y = torch.full((64, 1, 1, 1), 0.5), torch.zeros(64, dtype=torch.int64)
     x_adv = attacks.pgd(hills, x, y, eps=0.4, alpha=0.01, steps=50, restarts=restarts)
     return ((x_adv - 0.7).abs() < 0.03).float().mean().item()
@@ -440,9 +440,9 @@ def on_the_right(hills, restarts):
 
 @pytest.mark.parametrize(("left", "right"), [
     ([2.0, 2.0], [2.5, 2.5]),      # fools nowhere: the higher loss is kept
-    ([2.9, 2.9], [3.5, -10.0])],   # 1.03 on the left, but the right, 0.97, is where it fools
+    ([2.9, 2.9], [3.5, -10.0])],   # 1.03 on the left, 0.97 on the right, where alone it fools
     ids=["the higher loss", "the fooled one"])
-def test_of_all_restarts_the_worst_is_kept(left, right):
+def test_the_worst_of_all_restarts_is_kept(left, right):
     assert 0.3 < on_the_right(Hills(left, right), 1) < 0.7
     assert on_the_right(Hills(left, right), 12) > 0.98
     assert on_the_right(Hills(right, left), 12) < 0.02  # not simply the last, nor the right
@@ -462,7 +462,7 @@ def test_random_starts_are_spread_evenly_over_the_ball(norm):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_pgd_starts_at_a_random_point_of_the_ball_and_of_the_box(world, norm):
+def test_pgd_starts_at_a_random_point_inside_the_ball_and_the_box(world, norm):
     model, x, y = world
     still = {"eps": EPS[norm], "alpha": 0.0, "steps": 1, "norm": norm}
     start = attacks.pgd(model, x, y, **still)
@@ -475,7 +475,7 @@ def test_pgd_starts_at_a_random_point_of_the_ball_and_of_the_box(world, norm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_projection_is_the_nearest_allowed_point_by_bisection_and_by_comparison(norm, dtype):
+def test_the_projection_is_the_nearest_allowed_point(norm, dtype):
     g, rough = seeded(), 1e-5 if dtype == torch.float32 else 1e-10
     for x in (pictures(12, dtype, shape=SMALL), greys(12, dtype, shape=SMALL)):
         for spread in (1e-3, 0.05, 0.5, 5.0, 50.0):
@@ -495,7 +495,7 @@ def test_the_projection_is_the_nearest_allowed_point_by_bisection_and_by_compari
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_projection_is_in_the_ball_however_far_away_it_starts(norm):
+def test_the_projection_is_in_the_ball_however_far_away_the_point_is(norm):
     x, g = pictures(12), seeded()
     for spread in (1e3, 1e4):
         ours = balls.project(spread * torch.randn(x.shape, generator=g), x, EPS[norm], norm)
@@ -504,7 +504,7 @@ def test_the_projection_is_in_the_ball_however_far_away_it_starts(norm):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_projection_keeps_what_is_allowed_and_is_zero_for_radius_zero(norm):
+def test_the_projection_leaves_allowed_points_alone_and_is_zero_for_radius_zero(norm):
     x = pictures(5)
     nothing = torch.zeros_like(x)
     assert torch.equal(balls.project(nothing, x, 0.1, norm), nothing)
@@ -515,7 +515,7 @@ def test_the_projection_keeps_what_is_allowed_and_is_zero_for_radius_zero(norm):
     torch.testing.assert_close(balls.project(inside, x, 50.0, norm), inside, rtol=0, atol=1e-7)
 
 
-def test_rescaling_is_ball_first_and_box_second():
+def test_rescaling_scales_to_the_ball_first_and_clips_to_the_box_second():
     x, delta = pictures(4), torch.randn((4, 3, 8, 8), generator=seeded())
     for norm, eps in EPS.items():
         ours = balls.project(delta, x, eps, norm, how="rescale")
@@ -533,7 +533,7 @@ def test_norms_are_taken_per_image():
 # ---------------------------------------------------- gradients around a defence
 
 class Grey(torch.autograd.Function):
-    """Rounds to 5 levels; its own slope is zero everywhere."""
+    """Rounds to 5 levels; its own gradient is zero everywhere."""
 
     @staticmethod
     def forward(ctx, x):
@@ -599,7 +599,7 @@ def test_bpda_goes_back_through_the_function_it_is_given(world):
 
 
 class Noise(nn.Module):
-    """Adds the next of its own pictures, whatever the mode."""
+    """Adds the next of its noise images, in any mode."""
 
     def __init__(self, count, shape, scale=0.3):
         super().__init__()
@@ -624,7 +624,7 @@ def test_eot_averages_the_gradients_of_the_loss_over_its_draws(world):
     assert torch.equal(attacks.eot(model, 5)(x), model(x))  # forward is one draw
 
 
-def test_eot_averages_also_as_a_part_of_the_model(world):
+def test_eot_also_averages_as_part_of_a_larger_model(world):
     model, _, y = world
     x = greys(4, torch.float64)
 
@@ -663,7 +663,7 @@ class Last(nn.Module):
         return torch.stack([1 - hit, hit], 1)
 
 
-def test_worst_case_runs_each_attack_on_survivors_only_and_unites_what_they_fooled():
+def test_worst_case_runs_each_attack_on_survivors_only_and_combines_what_they_fooled():
     x = torch.zeros(6, 1, 4, 4)
     x[:, 0, 0, 0] = torch.arange(6) / 10
     y = torch.tensor([0, 0, 0, 1, 0, 0])  # image 3 is misclassified from the start
@@ -695,7 +695,7 @@ def test_worst_case_calls_no_attack_once_all_images_are_fooled():
     assert not calls
 
 
-def test_worst_case_fools_every_image_that_one_of_its_attacks_fools_alone():
+def test_worst_case_fools_every_image_that_any_of_its_attacks_fools_alone():
     model, x = toy(), pictures(16)
     y = predicted(model, x)
     parts = {"weak": functools.partial(attacks.fgsm, eps=0.03),
@@ -713,8 +713,8 @@ def test_worst_case_fools_every_image_that_one_of_its_attacks_fools_alone():
 
 
 class OneForEach(nn.Module):
-    """Images that one kind of attack alone can fool: dark ones are rounded and give no gradient,
-    the cross-entropy of bright ones underflows to zero, the others are as in toy.
+    """Each kind of image needs its own attack: dark ones are rounded and give no gradient, the
+    cross-entropy of bright ones underflows to zero, the others are as in toy.
     """
 
     def __init__(self, classes):
@@ -731,7 +731,7 @@ class OneForEach(nn.Module):
         return (z * torch.where(level > 0.75, 1000, 1))[:, :self.classes]
 
 
-def test_the_everyday_call_of_pgd_takes_twenty_steps_of_a_quarter_of_the_radius():
+def test_pgd_takes_twenty_steps_of_a_quarter_of_the_radius_by_default():
     model, x = toy(), pictures()
     y, report = predicted(model, x), {}
     short = attacks.pgd(model, x, y, eps=8 / 255, report=report)
@@ -740,7 +740,7 @@ def test_the_everyday_call_of_pgd_takes_twenty_steps_of_a_quarter_of_the_radius(
                                           norm="linf", step="sign", projection="exact"))
 
 
-def test_the_choices_of_a_norm_are_one_object():
+def test_a_norm_object_holds_its_step_and_projection():
     model, x = toy(), pictures()
     y, same = predicted(model, x), {"eps": 5.0, "alpha": 1.0, "steps": 4}
     choices = {"step": "dense", "projection": "rescale"}
@@ -758,7 +758,7 @@ def test_the_choices_of_a_norm_are_one_object():
     (4, "APGD-T (3 targets)", "dlr_targeted"), (3, "APGD-T (2 targets, margin loss)",
                                                 "margin_targeted"),
     (2, "APGD-T (1 target, margin loss)", "margin_targeted")])
-def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, name, loss):
+def test_the_strongest_attack_runs_its_members_in_turn_on_the_surviving_images(classes, name, loss):
     model, x, report, queries = OneForEach(classes), pictures(12), {}, 200
     x[:4], x[4:8] = 0.25 * x[:4], 0.75 + 0.25 * x[4:8]
     y = predicted(model, x)
@@ -788,7 +788,7 @@ def test_the_strongest_attack_runs_its_members_in_turn_on_what_is_left(classes, 
     assert torch.equal(report["zero_gradient"], torch.arange(12) < 4)  # the dark ones
 
 
-def test_titles_of_the_strongest_attack_say_where_few_classes_change_it():
+def test_titles_of_the_strongest_attack_say_how_few_classes_change_it():
     titles = {k: attacks.quick_title(k, 500) for k in (2, 3, 4, 9, 10, 1000)}
     assert titles == {
         2: "APGD-CE + APGD-T (1 target, margin loss) + Square 500",
@@ -817,7 +817,7 @@ def test_square_never_gets_worse_with_more_queries_and_counts_them():
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/attacks.md"])
-def test_the_python_of_the_documents_runs_as_it_stands(page, tmp_path, monkeypatch):
+def test_the_python_code_in_the_pages_runs_as_it_stands(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, x = toy(), pictures(4)
     known = {"torch": torch, "model": model, "x": x, "y": predicted(model, x)}
@@ -832,12 +832,12 @@ def test_the_python_of_the_documents_runs_as_it_stands(page, tmp_path, monkeypat
         assert set(known["report"]) == {"apgd", "square"}
 
 
-# ------------------------------------------------- mistakes that a review of the attacks found
+# ------------------------------------------------- bugs found by a review of the attacks
 
 @pytest.mark.parametrize("how", ["exact", "rescale"])
 @pytest.mark.parametrize("level", [0.3, 0.6, 0.9])
-def test_roundings_of_many_pixels_do_not_add_up_to_an_image_outside_the_l1_ball(how, level):
-    """Each pixel of the first image is rounded in the same direction; the second is at the box."""
+def test_rounding_errors_of_many_pixels_do_not_push_an_image_out_of_the_l1_ball(how, level):
+    """All pixels of the first image are rounded in the same direction; the second is at the box."""
     x = torch.stack([torch.full((3, 64, 64), level), pictures(1, shape=(3, 64, 64))[0]])
     for eps in torch.linspace(0.2, 0.3, 8).tolist():
         moved = balls.nearest(x + eps / x[0].numel() * 1.01, x, eps, "l1", how)
@@ -846,7 +846,7 @@ def test_roundings_of_many_pixels_do_not_add_up_to_an_image_outside_the_l1_ball(
         assert moved.min() >= 0 and moved.max() <= 1
 
 
-def test_a_loss_of_ones_own_is_climbed_and_towards_a_target_descended():
+def test_a_custom_loss_is_maximized_or_minimized_as_the_built_in_one_is():
     model, x = toy(), pictures(4)
     y = (predicted(model, x) + 1) % K
     for targeted in (False, True):
@@ -856,7 +856,7 @@ def test_a_loss_of_ones_own_is_climbed_and_towards_a_target_descended():
 
 
 class Swaying(nn.Module):
-    """A large bias, towards one class and the other in turn; none in the mean of two draws."""
+    """A large bias towards each class in turn, which cancels in the mean of two draws."""
 
     def __init__(self, model):
         super().__init__()
@@ -868,8 +868,8 @@ class Swaying(nn.Module):
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.5])
-def test_under_eot_cw_comes_near_the_nearest_image_that_fools_the_mean_logits(confidence):
-    """Not all draws must be fooled; the judge is asked in the same way."""
+def test_cw_under_eot_comes_close_to_the_nearest_image_that_fools_the_mean_logits(confidence):
+    """Not every draw need be fooled; the judge decides by the same rule."""
     plain, x = linear(0.5 * random_weight(2, D, seed=2)), greys(3, shape=SMALL)
     y, options = predicted(plain, x), {"steps": 60, "confidence": confidence}
     model = attacks.eot(Swaying(plain), 2)
@@ -883,7 +883,7 @@ def test_under_eot_cw_comes_near_the_nearest_image_that_fools_the_mean_logits(co
 
 
 class InPlace(torch.nn.Module):
-    """Halves what is above 0.5, in the tensor that it is given."""
+    """Halves values above 0.5, in its input tensor."""
 
     def __init__(self, model):
         super().__init__()
@@ -901,7 +901,7 @@ def test_a_model_that_works_in_place_on_its_input_is_refused():
     y = predicted(model, x)
     with pytest.raises(UserError, match="in place"):
         attacks.square(InPlace(model), x, y, eps=0.05, queries=5)
-    for run in (attacks.fgsm, attacks.apgd):  # torch itself refuses it, in words of its own
+    for run in (attacks.fgsm, attacks.apgd):  # torch itself refuses it, with its own message
         with pytest.raises(UserError, match="in place"):
             run(lambda x: model(x.sub_(0.5)), x, y, eps=0.05)
     with pytest.raises(UserError, match="in place"):
@@ -930,8 +930,8 @@ class Noisy(torch.nn.Module):
         return logits + 3 * torch.randn(logits.shape, generator=self.generator).to(logits)
 
 
-def test_an_image_is_fooled_if_the_mean_over_the_draws_is_and_not_one_lucky_draw():
-    """Noise with standard deviation 3 in the logits, 0.15 in the mean of 400; margins above 1."""
+def test_an_image_counts_as_fooled_by_the_mean_over_draws_and_not_by_one_lucky_draw():
+    """Logit noise has standard deviation 3, or 0.15 in the mean of 400; margins are above 1."""
     x = pictures(200)
     y = predicted(toy(), x)
     clear = -margins(toy(), x, y) > 1
@@ -963,7 +963,7 @@ def test_a_loss_that_averages_over_the_batch_is_refused():
 @pytest.mark.parametrize("options", [
     {"generator": 0}, {"generator": 5}, {"generator": [1, 2]}, {"eps": 8},
     {"restarts": 5, "random_start": False}], ids=str)
-def test_options_that_must_be_mistakes_are_refused(options):
+def test_obviously_wrong_options_are_refused(options):
     x = pictures(2)
     with pytest.raises(UserError):
         attacks.pgd(toy(), x, predicted(toy(), x), **{"eps": 0.1, "alpha": 0.1, "steps": 1,
@@ -986,7 +986,7 @@ def test_cw_with_many_constants_ends_without_success_if_there_is_none():
     assert torch.equal(x_adv, x)
 
 
-def test_with_stop_early_only_images_that_are_not_fooled_are_restarted():
+def test_stop_early_restarts_only_images_that_are_not_yet_fooled():
     model, x = toy(), pictures(8)
     y = predicted(model, x)
     reports, fooled = [{}, {}], []
@@ -1000,7 +1000,7 @@ def test_with_stop_early_only_images_that_are_not_fooled_are_restarted():
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_exact_projections_of_photograph_size_stay_in_the_ball_and_fill_it(norm):
+def test_exact_projections_at_photograph_size_reach_the_edge_of_the_ball_and_stay_inside(norm):
     """150,528 numbers, too many for naive float32 sums. Two fifths of the pixels are 0 or 1."""
     x = pictures(2, shape=(3, 224, 224))
     delta = torch.randn(x.shape, generator=seeded()) * 0.3

@@ -1,5 +1,5 @@
 """The contract of every attack, with every norm, step and projection: where the result lies, what
-stays as it was, what depends on what, what is refused.
+is left unchanged, what depends on what, what is refused.
 """
 
 import functools
@@ -37,12 +37,12 @@ N = 6
 
 @dataclass
 class Case:
-    """attack(model, x, y, **options) -> x_adv, in the ball of radius eps of norm, if it has one."""
+    """attack(model, x, y, **options) -> x_adv, within eps in norm, if it has a radius."""
     attack: object
     norm: str = "linf"
     eps: float | None = None
     options: dict = None
-    random: bool = False     # a generator decides something
+    random: bool = False     # the result depends on the generator
     gradients: bool = True
 
     def __call__(self, model, x, y, **changed):
@@ -54,7 +54,7 @@ STARTING = (attacks.pgd, attacks.apgd, attacks.square)  # from a random point
 
 
 def case(attack, norm="linf", **options):
-    """The named options, and eps of the norm."""
+    """A Case with these options, and by default the eps of the norm."""
     named = {"norm": norm} if attack in (*STARTING, attacks.fab) else {}
     start = options.get("random_start", attack in STARTING or "diverse" in options
                         or "restarts" in options)
@@ -64,7 +64,7 @@ def case(attack, norm="linf", **options):
 
 
 def parts(targeted, eps):
-    """What worst_case runs in these tests."""
+    """The attacks that worst_case runs in these tests."""
     same = {"eps": eps, "targeted": targeted}
     return {"pgd": functools.partial(attacks.pgd, alpha=eps / 4, steps=2, **same),
             "apgd": functools.partial(attacks.apgd, steps=4, **same),
@@ -76,7 +76,7 @@ def worst_case(model, x, y, *, eps, targeted=False, **options):
 
 
 def autoattack(model, x, y, **options):
-    """With few steps, which it takes by default."""
+    """With fewer steps than its defaults."""
     few = functools.partial
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(several, "QUERIES", 5)
@@ -122,7 +122,7 @@ main_case = pytest.mark.parametrize("name", MAIN)  # one of each kind is enough 
 
 @pytest.fixture(scope="module")
 def world():
-    """A model, images and their labels, of which image 2 is misclassified from the start."""
+    """A model, images and labels; image 2 is misclassified from the start."""
     model, x = toy(), pictures(N)
     y = predicted(model, x)
     y[2] = (y[2] + 1) % K
@@ -163,17 +163,17 @@ def test_a_radius_of_zero_gives_the_images_back(name, world):
 
 
 @every_case
-def test_any_memory_layout_gives_the_same(name, world):
+def test_any_memory_layout_gives_the_same_images(name, world):
     model, x, y = world
     odd = torch.empty(N, 3, 8, 16)[..., ::2].copy_(x).to(memory_format=torch.channels_last)
     torch.testing.assert_close(CASES[name](toy(torch.float64), odd.double(), y),
                                CASES[name](toy(torch.float64), x.double(), y), rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------ what is left as it was
+# ------------------------------------------------------------------ what is left unchanged
 
 class Fragile(nn.Module):
-    """BatchNorm, dropout, frozen and free weights, gradients here and not there, mixed modes."""
+    """BatchNorm, dropout, frozen and free weights, some with gradients, mixed modes."""
 
     def __init__(self):
         super().__init__()
@@ -198,7 +198,7 @@ class Fragile(nn.Module):
 
 
 def state(model, x, y):
-    """Everything that an attack could change, in a form that can be compared."""
+    """Everything that an attack could change, in comparable form."""
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {
         "weights": weights, "buffers": {name: b.clone() for name, b in model.named_buffers()},
@@ -229,7 +229,7 @@ def changed(before, after):
 
 
 @every_case
-def test_model_images_labels_and_global_random_numbers_are_as_before(name):
+def test_model_images_labels_and_the_global_rng_are_left_unchanged(name):
     model, x = Fragile(), pictures(N).requires_grad_(True)
     y = torch.arange(N) % K
     before = state(model, x, y)
@@ -239,7 +239,7 @@ def test_model_images_labels_and_global_random_numbers_are_as_before(name):
 
 
 @every_case
-def test_it_attacks_the_model_in_eval_mode_whatever_its_mode_also_under_no_grad(name, world):
+def test_an_attack_runs_the_model_in_eval_mode_whatever_its_mode_even_under_no_grad(name, world):
     _, x, y = world
     reference = CASES[name](Fragile().eval(), x, y)
     assert torch.equal(CASES[name](Fragile(), x, y), reference)
@@ -251,7 +251,7 @@ def test_it_attacks_the_model_in_eval_mode_whatever_its_mode_also_under_no_grad(
         assert torch.equal(CASES[name](model, x.clone(), y.clone()), reference)
 
 
-def test_the_judge_of_cw_decides_and_is_left_as_it_was(world):
+def test_the_judge_of_cw_decides_success_and_is_left_unchanged(world):
     model, x, _ = world
     y, options = predicted(model, x), {"steps": 40, "binary_steps": 3, "c": 10.0}
     reference, success = attacks.cw_l2(model, x, y, **options)
@@ -283,7 +283,7 @@ def test_a_model_that_fails_midway_gets_its_modes_and_flags_back(name, call):
 # ------------------------------------------------------------------ what depends on what
 
 @every_case
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(name, world):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_different_ones(name, world):
     case = CASES[name]
     one, two, three = (case(*world, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(one, two)
@@ -297,7 +297,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(name, world)
 
 
 @every_case
-def test_an_image_alone_is_treated_as_in_a_batch(name):
+def test_an_image_gets_the_same_result_alone_and_in_a_batch(name):
     model, x = toy(torch.float64), pictures(N, torch.float64)
     y = predicted(model, x)
     y[2] = (y[2] + 1) % K
@@ -311,7 +311,7 @@ def test_an_image_alone_is_treated_as_in_a_batch(name):
 
 
 @every_case
-def test_every_call_takes_one_number_of_a_generator(name, world):
+def test_every_call_draws_one_number_from_the_generator(name, world):
     own, other = (torch.Generator().manual_seed(4) for _ in range(2))
     CASES[name](*world, generator=own)
     torch.randint(2 ** 63 - 1, (), generator=other)
@@ -352,17 +352,17 @@ def test_an_empty_batch_gives_an_empty_batch(name, world):
 # -------------------------------------------------------------------------- targets
 
 @every_case
-def test_towards_a_target_the_image_comes_nearer_to_its_class(name, world):
+def test_a_targeted_attack_moves_the_image_closer_to_the_target_class(name, world):
     model, x, _ = world
     y = predicted(model, x)
-    y = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)  # the likeliest of the others
+    y = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)  # the likeliest other class
     x_adv = CASES[name](model, x, y, targeted=True)
     before, after = margins(model, x, y), margins(model, x_adv, y)
     assert (after < before - 0.01).sum() >= N // 2 and (after - before).mean() < -0.02
 
 
 @main_case
-def test_towards_a_target_it_is_reached_if_the_radius_is_large(name):
+def test_a_targeted_attack_reaches_its_target_if_the_radius_is_large(name):
     model, x = linear(0.3 * random_weight(K, 192)), pictures(N)
     y = model(x).argmin(1)
     wide = {"linf": 0.3, "l2": 4.0, "l1": 60.0}[CASES[name].norm]
@@ -433,7 +433,7 @@ def test_images_without_a_gradient_are_reported_and_not_moved(name):
 
 
 class Root(nn.Module):
-    """A constant added as a root of zero: finite logits, no slope."""
+    """Adds the square root of zero: finite logits, NaN gradient."""
 
     def forward(self, x):
         return x + ((x - x) * x).sqrt()
@@ -454,7 +454,7 @@ def test_a_nan_gradient_is_refused_in_one_line_that_names_the_cause(name, world)
 def test_logits_that_are_not_finite_are_refused_and_never_count_as_fooled(name, value, world):
     model, x, _ = world
     y = predicted(model, x)
-    with pytest.raises(UserError, match="finite"):  # clean, broken once a pixel differs from x
+    with pytest.raises(UserError, match="finite"):  # finite on x, broken once a pixel differs
         CASES[name](lambda z: model(z) + (z[:, :1, 0, 0] != x[:1, :1, 0, 0]) * value, x[:1], y[:1])
     with pytest.raises(UserError, match="finite"):
         CASES[name](lambda z: model(z) * value, x, y)
@@ -463,7 +463,7 @@ def test_logits_that_are_not_finite_are_refused_and_never_count_as_fooled(name, 
 # ------------------------------------------------------------------------ what is refused
 
 def refused(word, function, *args, **options):
-    """UserError, one line, which holds the word."""
+    """UserError of one line that contains the word."""
     with pytest.raises(UserError) as error:
         function(*args, **options)
     said = str(error.value)
@@ -490,7 +490,7 @@ def test_bad_images_and_labels_are_refused_in_one_line(name, word, spoil, world)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "square linf"])
-def test_only_whole_numbers_are_to_be_divided_by_255(name, world):
+def test_the_advice_to_divide_by_255_is_given_for_integer_images_only(name, world):
     model, x, y = world
     for dtype, advice in ((torch.uint8, " / 255"), (torch.float16, ""), (torch.bfloat16, "")):
         with pytest.raises(UserError) as error:
@@ -511,7 +511,7 @@ def test_attacks_that_end_with_square_refuse_vectors_before_they_begin(world):
     autoattack(watched, flat_x, y, eps=0.1, version="rand")  # without Square
 
 
-def test_mim_refuses_what_its_options_for_transfer_cannot_do(world):
+def test_mim_refuses_what_its_transfer_options_cannot_handle(world):
     model, x, y = world
     for options in ({"blur": 3}, {"diverse": 0.5}):
         refused("(N, C, H, W)", CASES["mim"], lambda z: model(z.view(-1, 3, 8, 8)), x.flatten(1), y,
@@ -558,7 +558,7 @@ def test_a_model_of_one_class_is_refused_in_one_line_that_says_what_to_do_with_a
 
 
 @main_case
-def test_a_model_that_gives_no_logits_per_image_is_refused(name, world):
+def test_a_model_that_does_not_return_logits_per_image_is_refused(name, world):
     model, x, y = world
     refused("logits", CASES[name], lambda x: model(x).mean(1), x, y)
     refused("logits", CASES[name], lambda x: model(x)[:1], x, y)
@@ -566,7 +566,7 @@ def test_a_model_that_gives_no_logits_per_image_is_refused(name, world):
 
 @pytest.mark.parametrize("name", ["pgd linf sign exact", "apgd linf ce", "square linf",
                                   "worst_case", "strongest_quick"])
-def test_random_numbers_of_another_number_of_images_are_refused(name, world):
+def test_random_numbers_for_a_different_number_of_images_are_refused(name, world):
     refused("chance[rows]", CASES[name], *world, generator=chances(N - 1))
 
 
@@ -584,7 +584,7 @@ def test_a_model_without_a_path_from_logits_to_pixels_is_refused(world):
     refused("gradient", attacks.fgsm, lambda x: model(x.detach()), x, y, eps=0.1)
 
 
-def test_none_stands_for_a_default_that_is_none_and_for_no_other(world):
+def test_none_is_accepted_only_where_the_default_is_none(world):
     model, x, y = world
     found = [attacks.pgd(model, x, y, eps=0.04, steps=2, **more) for more in ({}, {"alpha": None})]
     assert torch.equal(*found)
@@ -593,7 +593,7 @@ def test_none_stands_for_a_default_that_is_none_and_for_no_other(world):
             run(model, x, y, **{name: None})
 
 
-def test_the_default_of_a_number_may_be_typed(world):
+def test_a_default_may_be_passed_explicitly(world):
     model, x, y = world
     found = [attacks.fab(model, x, y, steps=2, targets=4, **more)
              for more in ({}, {"eps": math.inf}, {"eps": float("inf")})]
@@ -602,7 +602,7 @@ def test_the_default_of_a_number_may_be_typed(world):
         attacks.pgd(model, x, y, eps=math.inf)
 
 
-def test_diverse_inputs_of_images_that_are_not_square_are_refused_in_one_line(world):
+def test_diverse_inputs_refuse_images_that_are_not_square_in_one_line(world):
     model, x, y = world
     with pytest.raises(UserError, match="images of 6 x 8 pixels; wanted square ones"):
         attacks.mim(lambda x: model(F.pad(x, (0, 0, 0, 2))), x[:, :, :6], y, eps=0.1, alpha=0.1,

@@ -1,5 +1,5 @@
-"""Attacks on networks of two and three classes: where a loss or a number of targets is cut to what
-these have, one line says so, and what is then climbed is what a naive attack climbs.
+"""Attacks on networks with two and three classes: where the loss or the number of targets is
+reduced to fit, one line says so, and a naive attack maximizes the same loss.
 """
 
 import warnings
@@ -30,21 +30,21 @@ N = 6
 
 
 def other_of(classes):
-    """A network, images, the labels that it gives them, and the likeliest other classes."""
+    """A network, images, its predictions as labels, and the likeliest other classes."""
     model, x = toy(torch.float64, 2, classes), pictures(N, torch.float64, 3)
     y = predicted(model, x)
     return model, x, y, model(x).scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
 def said(recwarn):
-    """The lines of the warnings, each once."""
+    """The distinct warning messages."""
     return {str(warning.message) for warning in recwarn}
 
 
 @QUIET
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_every_attack_leaves_the_label_or_reaches_the_target(name, classes):
+def test_every_attack_moves_away_from_the_label_or_towards_the_target(name, classes):
     model, x, y, other = other_of(classes)
     away, there = (CASES[name](model, x, *goal, generator=chances(N), **more)
                    for goal, more in (((y,), {}), ((other,), {"targeted": True})))
@@ -60,8 +60,8 @@ def test_every_attack_leaves_the_label_or_reaches_the_target(name, classes):
 
 @QUIET
 @pytest.mark.parametrize("name", CASES)
-def test_with_two_classes_to_leave_one_is_to_reach_the_other(name):
-    """The two have the same images to climb to: every loss is the margin, or rises with it."""
+def test_with_two_classes_leaving_one_means_reaching_the_other(name):
+    """Both move to the same images: every loss is the margin, or rises with it."""
     model, x, y, other = other_of(2)
     assert torch.equal(other, 1 - y)
     away = CASES[name](model, x, y, generator=chances(N))
@@ -75,7 +75,7 @@ def test_with_two_classes_to_leave_one_is_to_reach_the_other(name):
 @pytest.mark.parametrize(("classes", "targeted", "climbed"), [
     (2, False, "margin"), (2, True, "margin"), (3, False, "dlr"), (3, True, "margin")])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_pgd_on_dlr_is_the_naive_one_on_what_so_few_classes_allow(classes, targeted, climbed, norm):
+def test_pgd_on_dlr_equals_naive_pgd_on_the_loss_used_instead(classes, targeted, climbed, norm):
     model, x, y, other = other_of(classes)
     same = {"eps": 0.1 if norm == "linf" else 0.5, "alpha": 0.03 if norm == "linf" else 0.15,
             "steps": 5, "norm": norm, "targeted": targeted}
@@ -86,7 +86,7 @@ def test_pgd_on_dlr_is_the_naive_one_on_what_so_few_classes_allow(classes, targe
 
 
 def reach(model, image, label, norm, eps):
-    """The largest margin over the label that a perturbation of this radius can give."""
+    """The largest margin over the label within this radius."""
     weight, bias = model[1].weight.double().numpy(), model[1].bias.double().numpy()
     pixels, best = flat(image), -float("inf")
     for j in range(len(weight)):
@@ -106,7 +106,7 @@ BORDER |= {"strongest_quick": partial(attacks.strongest_quick, queries=20)}
 @QUIET
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", BORDER)
-def test_on_a_linear_model_an_image_is_fooled_where_the_closed_form_says_so(name, classes):
+def test_attacks_on_a_linear_model_fool_exactly_where_the_closed_form_says_so(name, classes):
     """Just inside and just outside the radius at which the nearest class can be reached."""
     model, x = linear(0.3 * random_weight(classes, 192, 4)), pictures(4)
     y = predicted(model, x)
@@ -130,8 +130,7 @@ def test_on_a_linear_model_an_image_is_fooled_where_the_closed_form_says_so(name
     ("dlr", True, 3,
      "targeted DLR needs 4 classes and the model has 3: the margin loss takes its place"),
     ("dlr", False, 3, None), ("dlr", True, 4, None)])
-def test_a_line_says_where_the_margin_takes_the_place_of_dlr(loss, targeted, classes, line,
-                                                              recwarn):
+def test_a_warning_says_when_the_margin_loss_replaces_dlr(loss, targeted, classes, line, recwarn):
     for logits in (torch.randn(3, classes), 5 * torch.randn(3, classes)):
         value = ascend(loss, targeted)(logits, torch.tensor([0, 1, 0]))
         assert (value == ascend("margin", targeted)(logits, torch.tensor([0, 1, 0]))).all() == (
@@ -139,7 +138,7 @@ def test_a_line_says_where_the_margin_takes_the_place_of_dlr(loss, targeted, cla
     assert said(recwarn) == ({line} if line else set())
 
 
-def test_a_line_says_where_there_are_fewer_wrong_classes_than_targets(recwarn):
+def test_a_warning_says_when_there_are_fewer_wrong_classes_than_targets(recwarn):
     for classes, targets in ((2, 1), (3, 2), (5, 4)):
         model, x, y, _ = other_of(classes)
         run = partial(attacks.apgd, model, x, y, eps=1e-6, steps=2, loss="margin_targeted")
@@ -166,7 +165,7 @@ def test_the_strongest_attack_needs_no_warning_because_its_title_says_what_runs(
 
 
 @QUIET
-def test_targeted_dlr_of_three_classes_is_the_gain_of_the_target_over_the_label():
+def test_targeted_dlr_of_three_classes_is_the_target_logit_minus_the_label_logit():
     logits = torch.tensor([[1.0, 4.0, 2.5], [0.0, -1.0, 7.0]])
     value = dlr_towards(torch.tensor([2, 0]))(logits, torch.tensor([1, 2]))
     assert value.tolist() == [-1.5, -7.0]

@@ -1,5 +1,5 @@
 """Auto-PGD and Square compared with the algorithms of their papers, written here for one image at a
-time in float64, without batches: point by point, from the same random numbers.
+time in float64: point by point, from the same random numbers.
 
     naive_apgd      arXiv:2003.01690, Alg. 1; in L1 arXiv:2103.01208, Alg. 1
     naive_square    arXiv:1912.00049, Alg. 1 to 3
@@ -43,7 +43,7 @@ def close(ours, naive):
 # ------------------------------------------------------------------- Auto-PGD, as written
 
 def marks(steps, norm):
-    """Step -> the one before it, of the checkpoints w_j = ceil(p_j N); in L1 every 4 %."""
+    """Checkpoint -> the previous one; w_j = ceil(p_j N), in L1 every 4 % of the steps."""
     if norm == "l1":
         every = steps // 25
         return {t: t - every for t in range(every, steps, every)}
@@ -56,7 +56,7 @@ def marks(steps, norm):
 
 
 def direction(g, norm, share):
-    """The step of length 1 along g; in L1 of the `share` of its largest entries."""
+    """The step of length 1 along g; in L1 only along the `share` of largest entries."""
     if norm == "linf":
         return np.sign(g)
     if norm == "l2":
@@ -69,8 +69,8 @@ def direction(g, norm, share):
 def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None, stages=False):
     """look(t, point) -> loss, gradient, fooled. -> every point, the end, its loss, fooled
 
-    x, start: vectors. seen: which reasons to halve the step have occurred, and which both had not.
-    stages: whether it is one of several, which in L1 moves few entries from its first step on.
+    x, start: vectors. seen: collects the pairs (too few rises, stuck) found at the checkpoints.
+    stages: whether this is one of several stages; in L1 its first step then moves few entries.
     """
     def into(point):
         return x + nearest_allowed(point - x, x, eps, norm)
@@ -82,7 +82,7 @@ def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None, stages=False)
     if stages:
         moved = int((start != x).sum())
         share = moved / len(x) / 1.5
-    halved, best_then, windows = True, f, marks(steps, norm)  # as the authors: none at the first
+    halved, best_then, windows = True, f, marks(steps, norm)  # authors: not at the first check
     for t in range(1, steps + 1):
         if fooled:
             break
@@ -114,7 +114,7 @@ def naive_apgd(look, x, start, *, eps, norm, steps=100, seen=None, stages=False)
 
 
 class Scripted(nn.Module):
-    """Two classes; whatever the image, its loss and its gradient at call t are those of a script.
+    """Two classes; the loss and gradient at call t come from a script, whatever the image.
 
     loss (T, N) below 0, so that nothing is fooled; slope (T, N, D). Calls without a gradient, which
     measure the clean images, do not count.
@@ -133,7 +133,7 @@ class Scripted(nn.Module):
 
 
 def script(n, size, steps=100):
-    """Losses of many kinds, with ties: some rise nearly always, and some of these fall far."""
+    """Many kinds of losses, with ties: some rise nearly always, and some of these fall far."""
     g = np.random.default_rng(0)
     rises = g.random((steps + 1, n)) < np.linspace(0.6, 0.97, n)
     falls = np.where(np.arange(n) % 3, 0.02, 0.3)
@@ -145,7 +145,7 @@ def script(n, size, steps=100):
 @pytest.mark.parametrize(("norm", "n"), [("linf", 40), ("l2", 4), ("l1", 4)],
                          ids=["linf", "l2", "l1"])
 def test_apgd_takes_the_steps_of_its_paper_whatever_the_losses(norm, n):
-    """Step size, returns to the best point and its gradient, momentum, what is returned."""
+    """Step size, returns to the best point and its gradient, momentum, result."""
     x = pictures(n, torch.float64, shape=SMALL)
     model, seen = Scripted(*script(n, x[0].numel())), set()
     ours = attacks.apgd(model, x, torch.zeros(n, dtype=torch.int64), eps=EPS[norm], norm=norm,
@@ -159,11 +159,11 @@ def test_apgd_takes_the_steps_of_its_paper_whatever_the_losses(norm, n):
                                      seen=seen)
         close([point[i].numpy() for point in model.points], points)
         close([flat(ours[i])], [end])
-    if norm == "linf":  # each of the two conditions, alone and together
+    if norm == "linf":  # both conditions, alone and together
         assert seen == {(few, stuck) for few in (True, False) for stuck in (True, False)}
 
 
-def test_the_stages_in_l1_are_those_of_its_paper_each_from_the_best_point_of_the_one_before():
+def test_the_l1_stages_follow_the_paper_each_from_the_best_point_of_the_one_before():
     n, eps = 4, EPS["l1"]
     x = pictures(n, torch.float64, shape=SMALL)
     model = Scripted(*script(n, x[0].numel(), steps=102))
@@ -183,8 +183,8 @@ def test_the_stages_in_l1_are_those_of_its_paper_each_from_the_best_point_of_the
         close([flat(ours[i])], [at])
 
 
-def test_apgd_returns_the_point_that_fools_although_another_has_the_higher_loss():
-    """Three classes: cross-entropy is log 3 where the label barely wins, log 2 where it loses."""
+def test_apgd_returns_the_point_that_fools_even_if_another_has_a_higher_loss():
+    """Three classes: cross-entropy is log 3 if the label barely wins, log 2 if it loses."""
     x, points = greys(1, torch.float64, shape=SMALL), []
 
     def model(x):
@@ -207,7 +207,7 @@ def dlr_towards(logits, label, target):
 
 
 def runs(model, image, label, loss, targets, restarts):
-    """The loss of every run: loss(logits) -> scalar."""
+    """The loss of each run: loss(logits) -> scalar."""
     if loss != "dlr_targeted":
         few = loss == "dlr" and model(image[None]).shape[1] < 3
         return restarts * [lambda z: naive_loss(z, label, "margin" if few else loss)]
@@ -216,7 +216,7 @@ def runs(model, image, label, loss, targets, restarts):
 
 
 def naive_attack(model, image, label, chance, *, eps, norm, loss, targets=9, restarts=1):
-    """Runs of naive_apgd from new random points, until one fools. -> the image, its gradients"""
+    """Runs of naive_apgd from new random points until one fools. -> image, number of gradients"""
     x, found, reached, spent = flat(image), flat(image), -math.inf, 0
     if predicted(model, image[None]) != label:
         return found, 0
@@ -246,8 +246,8 @@ def naive_attack(model, image, label, chance, *, eps, norm, loss, targets=9, res
     ("l2", 0.4, "ce", {}, 3, [1, 2, 7], [2, 101, 5]),
     ("linf", 0.05, "dlr_targeted", {"targets": 2}, 1, [1, 2, 3], [202, 202, 4])],
     ids=["linf ce", "linf dlr", "l2 ce", "linf dlr_targeted"])
-def test_apgd_on_a_curved_network_is_that_of_its_paper_image_by_image(norm, eps, loss, more, seed,
-                                                                      some, spent):
+def test_apgd_on_a_curved_network_follows_its_paper_image_by_image(norm, eps, loss, more, seed,
+                                                                   some, spent):
     """One batch; some images are fooled early or after a restart, one is misclassified at first."""
     model, x = toy(torch.float64), pictures(8, torch.float64, seed)[[*some, 4]]
     y, report = predicted(model, x), {}
@@ -264,7 +264,7 @@ def test_apgd_on_a_curved_network_is_that_of_its_paper_image_by_image(norm, eps,
 @pytest.mark.parametrize(("loss", "norm", "eps", "targets"), [
     ("ce", "linf", 0.05, 9), ("dlr", "linf", 0.05, 9), ("dlr_targeted", "linf", 0.05, 9),
     ("dlr_targeted", "linf", 0.05, 1), ("dlr_targeted", "l2", 0.4, 9)])
-def test_apgd_on_few_classes_runs_once_towards_each_wrong_one(loss, norm, eps, targets, classes):
+def test_apgd_on_few_classes_runs_once_towards_each_wrong_class(loss, norm, eps, targets, classes):
     """All four images of every case; one is misclassified at first."""
     model, x = toy(torch.float64, 2, classes), pictures(4, torch.float64, 3)
     y, report = predicted(model, x), {}
@@ -279,7 +279,7 @@ def test_apgd_on_few_classes_runs_once_towards_each_wrong_one(loss, norm, eps, t
 # ----------------------------------------------------------------------- Square, as written
 
 def naive_share(p, change, queries):
-    """p at this change of `queries`: halved after changes 10, 50, ... of 10,000."""
+    """p at this change out of `queries`: halved after changes 10, 50, ... of 10,000."""
     at = int(change * 10000 / queries)
     return p / 2 ** len([mark for mark in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
                          if at > mark])
@@ -295,7 +295,7 @@ def hill(rows, cols, power):
 
 @functools.cache
 def naive_pair(side, upright, norm="l2"):
-    """A hill beside its negative, of norm 1; as the authors' code, each half has norm 1 before."""
+    """A hill beside its negative, of norm 1; as in the authors' code, each half is scaled first."""
     power = {"l2": 2, "l1": 4}[norm]
     halves = [(1, hill(side // 2, side, power)), (-1, hill(side - side // 2, side, power))]
     pair = np.vstack([sign * half / size(half, norm) for sign, half in halves])
@@ -310,7 +310,7 @@ def first_linf(x, eps, chance):
 
 
 def first_l1(x, eps, chance):
-    """Such tiles, each of norm 1, and the projection."""
+    """Tiles, each of norm 1, then the projection."""
     return x + nearest_allowed(tiles(x, chance, "l1"), x, eps, "l1")
 
 
@@ -320,8 +320,7 @@ def first_l2(x, eps, chance):
 
 
 def tiles(x, chance, norm):
-    """Tiles of a fifth of the side, of which each is a pair of hills with a sign for each channel.
-    """
+    """Tiles of a fifth of the side; each is a pair of hills with one sign per channel."""
     c, h, w = x.shape
     side = h // 5
     down, across = h // side, w // side
@@ -338,13 +337,13 @@ def tiles(x, chance, norm):
 
 
 def corner(u, x, side):
-    """Uniform among the places where a square of this side fits: slices of rows and columns."""
+    """A uniformly random square of this side: slices of rows and columns."""
     return tuple(slice(int(a * (n - side + 1)), int(a * (n - side + 1)) + side)
                  for a, n in zip(u, x.shape[1:], strict=True))
 
 
 def change_linf(best, x, eps, p, u):
-    """Alg. 2: +-2 eps for each channel of a square, then the projection."""
+    """Alg. 2: +-2 eps per channel of a square, then the projection."""
     side, trial = max(round(math.sqrt(p * x[0].size)), 1), best.copy()
     at = corner(u[:2], x, side)
     for k in range(len(x)):
@@ -371,7 +370,7 @@ def change_l2(best, x, eps, p, u):
 
 
 def change_l1(best, x, eps, p, u):
-    """As in L2, with sums of absolute values, for each channel those of all, and the projection."""
+    """As in L2, with L1 norms and each channel's mass times their number; then projected."""
     side, nu = max(round(math.sqrt(p * x[0].size)), 3), best - x
     side = min(side + (side % 2 == 0), *x.shape[1:])
     one, two = corner(u[:2], x, side), corner(u[2:4], x, side)
@@ -388,7 +387,7 @@ def change_l1(best, x, eps, p, u):
 
 
 def naive_square(look, x, *, eps, norm, queries, chance, p=0.8):
-    """Alg. 1; look(point) -> margin, above 0 where it is fooled. -> every point, the best"""
+    """Alg. 1; look(point) -> margin, above 0 if it is fooled. -> every point, the best"""
     first, change = {"linf": (first_linf, change_linf), "l2": (first_l2, change_l2),
                      "l1": (first_l1, change_l1)}[norm]
     best = first(x, eps, chance.fold(0))
@@ -406,7 +405,7 @@ def naive_square(look, x, *, eps, norm, queries, chance, p=0.8):
 
 
 class Steps(nn.Module):
-    """Logits in steps: many changes leave the margin as it was. Keeps its inputs (N, 3, 25, 30)."""
+    """Rounded logits: many changes leave the margin unchanged. Records inputs (N, 3, 25, 30)."""
 
     def __init__(self):
         super().__init__()
@@ -425,8 +424,8 @@ class Steps(nn.Module):
 @pytest.mark.parametrize(("norm", "eps", "spent"), [
     ("linf", 0.16, [16, 5, 100]), ("l2", 4.0, [25, 2, 100]), ("l1", 40.0, [25, 2, 100])],
     ids=["linf", "l2", "l1"])
-def test_square_is_that_of_its_paper_query_by_query(norm, eps, spent):
-    """Every point that it looks at, alone and in a batch of which fooled images leave."""
+def test_square_follows_its_paper_query_by_query(norm, eps, spent):
+    """Every point it visits, alone and in a batch that fooled images leave."""
     model, x = Steps(), pictures(3, torch.float64, shape=(3, 25, 30))
     y, report, same = predicted(model, x), {}, {"eps": eps, "norm": norm, "queries": 100}
     whole = attacks.square(model, x, y, generator=chances(3), report=report, **same)

@@ -1,4 +1,4 @@
-"""utils/augment.py: what holds for every operation, and the published strengths."""
+"""utils/augment.py: properties of every operation, and the published strengths."""
 
 import io
 import math
@@ -32,21 +32,21 @@ def seeded(seed=0):
 
 
 def pictures(n=6, size=(36, 44), channels=3, seed=0):
-    """n times the same smooth picture with black and white in it, uint8."""
+    """The same smooth picture n times, with some black and white, uint8."""
     coarse = torch.rand((1, channels, 5, 5), generator=seeded(seed))
     x = F.interpolate(coarse, size, mode="bicubic", align_corners=False).clamp(0, 1)
     x[:, :, :4, :4], x[:, :, -4:, -4:] = 0, 1
     return (x * 255).round().to(torch.uint8).expand(n, -1, -1, -1).clone()
 
 
-def test_every_operation_is_there_and_belongs_to_one_family():
+def test_every_operation_exists_and_belongs_to_one_family():
     assert set(WANTED.split()) == set(OPS)
     assert sorted(sum(augment.FAMILIES.values(), ())) == sorted(OPS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("size", "channels"), [((36, 44), 3), ((28, 28), 1), ((33, 32), 3)])
-def test_shape_dtype_range_and_the_input_do_not_change(name, size, channels):
+def test_shape_dtype_and_range_are_kept_and_the_input_is_not_changed(name, size, channels):
     pixels = pictures(4, size, channels)
     for x in (pixels, pixels.float() / 255, pixels.double() / 255):
         before = x.clone()
@@ -99,13 +99,13 @@ def test_several_operations_are_applied_in_turn():
 
 
 def mixed(n, size):
-    """n pictures that differ, uint8, and the Chance of the images 3, 1, 4, ... of a list."""
+    """n different pictures, uint8, and the Chance of images 3, 1, 4, ... of a list."""
     x = torch.cat([pictures(1, size, seed=k) for k in range(n)])
     return x, Chance(6, torch.tensor([3, 1, 4, 15, 9, 2, 65])[:n])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_gets_the_same_alone_and_in_any_batch_and_order(name):
+def test_an_image_gets_the_same_result_alone_and_in_any_batch_or_order(name):
     x, own = mixed(7, (36, 44))
     for images in (x, x.float() / 255):
         whole = OPS[name](images, p=0.8, generator=own)
@@ -116,7 +116,7 @@ def test_an_image_gets_the_same_alone_and_in_any_batch_and_order(name):
     assert not torch.equal(whole, images)
 
 
-def test_an_image_gets_the_same_pipeline_alone_and_at_the_published_size():
+def test_the_pipeline_treats_an_image_of_the_published_size_alone_as_in_a_batch():
     x, own = mixed(4, (224, 224))
     chances = dict.fromkeys(OPS, 0.3)
     whole = augment.augment(x, chances, generator=own)
@@ -127,8 +127,8 @@ def test_an_image_gets_the_same_pipeline_alone_and_at_the_published_size():
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"jpeg", "random_cut", "random_padding"}))
 def test_no_operation_loops_over_images(name):
-    """But three: the codec takes one image at a time, and so does resizing to several sizes."""
-    OPS[name](pictures(1), generator=seeded())  # fills what is kept
+    """Except three: the codec and resizing to several sizes take one image at a time."""
+    OPS[name](pictures(1), generator=seeded())  # fills caches
     counts = []
     for n in (2, 30):
         x = pictures(n)
@@ -137,7 +137,7 @@ def test_no_operation_loops_over_images(name):
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.0624, 1.0, 7.77, 29.99, 60.0])
-def test_poisson_numbers_have_the_distribution_of_their_mean(mean):
+def test_poisson_numbers_follow_the_distribution_of_their_mean(mean):
     u, v = chances(50, 3).uniform(2, 4000).unbind(1)
     found = augment.poisson(torch.full_like(u, mean), u, v).flatten()
     n, counts = len(found), torch.bincount(found).double()
@@ -189,7 +189,7 @@ def test_anything_but_a_batch_of_images_is_refused(x):
 # ----------------------------------------------------------------- by hand
 
 def numbered(n, size):
-    """n images of which every pixel holds its own number, and function(images) -> those numbers."""
+    """n images whose pixels hold their own numbers, and function(images) -> those numbers."""
     count = size * size
     x = torch.arange(count, dtype=torch.float64).view(1, 1, size, size).expand(n, -1, -1, -1)
     return x / count, lambda out: (out * count).round().long()[:, 0]
@@ -218,7 +218,7 @@ def test_local_shuffle_permutes_patches_of_80_to_100_pixels():
 
 
 def is_a_permutation(one, side):
-    """Whether the image of numbers consists of the nine patches of that side, the later on top."""
+    """Whether the image of numbers consists of nine patches of that side, later ones on top."""
     starts, patches = (0, side, 224 - side), []
     for top, bottom in zip(starts, (side, 224 - side, 224), strict=True):
         for left, right in zip(starts, (side, 224 - side, 224), strict=True):
@@ -230,7 +230,7 @@ def is_a_permutation(one, side):
     return sorted(patches) == [(top, left) for top in starts for left in starts]
 
 
-def test_extend_takes_every_pixel_from_one_further_down_and_right_drawn_for_each():
+def test_extend_takes_each_pixel_from_a_random_place_further_down_and_right():
     x, numbers = numbered(60, 224)
     row, column = torch.arange(224)[:, None], torch.arange(224)
     farthest = []
@@ -239,7 +239,7 @@ def test_extend_takes_every_pixel_from_one_further_down_and_right_drawn_for_each
         assert down.min() == 0 == right.min() and down.max() == right.max()
         most = down.max().item()
         inner = down[:-most, :-most]
-        assert abs(inner.double().mean() - most / 2) < 0.1  # each of 0 .. most as often
+        assert abs(inner.double().mean() - most / 2) < 0.1  # each of 0 .. most equally often
         assert (inner[:, 1:] != inner[:, :-1]).double().mean() > 0.9 * most / (most + 1)
         assert (inner != right[:-most, :-most]).double().mean() > 0.9 * most / (most + 1)
         farthest.append(most)
@@ -266,10 +266,10 @@ def test_rotation_stays_within_five_degrees():
         angles.append(math.degrees(math.atan2(row - 111.5, column - 111.5)))
     angles = torch.tensor(angles)
     assert 4.5 < angles.max() < 5.2 and -5.2 < angles.min() < -4.5
-    assert ((angles + 5) * 4 / 10).long().clamp(0, 3).bincount().min() > 10  # all alike
+    assert ((angles + 5) * 4 / 10).long().clamp(0, 3).bincount().min() > 10  # equally often
 
 
-def test_random_padding_shrinks_to_65_to_95_percent_on_grey_or_many_colours():
+def test_random_padding_shrinks_images_to_65_to_95_percent_on_grey_or_random_pixels():
     x = torch.full((60, 3, 100, 100), 80, dtype=torch.uint8)
     greys, sides, coloured = set(), set(), 0
     for one in OPS["random_padding"](x, generator=seeded()):
@@ -318,7 +318,7 @@ def test_each_image_is_filtered_with_its_own_kernel(size, kernel):
         assert out[n, c, i, j] == pytest.approx(wanted.item(), abs=1e-9)
 
 
-def test_smooth_noise_is_a_gaussian_blur_around_the_borders():
+def test_smooth_noise_is_a_gaussian_blur_with_wrapped_borders():
     noise = torch.rand((2, 1, 40, 60), generator=seeded(), dtype=torch.float64)
     sigma = torch.tensor([1.5, 3.0], dtype=torch.float64).view(-1, 1, 1, 1)
     out = augment.smooth(noise, sigma)
@@ -350,7 +350,7 @@ def test_line_kernels_follow_their_angle(angle, along):
 # ------------------------------------------------------------- published strengths
 
 def near(share, wanted, n):
-    """Whether a share of n draws agrees with its probability, within five standard errors."""
+    """Whether a share of n draws agrees with its probability within five standard errors."""
     return abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / n)
 
 
@@ -421,7 +421,7 @@ def test_rain_has_one_of_ten_whites_and_slants_by_30_degrees_at_most():
     assert slant.abs().max() < 38 and slant.min() < -20 and slant.max() > 20
 
 
-def test_blur_is_that_of_pil():
+def test_blur_equals_that_of_pil():
     x = pictures(1, (60, 50))
     wanted = pil_to_tensor(to_pil_image(x[0]).filter(ImageFilter.BLUR))
     assert (OPS["blur"](x, generator=seeded())[0].int() - wanted.int()).abs().max() <= 1
@@ -445,7 +445,7 @@ def squares(image, share):
     return small.resize(image.size, Image.Resampling.BOX)
 
 
-BY_OTHER_CODE = {  # {operation: the result at each strength, by other code}
+BY_OTHER_CODE = {  # {operation: the result at each strength}
     "jpeg": [lambda x, q=q: through_jpeg(to_pil_image(x), q) for q in (25, 18, 15, 10, 7)],
     "pixelate": [lambda x, c=c: squares(to_pil_image(x), c) for c in (0.6, 0.5, 0.4, 0.3, 0.25)],
     "brightness": [lambda x, c=c: hsv(x, 2, lambda v: v + c) for c in (0.1, 0.2, 0.3, 0.4, 0.5)],
@@ -478,7 +478,7 @@ def test_gaussian_blur_has_a_radius_of_one_or_two_pixels():
 
 
 def dot(at=(112, 112)):
-    """A white pixel on black, 60 times."""
+    """60 images of a white pixel on black."""
     x = torch.zeros(60, 1, 224, 224)
     x[:, :, at[0], at[1]] = 1
     return x
@@ -537,7 +537,7 @@ def zoom(op):  # the dot's right end is 61.5 pixels from the centre
     return torch.stack([(one > 1e-6).nonzero().max() - 111.5 for one in right]) / 61.5
 
 
-MEASURED = {  # {operation: (its strength, measured; the published ones; how exactly)}
+MEASURED = {  # {operation: (measure(op) -> strengths; published strengths; tolerance)}
     "impulse_noise": (impulse, (0.03, 0.06, 0.09, 0.17, 0.27), 0.012),
     "speckle_noise": (speckle, (0.15, 0.2, 0.35, 0.45, 0.6), 0.02),
     "shot_noise": (shot, (60, 25, 12, 5, 3), 0.01),
@@ -551,18 +551,18 @@ MEASURED = {  # {operation: (its strength, measured; the published ones; how exa
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_the_measured_strength_is_one_of_five_published_ones_all_alike(name):
+def test_the_five_published_strengths_are_measured_equally_often(name):
     measure, strengths, exactly = MEASURED[name]
     found = measure(lambda x: OPS[name](x, generator=seeded()))
     off = (found.double()[:, None] - torch.tensor(strengths).double()).abs()
     assert off.min(1).values.max() < exactly
-    seen = off.argmin(1).tolist()  # of two equal ones the first
+    seen = off.argmin(1).tolist()  # the first of two equal ones
     for k in set(seen):
         assert near(seen.count(k) / 60, 0.2 * strengths.count(strengths[k]), 60)
     assert {strengths[k] for k in seen} == set(strengths)
 
 
-def test_glass_blur_takes_pixels_from_up_to_four_away_twice():
+def test_glass_blur_moves_pixels_twice_by_up_to_four():
     out = OPS["glass_blur"](torch.cat([dot()] * 2), generator=seeded())[:, 0]
     row, column = torch.arange(224)[:, None] - 112, torch.arange(224) - 112
     far = torch.maximum(row.abs(), column.abs()).expand(len(out), -1, -1)

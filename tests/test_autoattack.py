@@ -1,4 +1,4 @@
-"""AutoAttack: its members and settings, the images that each gets, its flags, another library."""
+"""AutoAttack: its members and settings, the images each gets, its flags, another library."""
 
 import functools
 
@@ -17,14 +17,14 @@ EPS = {"linf": 0.02, "l2": 0.3, "l1": 2.0}
 
 @pytest.fixture
 def short(monkeypatch):
-    """Its members with fewer steps, which they take by default."""
+    """Members with fewer default steps."""
     monkeypatch.setattr(several, "QUERIES", 40)
     for name in ("apgd", "fab"):
         monkeypatch.setattr(several, name, functools.partial(getattr(several, name), steps=6))
 
 
 def settings(norm, version, classes=10):
-    """{name: what an attack is called with}, without eps and norm."""
+    """{name: keyword arguments of the attack}, without eps and norm."""
     parts = several._parts(classes, norm, 0.1, version)
     assert {(part.keywords["eps"], part.keywords["norm"]) for part in parts.values()} == {
         (0.1, norm)}
@@ -36,7 +36,7 @@ def settings(norm, version, classes=10):
 # ------------------------------------------------------------------------ members
 
 def test_the_members_have_the_settings_of_the_authors():
-    """Defaults are 100 steps, and p = 0.8."""
+    """The defaults are 100 steps and p = 0.8."""
     fab, squares = {"targets": 9}, {"queries": 5000, "rescale": False}
     towards = {"loss": "dlr_targeted", "targets": 9}
     for norm in ("linf", "l2"):
@@ -54,7 +54,7 @@ def test_the_members_have_the_settings_of_the_authors():
         f"AutoAttack rand (EOT of {n})" for n in (20, 24, 20, 30)]
 
 
-def test_with_few_classes_the_title_says_what_is_run():
+def test_the_title_says_what_is_run_on_few_classes():
     assert attacks.autoattack_title(3) == (
         "AutoAttack: APGD-CE + APGD-T (2 targets, margin loss) + FAB-T (2 targets) + Square 5000")
     assert attacks.autoattack_title(2, 10) == "AutoAttack rand (EOT of 20)"
@@ -64,7 +64,7 @@ def test_with_few_classes_the_title_says_what_is_run():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("norm", "classes"), [("linf", 2), ("linf", K), ("l2", 3), ("l1", K)])
-def test_each_member_gets_what_is_left_and_the_report_adds_up(norm, classes, short):
+def test_each_member_gets_the_remaining_images_and_the_report_adds_up(norm, classes, short):
     model, x, report = toy(classes=classes), pictures(12), {}
     y = predicted(model, x)
     y[5] = (y[5] + 1) % classes
@@ -79,8 +79,8 @@ def test_each_member_gets_what_is_left_and_the_report_adds_up(norm, classes, sho
 
 
 def in_turn(model, x, y, parts):
-    """Each of {name: attack} on the images that are left: what it makes of x, {name: (tried,
-    fooled)}, and who is left in the end.
+    """Run each of {name: attack} on the remaining images. -> the images, {name: (tried, fooled)},
+    the indices that remain
     """
     found, counts, left = x.clone(), {}, (predicted(model, x) == y).nonzero()[:, 0]
     for k, (name, attack) in enumerate(parts.items()):
@@ -114,7 +114,7 @@ def test_plus_and_rand_run_all_their_members_in_their_order(version, short):
     assert torch.equal(x_adv, wanted) and 0 < len(left) < 12
 
 
-def test_of_a_random_network_rand_averages_twenty_draws_or_more(short):
+def test_rand_averages_at_least_twenty_draws_of_a_random_network(short):
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
@@ -135,15 +135,15 @@ def test_of_a_random_network_rand_averages_twenty_draws_or_more(short):
 
 
 @pytest.mark.parametrize("bad", [{"norm": "l0"}, {"version": "quick"}])
-def test_unknown_words_are_refused(bad):
+def test_an_unknown_norm_or_version_is_refused(bad):
     with pytest.raises(UserError, match="wanted one of"):
         attacks.autoattack(toy(), pictures(1), torch.zeros(1, dtype=torch.int64), eps=0.1, **bad)
 
 
 # ------------------------------------------------------------------------ larger radii in L1
 
-def test_in_l1_the_first_steps_are_taken_in_larger_balls():
-    """30 steps within 3 eps, 30 within 2 eps, 40 within eps, and a start each."""
+def test_the_first_steps_in_l1_are_taken_in_larger_balls():
+    """30 steps within 3 eps, 30 within 2 eps, 40 within eps, each with a start."""
     points = []
 
     class Watched(nn.Module):
@@ -166,7 +166,7 @@ def test_in_l1_the_first_steps_are_taken_in_larger_balls():
         assert (part <= radius * (1 + 1e-5)).all() and (part.amax(0) > 0.95 * radius).all()
 
 
-def test_an_image_that_is_fooled_only_outside_the_radius_is_not_fooled():
+def test_an_image_fooled_only_outside_the_radius_does_not_count_as_fooled():
     model, x = toy(), pictures(8)
     y = predicted(model, x)
     x_adv = attacks.apgd(model, x, y, eps=1.0, norm="l1", steps=20, stages=True)
@@ -180,13 +180,13 @@ def test_an_image_that_is_fooled_only_outside_the_radius_is_not_fooled():
     assert (predicted(model, far) != y)[left].any()
     attacks.apgd(model, x[left], y[left], eps=1.0, norm="l1", steps=20, stages=True,
                  generator=chances(8)[left], report=report)
-    assert report["gradients"] == 23 * left.sum()  # all steps, also once a larger ball fools them
+    assert report["gradients"] == 23 * left.sum()  # all steps, even after a larger ball fools them
 
 
 # ------------------------------------------------------------------------ flags
 
 class Masked(nn.Module):
-    """Logits whose gradient is zero, or whose loss cannot rise, or which are drawn anew."""
+    """Logits with zero gradient, or whose loss cannot rise, or that vary from call to call."""
 
     def __init__(self, kind):
         super().__init__()
@@ -214,7 +214,7 @@ def test_a_flag_says_what_looks_wrong(kind, said, short):
     assert not [line for line in report["flags"] if "\n" in line]
 
 
-def test_square_is_flagged_above_two_images_of_a_thousand():
+def test_square_is_flagged_above_two_images_in_a_thousand():
     found = {"APGD-CE": {"tried": 1000, "fooled": 500, "zero_gradient": 0},
              "Square 5000": {"tried": 500, "fooled": 2, "zero_gradient": 0}}
     assert several.flags_of(found, 0, 1000) == []
@@ -232,7 +232,7 @@ def test_square_is_flagged_above_two_images_of_a_thousand():
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l1", 11.0)])
 def test_as_many_images_are_robust_as_under_pyautoattack(norm, eps, monkeypatch):
     """10 steps and 50 queries on either side; one of 16 images may differ.
-    benchmarks/autoattack.py compares them whole."""
+    benchmarks/autoattack.py compares them in full."""
     AutoAttack = library("pyautoattack.autoattack").AutoAttack
     model, x, y = digits(16)
     theirs = AutoAttack(model, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], eps=eps, seed=0)

@@ -45,7 +45,7 @@ PLAIN = ("--augment", "none", "--cutmix_prob", 0, "--w_mixup", 0, "--w_cutmix", 
          "--w_fgsm_target", 0)
 READ = ("kind", "data_dir", "model_name", "head", "classes", "hold_out", "given_images", "defense",
         "low", "image_size", "stage", "augment", "w_fgsm", "w_fgsm_target", "seconds",
-        "best_epoch")  # elsewhere
+        "best_epoch")  # by other scripts
 CPU = torch.device("cpu")
 
 
@@ -59,12 +59,12 @@ def weights_of(path):
 
 
 def run_in(folder, *flags):
-    """What train_gcm.py prints, run with these flags in the folder."""
+    """Run train_gcm.py with these flags in the folder. -> what it prints"""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train_gcm.py", *map(str, flags)])
         train_gcm.main(train_gcm.get_args())
-    gc.collect()  # the folder's lock goes with the objects of the run
+    gc.collect()  # frees the lock on the run's folder
     return said.getvalue()
 
 
@@ -107,7 +107,7 @@ def soft(y, partner, share):
     return share * F.one_hot(y, 4) + (1 - share) * F.one_hot(partner, 4)
 
 
-def test_the_clean_term_is_of_the_images_themselves():
+def test_the_clean_term_uses_the_images_themselves():
     x, y = minibatch()
     (weight, images, labels), = terms_of(curved(), x, y, w_clean=2.0)
     assert weight == 2 and images is x and labels is y
@@ -133,7 +133,7 @@ def test_mixed_images_have_mixed_labels(kind):
     assert torch.allclose(labels.double(), soft(y, y.roll(1), share).double(), atol=1e-6)
 
 
-def test_where_cutmix_stands_in_the_terms_that_follow_see_its_images_with_the_first_label():
+def test_if_cutmix_replaces_the_images_the_other_terms_see_its_images_with_the_first_label():
     net, (x, y) = curved(), minibatch()
     drawn, weights = drawn_for(y, cutmix=True), dict.fromkeys(WEIGHTS, 1.0)
     (_, cut, labels), *rest = terms_of(net, x, y, drawn=drawn, **weights)
@@ -160,12 +160,12 @@ def naive_fgsm(net, x, y, eps):
     return found
 
 
-def test_both_signs_of_both_fgsm_terms_by_hand():
+def test_both_signs_of_both_fgsm_terms_equal_those_computed_by_hand():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(),
                         nn.Dropout(0.5), nn.Linear(64, 4)).double()
     net[1].running_mean += 0.3
-    net[4].eval()  # a part of its own mode
+    net[4].eval()  # a part with its own mode
     for p in net.parameters():
         p.grad = torch.full_like(p, 7.0)
     x, y = minibatch()
@@ -181,7 +181,7 @@ def test_both_signs_of_both_fgsm_terms_by_hand():
 
 
 @pytest.mark.parametrize("missing", WEIGHTS)
-def test_a_term_of_weight_zero_is_not_made(missing):
+def test_a_term_of_weight_zero_is_not_computed(missing):
     net, (x, y) = curved(), minibatch()
     weights = dict.fromkeys(WEIGHTS, 1.0) | {missing: 0.0}
     found = terms_of(net, x, y, **weights)
@@ -191,7 +191,7 @@ def test_a_term_of_weight_zero_is_not_made(missing):
         len(found) - 1)
 
 
-def test_what_is_drawn_for_a_minibatch():
+def test_a_minibatch_draws_eps_targets_and_cutmix_with_the_right_probabilities():
     s = SimpleNamespace(classes="abcdef", fgsm_eps=(0.001, 0.08), cutmix_prob=0.3)
     generator = make_generator(0)
     drawn = [draw_once(7, s, generator) for _ in range(1000)]
@@ -230,14 +230,14 @@ def test_defaults_are_the_published_ones(monkeypatch, tmp_path, stage, wanted):
     assert s.chances == PRESETS[s.augment[0]] and s.fgsm_eps == [0.001, 0.08]
 
 
-def test_a_flag_wins_over_the_default_of_the_stage(monkeypatch, tmp_path):
+def test_a_flag_overrides_the_default_of_the_stage(monkeypatch, tmp_path):
     s = built(monkeypatch, tmp_path, "--w_fgsm_target", 0.25, "--cutmix_prob", 0, "--w_cutmix", 2,
               "--augment", "rain").s
     assert (s.w_fgsm, s.w_fgsm_target, s.cutmix_prob, s.w_cutmix, s.chances) == (
         1, 0.25, 0, 2, {"rain": 0.1})
 
 
-def test_the_training_attack_passes_around_gcm(monkeypatch, tmp_path):
+def test_the_training_attack_bypasses_gcm(monkeypatch, tmp_path):
     training = built(monkeypatch, tmp_path, "--head", "own", "--model_name", "vgg_small")
     assert isinstance(training.defended[0], GradientConcealment)
     found, real = {}, train_gcm.terms
@@ -288,7 +288,7 @@ def test_a_step_adds_up_the_gradients_of_all_terms(monkeypatch, tmp_path, cutmix
 
 
 def peak_of_saved_tensors(training, n=16):
-    """Most bytes that a step keeps for its backward passes at any one time."""
+    """Peak number of bytes that a step keeps for its backward passes."""
     alive, peak = 0, 0
 
     class Kept:
@@ -308,13 +308,13 @@ def peak_of_saved_tensors(training, n=16):
     return peak
 
 
-def test_a_step_needs_the_memory_of_one_loss(monkeypatch, tmp_path):
+def test_a_step_needs_only_the_memory_of_one_loss(monkeypatch, tmp_path):
     one = peak_of_saved_tensors(built(monkeypatch, tmp_path, *PLAIN))
     every = built(monkeypatch, tmp_path, "--w_mixup", 1, "--w_cutmix", 1, "--w_fgsm", 1)
     assert one > 1e6 and peak_of_saved_tensors(every) < 1.02 * one
 
 
-def test_gradients_are_averaged_over_processes_once_in_a_step(monkeypatch, tmp_path):
+def test_gradients_are_averaged_over_processes_once_per_step(monkeypatch, tmp_path):
     training, open_now, seen = built(monkeypatch, tmp_path, *EVERY), [], []
 
     class Watched(nn.Module):
@@ -357,7 +357,7 @@ def test_every_process_draws_what_one_process_draws(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("still", ["head", "backbone"])
-def test_head_and_backbone_have_learning_rates_of_their_own(monkeypatch, tmp_path, still):
+def test_head_and_backbone_have_their_own_learning_rates(monkeypatch, tmp_path, still):
     moving = "backbone" if still == "head" else "head"
     training = built(monkeypatch, tmp_path, *PLAIN, f"--lr_{still}", 0, f"--lr_{moving}", 0.01,
                      "--model_name", "vgg_small", "--weight_decay", 0)
@@ -396,7 +396,7 @@ def test_augmentations_are_drawn_anew_in_every_epoch(monkeypatch, tmp_path):
     assert (again.flatten(1).norm(dim=1) > 0.1).all()
 
 
-def test_augmentations_and_mixing_draw_from_different_numbers(monkeypatch, tmp_path):
+def test_augmentations_and_mixing_use_different_random_numbers(monkeypatch, tmp_path):
     training = built(monkeypatch, tmp_path)
     drawn, real = set(), train_gcm.augment
     monkeypatch.setattr(train_gcm, "augment", lambda x, chances, *, generator: (
@@ -405,7 +405,7 @@ def test_augmentations_and_mixing_draw_from_different_numbers(monkeypatch, tmp_p
         [torch.initial_seed(), told(x, None).seed]) or torch.ones(4))
     for _ in range(2):
         training.one_pass(tqdm(disable=True))
-    assert len(drawn) == 6  # three in each pass, with those of the defence
+    assert len(drawn) == 6  # three in each pass, including the defence's
 
 
 def test_an_image_is_augmented_alike_by_any_number_of_processes(monkeypatch, tmp_path):
@@ -427,7 +427,7 @@ def test_an_image_is_augmented_alike_by_any_number_of_processes(monkeypatch, tmp
 # --------------------------------------------------------------- runs, stages
 
 @pytest.mark.slow
-def test_a_run_leaves_the_network_of_its_best_epoch_and_what_made_it(stage1):
+def test_a_run_saves_the_network_of_its_best_epoch_and_its_facts(stage1):
     folder, said = stage1
     assert "76 images of digits in 10 classes, 4 held out" in said and "behind gcm\n" in said
     assert said.splitlines()[-1] == ("saved runs/stage1/stage1_cnn_bn.pth; to measure it: python "
@@ -548,9 +548,9 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_step_of_one(two_processes):
-    """One step only: Adamax follows signs, so that rounding of what is nearly zero shows at once;
-    the weight decay makes the signs depend on the gradient's scale."""
+def test_two_processes_take_the_same_step_as_one(two_processes):
+    """One step only: Adamax follows signs, so rounding of nearly zero gradients shows at once;
+    weight decay makes the signs depend on the gradient's scale."""
     run_in(two_processes, *ONE_STEP, "--save", "one")
     one, two = (weights_of(two_processes / name / "stage1_cnn_bn.pth") for name in ("one", "two"))
     start = trainable("cnn_bn", kind="digits")[1].state_dict()
@@ -674,7 +674,7 @@ def test_photographs_train_a_convnext_unless_another_network_is_given(monkeypatc
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_se_resnet_of_timm_trains_with_every_head(monkeypatch, tmp_path, picture, head):
+def test_an_se_resnet_of_timm_trains_with_every_head(monkeypatch, tmp_path, picture, head):
     pytest.importorskip("timm")
     class_folders(tmp_path, picture)
     training = built(monkeypatch, tmp_path, "--data_dir", "own", *OWN[4:], *PLAIN, "--batch_size",
@@ -742,7 +742,7 @@ def test_a_bad_list_is_refused_in_one_line(tmp_path, picture, name, text, words)
         read_list(path)
 
 
-def test_class_folders_win_over_a_list_in_the_same_folder(tmp_path, picture):
+def test_class_folders_take_precedence_over_a_list_in_the_same_folder(tmp_path, picture):
     picture(tmp_path / "data/val/n01440764/a.png")
     (tmp_path / "data/val.txt").write_text("ILSVRC2012_val_00000001.JPEG 65\n")
     assert open_images(str(tmp_path / "data"), split="test").names == ("n01440764/a.png",)
@@ -759,8 +759,8 @@ def test_held_out_images_are_spread_over_the_classes():
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.15, 0.25, 0.3, 0.4, 0.45, 0.5])
 @pytest.mark.parametrize("size", [20, 40, 100, 7, 13])
-def test_of_every_class_the_share_that_was_asked_for_is_held_out(share, size):
-    """The exact number where it is whole, else one of the two around it."""
+def test_the_requested_share_of_every_class_is_held_out(share, size):
+    """The exact number if it is whole, else one of its two neighbours."""
     found = hold_out(torch.arange(10).repeat(size), share)
     counts = torch.arange(10).repeat(size)[found].bincount(minlength=10)
     exact = round(share * size, 6)
@@ -771,13 +771,13 @@ def test_of_every_class_the_share_that_was_asked_for_is_held_out(share, size):
     assert abs(few - exact) < 1 and abs(most - 3 * exact) < 1 and abs(least - 2 * share) < 1
 
 
-def test_one_in_twenty_is_held_out_as_it_was_in_published_runs():
+def test_one_in_twenty_is_held_out_as_in_published_runs():
     held = hold_out(torch.zeros(200), 0.05).nonzero()[:, 0]
     assert held.tolist() == list(range(10, 200, 20))
 
 
 def test_a_run_that_held_out_other_images_is_refused(tmp_path, picture):
-    """By their number: older versions held out a half for --hold_out 0.4."""
+    """It is told by their number: older versions held out half for --hold_out 0.4."""
     for i in range(20):
         picture(tmp_path / f"data/{'ab'[i % 2]}/{i}.png", seed=i)
     facts = {"data_dir": str(tmp_path / "data"), "hold_out": 0.4, "given_images": None, "stage": 1}
@@ -786,9 +786,8 @@ def test_a_run_that_held_out_other_images_is_refused(tmp_path, picture):
         finished.unseen_by({**facts, "held_out": 10}, facts["data_dir"], "data")
 
 
-def test_a_list_of_test_images_beside_that_for_training_is_what_a_network_is_tested_on(
-        tmp_path, picture):
-    """Both lists name files of one folder, as the challenge's own do."""
+def test_a_network_is_tested_on_the_list_of_test_images_beside_the_training_list(tmp_path, picture):
+    """Both lists name files in one folder, as in the challenge."""
     names = {"train": [], "val": []}
     for i in range(12):
         split = "val" if i % 3 == 0 else "train"
@@ -805,13 +804,13 @@ def test_a_list_of_test_images_beside_that_for_training_is_what_a_network_is_tes
 
 @dataclass(frozen=True)
 class OneOf(Team):
-    """A process whose counts stay its own."""
+    """A process whose counts are not summed over processes."""
     def total(self, values):
         return values
 
 
-def test_every_process_decodes_held_out_images_of_its_own(monkeypatch, tmp_path, picture):
-    """Any number of processes sees the same images, augmented and resized in the same way."""
+def test_each_process_decodes_its_own_held_out_images(monkeypatch, tmp_path, picture):
+    """Any number of processes see the same images, augmented and resized in the same way."""
     names = photographs(tmp_path, picture)
     (tmp_path / "phase1/label.txt").write_text("".join(f"{n} {k}\n" for n, k in names))
     training = built(monkeypatch, tmp_path, "--data_dir", "phase1", *OWN, "--defense",
@@ -858,7 +857,7 @@ def test_training_held_out_and_test_images_do_not_overlap(monkeypatch, tmp_path)
     assert not trained & held and not (trained | held) & set(test.names)
 
 
-def test_a_data_set_with_a_test_split_is_tested_on_it():
+def test_a_network_is_tested_on_the_test_split_if_there_is_one():
     images, held = unseen("digits", "data", 0.1, None)
     assert images.names == open_images("digits", split="test").names and not held
 
@@ -899,7 +898,7 @@ def test_without_tensorboard_the_flag_is_refused_and_no_run_is_lost(
 
 def test_another_network_is_not_trained_into_the_folder_of_a_run(
         stage1, run_here, refused, tmp_path):
-    """Two networks there, and eval_net.py --runs would not know which."""
+    """With two networks there, eval_net.py --runs could not tell which to take."""
     shutil.copytree(stage1[0] / "runs/stage1", tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     name, = (path.stem for path in (tmp_path / "run").glob("stage1_*.pth"))
@@ -911,7 +910,7 @@ def test_another_network_is_not_trained_into_the_folder_of_a_run(
                      "--overwrite"), f"another network, {name}.pth")
 
 
-def test_one_class_is_refused(run_here, refused, tmp_path, picture):
+def test_data_with_a_single_class_is_refused(run_here, refused, tmp_path, picture):
     photographs(tmp_path, picture)  # images/, and no list beside it
     refused(run_here("train_gcm.py", "--data_dir", "phase1", *OWN), "one class, 'images'")
 

@@ -1,5 +1,5 @@
-"""Random numbers of an image: Philox compared with its published answers and with a loop over
-Python integers; even, independent, the same in any batch. Limits are five standard deviations.
+"""Random numbers per image: Philox compared with its published answers and with a loop over Python
+integers; even, independent, the same in any batch. Limits are five standard deviations.
 """
 
 import math
@@ -21,7 +21,7 @@ NORMS = ("linf", "l2", "l1")
 
 
 def naive_philox(counter, key):
-    """One block of four words, as the paper writes it, with unlimited integers."""
+    """One block of four words, as in the paper, with unbounded integers."""
     c, (k0, k1) = list(counter), key
     for number in range(10):
         if number:
@@ -44,15 +44,15 @@ def hexadecimal(text):
      "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
      "d16cfe09 94fdcceb 5001e420 24126ea1")], ids=["zeros", "ones", "pi"])
-def test_the_answers_of_random123(counter, key, answer):
-    """Its file tests/kat_vectors, philox4x32 of 10 rounds."""
+def test_philox_gives_the_answers_of_random123(counter, key, answer):
+    """From its file tests/kat_vectors: philox4x32 with 10 rounds."""
     counter, key, answer = hexadecimal(counter), hexadecimal(key), hexadecimal(answer)
     assert list(philox(counter, key)) == naive_philox(counter, key) == answer
     words = philox([torch.tensor([word]) for word in counter], key)
     assert [word.item() for word in words] == answer
 
 
-def test_a_number_is_that_of_a_loop_over_seed_image_turn_and_position():
+def test_numbers_equal_those_of_a_loop_over_seed_image_turn_and_position():
     images, turns = [0, 7, 2 ** 32 + 5, 2 ** 62], [0, 1, 2 ** 31, WORD]
     for seed in (0, 1, 2 ** 63 + 12345, 2 ** 64 - 1):
         found = Chance(seed, torch.tensor(images), torch.tensor(turns)).words(3, 3)
@@ -65,14 +65,14 @@ def test_a_number_is_that_of_a_loop_over_seed_image_turn_and_position():
                            Chance(seed, torch.tensor(images), torch.full((4,), 3)).words(2))
 
 
-def test_another_stream_has_the_seed_that_philox_gives():
+def test_the_seed_of_another_stream_is_computed_by_philox():
     for seed, k in ((0, 0), (5, 1), (2 ** 64 - 1, 2 ** 40 + 3)):
         low, high, *_ = naive_philox((k % 2 ** 32, k // 2 ** 32, WORD, WORD),
                                      (seed % 2 ** 32, seed // 2 ** 32))
         assert chances(2, seed).fold(k).seed == low + 2 ** 32 * high
 
 
-def test_every_kind_of_number_is_made_of_the_same_words():
+def test_all_kinds_of_numbers_are_made_from_the_same_words():
     own = chances(5, 3)
     words = own.words(7)
     assert torch.equal(own.uniform(7).double(), (words // 256).double() / 2 ** 24)
@@ -89,7 +89,7 @@ def test_every_kind_of_number_is_made_of_the_same_words():
         assert made(4).dtype == torch.float32 and torch.equal(made(4), made(4))
 
 
-def test_normal_numbers_are_those_of_box_and_muller():
+def test_normal_numbers_follow_box_and_muller():
     own = chances(3, 8)
     u, v = own.uniform(2, 5).double().unbind(1)
     length = (-2 * (1 - u).log()).sqrt()
@@ -110,14 +110,14 @@ def test_every_device_gives_the_same_numbers():
 # ------------------------------------------------------------------- even and independent
 
 def evenness(counts):
-    """How many standard deviations chi square of these counts is from its mean."""
+    """Distance of the chi square of these counts from its mean, in standard deviations."""
     expected = counts.sum() / len(counts)
     free = len(counts) - 1
     return float((((counts - expected) ** 2 / expected).sum() - free) / math.sqrt(2 * free))
 
 
 def related(a, b):
-    """How many standard deviations the correlation of two samples is from zero."""
+    """Distance of the correlation of two samples from zero, in standard deviations."""
     a, b = (t.flatten().double() for t in (a, b))
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt()
@@ -125,14 +125,14 @@ def related(a, b):
 
 
 def distance(sample, cdf):
-    """Kolmogorov's distance of a sample (n,), times sqrt(n): above 1.95 once in a thousand."""
+    """Kolmogorov-Smirnov distance of a sample (n,) times sqrt(n): above 1.95 once in a thousand."""
     n, seen = len(sample), cdf(sample.double().sort().values)
     steps = torch.arange(n + 1) / n
     return float(torch.maximum(steps[1:] - seen, seen - steps[:-1]).max() * math.sqrt(n))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2 ** 40])
-def test_bytes_bits_and_uniform_numbers_are_even(seed):
+def test_bytes_bits_and_uniform_numbers_are_evenly_distributed(seed):
     words = chances(8, seed).words(1 << 15).flatten()
     for shift in (0, 8, 16, 24):
         assert abs(evenness(torch.bincount(words >> shift & 255, minlength=256))) < SIGMAS
@@ -165,7 +165,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_numbers_are_independent(pair):
-    """No correlation, none of the squares, and pairs fall evenly into 32 x 32 cells."""
+    """Values and squares are uncorrelated, and pairs fall evenly into 32 x 32 cells."""
     a, b = PAIRS[pair](chances(9, 12))
     assert not torch.equal(a, b)
     assert abs(related(a, b)) < SIGMAS
@@ -176,20 +176,20 @@ def test_numbers_are_independent(pair):
         assert abs(evenness(torch.bincount(cell.flatten(), minlength=1024))) < SIGMAS
 
 
-def test_normal_numbers_have_the_moments_and_the_distribution():
+def test_normal_numbers_have_the_right_moments_and_distribution():
     z = chances(6, 1).normal(1 << 14).flatten().double()
     n, normal = len(z), torch.distributions.Normal(0.0, 1.0)
     for power, wanted, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         assert abs((z ** power).mean() - wanted) < SIGMAS * math.sqrt(variance / n), power
     assert distance(z, normal.cdf) < 1.95 and z.isfinite().all() and 3.5 < z.abs().max() < 5.8
-    assert distance(chances(n, 1).normal(), normal.cdf) < 1.95  # one of each image
+    assert distance(chances(n, 1).normal(), normal.cdf) < 1.95  # one per image
 
 
 # ------------------------------------------------------------------------------ the ball
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_random_points_fill_the_ball_evenly(norm):
-    """(r / eps)^D of their norms r is uniform; in two dimensions, so is every coordinate's CDF."""
+    """(r / eps)^D of the norms r is uniform; in two dimensions every coordinate follows its CDF."""
     x, eps = torch.zeros(3000, 3, 2, 2), 0.3
     delta = balls.random_point(x, eps, norm, chances(3000, 4))
     r = balls.norm_of(delta.double(), norm) / eps
@@ -211,7 +211,7 @@ def test_random_points_have_the_type_of_the_images_and_lie_in_the_ball(norm, dty
     delta = balls.random_point(x, 8.0, norm, chances(4))
     assert delta.shape == x.shape and delta.dtype == dtype
     assert (balls.norm_of(delta.double(), norm) <= 8 * (1 + 1e-5)).all()
-    assert (balls.norm_of(delta.double(), norm) > 7.9).all()  # nearly all of so many dimensions
+    assert (balls.norm_of(delta.double(), norm) > 7.9).all()  # most volume is near the surface
     assert not balls.random_point(x, 0.0, norm, chances(4)).any()
 
 
@@ -240,7 +240,7 @@ def test_an_image_has_the_same_numbers_in_any_batch_order_and_subset(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_of_fifty_images_take_as_many_operations_as_of_one(kind):
+def test_numbers_for_fifty_images_take_as_many_operations_as_for_one(kind):
     one, many = (operations(lambda n=n: KINDS[kind](chances(n))) for n in (1, 50))
     assert one == many > 10
 
@@ -255,7 +255,7 @@ ALL_STEPS = {
 
 
 @pytest.mark.parametrize("name", ALL_STEPS)
-def test_attacks_loop_over_no_images(name):
+def test_attacks_do_not_loop_over_images(name):
     """Nothing is fooled, so all images take all steps; behind a random layer."""
     model = attacks.eot(torch.nn.Sequential(ResizePad(8, 8), toy()), 2)
     counts = []
@@ -266,7 +266,7 @@ def test_attacks_loop_over_no_images(name):
     assert counts[0] == counts[1]
 
 
-def test_a_random_layer_loops_over_no_images():
+def test_a_random_layer_does_not_loop_over_images():
     layer, counts = ResizePad(20, 24), []
     for n in (1, 50):
         x = torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(n))
@@ -290,6 +290,6 @@ def test_a_generator_gives_a_seed_and_images_are_numbered():
 
 
 @pytest.mark.parametrize("given", [5, "5", [torch.Generator()] * 3, chances(2)])
-def test_what_is_no_source_of_random_numbers_for_these_images_is_refused(given):
+def test_an_unsuitable_source_of_random_numbers_is_refused(given):
     with pytest.raises(UserError, match=r"type torch\.Generator|type chance\[rows\]"):
         chance_of(given, torch.zeros(3, 2))

@@ -1,5 +1,5 @@
-"""Checkpoints inside a pass: when one is taken, and that a run killed after any of them ends in the
-bytes of an uninterrupted one: every training, every kind of random number, several processes."""
+"""Checkpoints within a pass: when they are taken, and that a run killed after any of them ends with
+the bytes of an uninterrupted one: all trainings, all kinds of random numbers, several processes."""
 
 import csv
 import gc
@@ -27,18 +27,18 @@ ALWAYS = ("--checkpoint_minutes", 1e-9)  # after every minibatch
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the script may catch it."""
+    """Stands for SIGKILL: the script must not catch it."""
 
 
 def rows(path):
-    """log.csv without what is measured by a clock."""
+    """log.csv without timings."""
     with open(path, newline="") as file:
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
                 for row in csv.DictReader(file)]
 
 
 class Walk(Trainer):
-    """Eight minibatches a pass, of four minutes each; every one of them is a random step."""
+    """Eight minibatches per pass, four minutes each; each of them is a random step."""
 
     def __init__(self, now=None, **more):
         self.layer, self.generator = nn.Linear(1, 1, bias=False), torch.Generator().manual_seed(5)
@@ -68,7 +68,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """(rows, minibatches of the pass that is begun) of every checkpoint, in order."""
+    """(rows, minibatches done in the current pass) of every checkpoint, in order."""
     found, real = [], loop.save_pth
     monkeypatch.setattr(loop, "save_pth", lambda path, value: (
         found.append((len(value["rows"]), value.get("inside", {}).get("at", 0))),
@@ -84,12 +84,12 @@ def walked(walk, folder, epochs=2, minutes=10):
 
 # ------------------------------------------------------------------------- when
 
-def test_the_first_minibatch_after_so_many_minutes_is_followed_by_a_checkpoint(folder, saved):
+def test_a_checkpoint_follows_the_first_minibatch_after_the_given_minutes(folder, saved):
     walked(Walk(), folder)
     assert saved == [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]
 
 
-def test_zero_minutes_mean_a_checkpoint_after_each_pass_alone(folder, saved):
+def test_zero_minutes_mean_checkpoints_only_after_each_pass(folder, saved):
     walked(Walk(), folder, minutes=0)
     assert saved == [(1, 0), (2, 0)]
 
@@ -107,7 +107,7 @@ def test_several_processes_ask_the_first_one_now_and_then(folder, saved, monkeyp
     assert asked == [True] * 4 and saved == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
 
 
-def test_the_clock_of_another_process_decides_nothing(folder, saved, monkeypatch):
+def test_only_the_clock_of_the_first_process_decides(folder, saved, monkeypatch):
     monkeypatch.setattr(Team, "everyone", lambda self, value: [value] * 2)
     monkeypatch.setattr(Team, "first_says", lambda self, flag: False)
     monkeypatch.setattr(Walk, "asked", 1)
@@ -115,7 +115,7 @@ def test_the_clock_of_another_process_decides_nothing(folder, saved, monkeypatch
     assert saved == [(1, 0), (2, 0)]
 
 
-def test_the_time_of_a_checkpoint_is_not_that_of_the_pass(folder, monkeypatch):
+def test_the_seconds_of_a_pass_exclude_its_checkpoints(folder, monkeypatch):
     seconds, real = SimpleNamespace(now=0.0), loop.save_pth
     monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds.now)
 
@@ -126,10 +126,10 @@ def test_the_time_of_a_checkpoint_is_not_that_of_the_pass(folder, monkeypatch):
     assert [row["seconds"] for row in walked(Walk(), folder).rows] == [0, 0]
 
 
-# ------------------------------------------------------------------------- going on
+# ------------------------------------------------------------------------- resuming
 
 def killed_at(monkeypatch, count):
-    """Every checkpoint is written, and the run dies after the one of that number inside a pass."""
+    """Kill the run once it has written the count-th checkpoint within a pass."""
     real, left = loop.save_pth, [count]
 
     def save(path, value):
@@ -140,7 +140,7 @@ def killed_at(monkeypatch, count):
     monkeypatch.setattr(loop, "save_pth", save)
 
 
-def test_a_run_killed_after_every_checkpoint_walks_the_same_way(tmp_path, monkeypatch):
+def test_a_run_killed_after_any_checkpoint_takes_the_same_steps(tmp_path, monkeypatch):
     torch.manual_seed(3)
     whole = walked(Walk(), RunFolder(tmp_path / "whole"), minutes=4)
     for at in range(1, 17):
@@ -159,7 +159,7 @@ def test_a_run_killed_after_every_checkpoint_walks_the_same_way(tmp_path, monkey
         assert rows(part / "log.csv") == rows(tmp_path / "whole" / "log.csv")
 
 
-def test_seconds_of_a_pass_count_what_was_done_before_the_kill(folder, monkeypatch):
+def test_the_seconds_of_a_pass_include_those_before_a_kill(folder, monkeypatch):
     seconds = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds.now)
 
@@ -178,7 +178,7 @@ def test_seconds_of_a_pass_count_what_was_done_before_the_kill(folder, monkeypat
     assert walked(again, folder, 1).rows[0]["seconds"] == 16
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(folder):
+def test_a_checkpoint_from_an_older_version_can_be_resumed(folder):
     whole = walked(Walk(), folder, 1)
     state = load_pth(folder / "checkpoint.pth")
     del state["random"]
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(folder):
 
 
 def stopped(folder, at=1):
-    """The checkpoint of a run that was killed inside its first pass."""
+    """The checkpoint of a run killed after its at-th checkpoint within a pass."""
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, at)
         with pytest.raises(Killed):
@@ -200,14 +200,14 @@ def stopped(folder, at=1):
 @pytest.mark.parametrize(("key", "value"), [
     ("at", None), ("at", 0), ("at", -1), ("at", 2.0), ("seconds", "x"), ("seconds", -1.0),
     ("sums", []), ("sums", [3]), ("begun", {}), ("begun", {"generator": torch.zeros(3)})], ids=str)
-def test_a_damaged_middle_of_a_pass_is_refused(folder, key, value):
+def test_damaged_progress_within_a_pass_is_refused(folder, key, value):
     state = stopped(folder)
     state["inside"][key] = value
     with pytest.raises(UserError, match="checkpoint.pth: damaged"):
         Walk().resume(state, folder)
 
 
-def test_a_loss_that_is_not_finite_never_gets_into_a_checkpoint(folder):
+def test_a_loss_that_is_not_finite_is_never_saved_in_a_checkpoint(folder):
     class Broken(Walk):
         def minibatches(self, left):
             for one in super().minibatches(left):
@@ -231,8 +231,8 @@ def test_a_run_cannot_end_before_the_pass_that_it_has_begun(folder):
 
 # ------------------------------------------------------------- minibatches of images
 
-def test_minibatches_that_are_left_out_draw_the_same_and_are_not_decoded(tmp_path, picture,
-                                                                         monkeypatch):
+def test_skipped_minibatches_draw_the_same_numbers_and_are_not_decoded(tmp_path, picture,
+                                                                       monkeypatch):
     for k in range(9):
         picture(tmp_path / "abc"[k % 3] / f"{k}.png", 40, 40, seed=k)
     images, read = open_images(str(tmp_path), split="train").prepared(32, None), []
@@ -312,7 +312,7 @@ def network(num_classes):
 
 
 def result(folder):
-    """What a run leaves but for its clocks: networks, perturbations and the rows of log.csv."""
+    """What a run writes, without timings: networks, perturbations and the rows of log.csv."""
     return {str(path.relative_to(folder)): rows(path) if path.suffix == ".csv" else
             path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.name == "log.csv" or path.suffix == ".pth" and path.stem != "checkpoint"}
@@ -326,13 +326,13 @@ def photos(tmp_path, picture):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_after_every_minibatch_ends_in_the_same_bytes(run_here, tmp_path, photos,
-                                                                   name):
+def test_a_run_killed_after_every_minibatch_ends_with_the_same_bytes(run_here, tmp_path, photos,
+                                                                     name):
     script, *flags = RUNS[name]
     torch.manual_seed(1)
     done = run_here(script, *flags, "--save", "whole")
     assert done.returncode == 0, done.stderr
-    torch.manual_seed(2)  # another process draws its dropout from elsewhere
+    torch.manual_seed(2)  # another process has other random numbers for dropout
     flags, kills, more = (*flags, *ALWAYS, "--save", "killed"), 0, ()
     while True:
         with pytest.MonkeyPatch.context() as patch:
@@ -371,7 +371,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["sga, random defence", "dropout"])
-def test_a_process_killed_by_signal_9_inside_a_pass_goes_on(run_script, tmp_path, photos, name):
+def test_a_run_killed_by_signal_9_within_a_pass_can_be_resumed(run_script, tmp_path, photos, name):
     script, *flags = RUNS[name]
     assert run_script(script, *flags, "--save", "whole").returncode == 0
     killed = subprocess.run(
@@ -385,7 +385,7 @@ def test_a_process_killed_by_signal_9_inside_a_pass_goes_on(run_script, tmp_path
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
-# What two processes do in one launch; arguments: src, a list of [script, flags, kept at].
+# Run by two processes in one launch; arguments: src, a list of [script, flags].
 TOGETHER = """
 import gc, importlib, json, sys
 import torch
@@ -446,6 +446,6 @@ def together(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["free_at", "train_gcm"])
-def test_two_processes_go_on_inside_a_pass_each_with_its_own_random_numbers(together, script):
+def test_two_processes_resume_within_a_pass_each_with_its_own_random_numbers(together, script):
     whole, killed = (result(together / script / name) for name in ("whole", "killed"))
     assert len(whole) >= 2 and whole == killed

@@ -31,7 +31,7 @@ def seeded(seed=0):
 
 
 def eight_bit(n=8, seed=0):
-    """Images on the grid k/255, black and white pixels among them."""
+    """Images on the grid k/255, including black and white pixels."""
     return LEVELS[(255 * pictures(n, seed=seed)).round().long()]
 
 
@@ -53,14 +53,14 @@ def test_the_forward_pass_is_the_identity_within_2e_8(seed):
     assert torch.equal(x, before)
 
 
-def test_it_is_the_formula_of_the_paper():
+def test_gcm_computes_the_formula_of_the_paper():
     x = torch.rand(50, dtype=torch.float64, generator=seeded())
     for w, epsilon in ((1e20, 1e-8), (30.0, 0.01)):
         assert torch.allclose(GradientConcealment(w, epsilon)(x), x + epsilon * torch.sin(w * x),
                               rtol=0, atol=1e-15)
 
 
-def test_its_gradient_is_multiplied_by_one_plus_epsilon_w_cos_w_x():
+def test_the_gradient_is_multiplied_by_one_plus_epsilon_w_cos_w_x():
     x = torch.rand(50, dtype=torch.float64, generator=seeded(), requires_grad=True)
     g, = torch.autograd.grad(GradientConcealment(40.0, 0.05)(x).sum(), x)
     assert torch.allclose(g, 1 + 0.05 * 40.0 * torch.cos(40.0 * x))
@@ -75,7 +75,7 @@ def test_by_default_the_gradient_is_multiplied_by_up_to_a_trillion_with_either_s
     assert 0.3 < (g < 0).float().mean() < 0.7
 
 
-def test_it_goes_in_front_of_any_model_in_one_line_and_has_no_weights():
+def test_gcm_goes_in_front_of_any_model_in_one_line_and_has_no_weights():
     model, x = toy(), eight_bit()
     defended = nn.Sequential(GradientConcealment(), model)
     assert torch.allclose(defended(x), model(x), rtol=0, atol=1e-5)
@@ -156,7 +156,7 @@ def test_a_smallest_side_out_of_range_is_refused(low, size):
 
 # ---------------------------------------------------- networks behind a defence
 
-def test_none_is_the_model_itself_and_layers_have_the_order_of_their_names():
+def test_none_is_the_model_itself_and_layers_follow_the_order_of_their_names():
     model = toy()
     assert defend(model, "none", size=8) is model
     kinds = {name: [type(part).__name__ for part in defend(model, name, size=8)][:-1]
@@ -169,7 +169,7 @@ def test_none_is_the_model_itself_and_layers_have_the_order_of_their_names():
         defend(model, "jpeg", size=8)
 
 
-def test_the_description_holds_the_settings():
+def test_the_description_contains_the_settings():
     assert describe("none", size=8) == "none"
     said = describe("gcm+resizepad", size=224, w=100.0)
     assert "w=100 epsilon=1e-08" in said and "218-224" in said
@@ -218,8 +218,8 @@ def test_an_adaptive_attack_on_gcm_gives_the_images_of_the_undefended_network(na
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_that_holds_for_every_attack_if_the_layer_changes_no_pixel(name):
-    """apgd and cw_l2 choose their steps by the loss, which enlarges 1e-8 to 1e-3, but not 1e-16."""
+def test_any_adaptive_attack_on_gcm_matches_the_undefended_one_if_no_pixel_changes(name):
+    """apgd and cw_l2 choose steps by the loss, which amplifies 1e-8 to 1e-3, but not 1e-16."""
     model, x = toy(dtype=torch.float64), eight_bit().double()
     y, attack = predicted(model, x), ATTACKS[name]
     bare = attack(model, x, y, generator=seeded())
@@ -253,7 +253,7 @@ def test_the_gradient_of_an_adaptive_attacker_is_the_mean_over_many_forward_pass
     assert torch.allclose(x_adv, (x + step).clamp(0, 1), rtol=0, atol=1e-6)
 
 
-def test_told_of_its_images_a_random_layer_gives_each_the_same_draws_in_any_batch_and_order():
+def test_a_random_layer_told_of_its_images_draws_the_same_for_each_in_any_batch_and_order():
     """Every image counts its own draws: image 1 is absent from the second of four passes."""
     x, layer, own = pictures(3), ResizePad(5, 8), chances(9, 4)[[8, 2, 5]]
     passes = [[0, 1, 2], [2, 0], [1, 2], [2, 1, 0]]
@@ -270,9 +270,9 @@ def test_told_of_its_images_a_random_layer_gives_each_the_same_draws_in_any_batc
         assert not torch.equal(alone[0], alone[1])
 
 
-def test_a_random_layer_draws_from_its_generator_where_nobody_tells_of_its_images():
+def test_a_random_layer_draws_from_its_generator_if_it_is_not_told_of_its_images():
     x, layer, twin = pictures(3), ResizePad(5, 8, seeded(1)), ResizePad(5, 8, seeded(1))
-    with telling(chances(2)):  # not of these three
+    with telling(chances(2)):  # not for these three
         first = layer(x)
     with passing([0]):
         assert torch.equal(first, twin(x)) and torch.equal(layer(x), twin(x))
@@ -286,13 +286,13 @@ def test_a_random_layer_draws_from_its_generator_where_nobody_tells_of_its_image
     assert torch.equal(layer(x), twin(x)) and not torch.equal(inner, outer)
 
 
-def test_two_random_layers_of_a_network_draw_differently():
+def test_two_calls_of_a_random_layer_draw_differently():
     layer, x = ResizePad(1, 24), torch.ones(1, 1, 24, 24)
     with telling(chances(1)):
         assert not torch.equal(layer(x), layer(x))
 
 
-def test_an_attacker_does_not_know_the_draws_by_which_its_images_are_judged():
+def test_an_attacker_does_not_know_the_draws_that_judge_its_images():
     """Even if a user gives both the same Chance."""
     x, seen = pictures(4), []
 

@@ -23,7 +23,7 @@ FEW = ("--num_images", 40, "--eps", EPS, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def deltas(tmp_path_factory):
-    """Two perturbations for digits as files: grid, which is on the 8-bit grid, and free."""
+    """Two perturbations for digits as files: `grid`, on the 8-bit grid, and `free`."""
     folder = tmp_path_factory.mktemp("uaps")
     generator = torch.Generator().manual_seed(0)
     free = (torch.rand((1, 28, 28), generator=generator) * 2 - 1) * EPS
@@ -59,7 +59,7 @@ def table(deltas, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["eval_uap.py", *map(str, flags)])
         eval_uap.main(eval_uap.get_args())
-    gc.collect()  # the lock of the folder goes with the objects of the run
+    gc.collect()  # frees the lock on the folder
     return folder
 
 
@@ -83,7 +83,7 @@ def test_every_figure_equals_a_loop_over_single_images(table, deltas):
 
 
 @pytest.mark.slow
-def test_an_evaluation_leaves_json_csv_markdown_and_pictures(table):
+def test_an_evaluation_writes_json_csv_markdown_and_pictures(table):
     rows = list(csv.DictReader((table / "results.csv").open()))
     assert len(rows) == 4
     assert float(rows[0]["fooling_ratio_low"]) <= float(rows[0]["fooling_ratio"])
@@ -145,7 +145,7 @@ def logits(*classes):
     return torch.eye(10)[list(classes)] - 0.01 * torch.arange(10)  # the runners-up: 0, 1, 2, 3
 
 
-def test_the_counts_of_four_images_by_hand():
+def test_the_counts_of_four_images_equal_those_by_hand():
     counts = measure.UapCounts(target=3)
     # before 0 1 2 3, after 3 1 3 3, labels 0 1 5 3
     counts.add(logits(0, 1, 2, 3), logits(3, 1, 3, 3), logits(3, 1, 2, 3),
@@ -175,7 +175,7 @@ def test_an_image_that_the_perturbation_repairs_counts_in_adv_acc_and_not_in_rob
     assert report_uaps.flat(row)["robust_acc"] == 0.25
 
 
-def test_where_nothing_is_fooled_no_class_is_the_most_frequent_wrong_one():
+def test_without_fooled_images_there_is_no_dominant_class():
     rows = []
     for name, after in (("zero", [0, 1]), ("one", [0, 2])):
         counts = measure.UapCounts()
@@ -200,7 +200,7 @@ def test_wilson_intervals_follow_the_formula():
             1.959964 * math.sqrt(bound * (1 - bound) / 300), rel=1e-5)
 
 
-def test_a_zero_perturbation_fools_nobody_and_old_pictures_are_removed(run_here, tmp_path):
+def test_a_zero_perturbation_fools_nothing_and_old_pictures_are_removed(run_here, tmp_path):
     save_pth(tmp_path / "zero.pth", torch.zeros(1, 28, 28))
     (tmp_path / "table").mkdir()
     for name in ("examples.png", "examples.npz", "heatmap.png"):
@@ -242,7 +242,7 @@ def test_images_are_decoded_once_and_clean_predictions_computed_once(
     assert len(calls) == 2 * 2 * (1 + 3)  # batches x targets x (clean + perturbations)
 
 
-def test_a_pass_goes_on_after_a_commit():
+def test_a_pass_resumes_after_a_commit_but_not_after_a_torch_update():
     images, s = data.open_images("digits", split="test"), Namespace(seed=0)
     first, second, third = (
         eval_uap.depends(s, {"data": "digits", "commit": commit, "torch": torch_}, images, {}, {})
@@ -301,7 +301,7 @@ def test_every_format_reads_as_the_same_perturbation(write, tmp_path):
     assert torch.allclose(delta, DELTA, atol=2e-5)
 
 
-def test_the_facts_decide_the_scale_where_the_values_are_unclear(tmp_path):
+def test_the_facts_decide_the_scale_if_the_values_are_ambiguous(tmp_path):
     save_pth(tmp_path / "u.pth", DELTA * 25.5)  # up to 1: on either scale
     with pytest.raises(UserError, match="--scale 1 or --scale 255"):
         uaps.read_uap(tmp_path / "u.pth", **READ)
@@ -387,8 +387,7 @@ def test_another_size_is_refused_unless_resized_within_eps(run_here, refused, tm
     assert larger.abs().max() <= EPS
 
 
-def test_a_folder_stands_for_its_perturbations_that_were_made_on_this_kind_of_data(
-        tmp_path, deltas):
+def test_a_folder_stands_for_its_perturbations_for_this_kind_of_data(tmp_path, deltas):
     for kind in ("digits", "imagenet"):
         (tmp_path / kind).mkdir()
         save_pth(tmp_path / kind / "sga.pth", deltas["grid"])
@@ -418,7 +417,7 @@ def test_a_folder_stands_for_its_perturbations_that_were_made_on_this_kind_of_da
     ((), (), "n: 6 (these are the images that u was made on);"),
     ((), ("--num_images", 4), "n: 4 (these are the images that u was made on);"),
     (("--num_images", 4), (), "n: 6 (some of these are the images that u was made on);")])
-def test_a_perturbation_measured_on_its_training_images_is_said_to_be(
+def test_a_perturbation_measured_on_its_training_images_is_reported_as_such(
         run_here, tmp_path, picture, made, measured, said):
     for k in range(2):
         for i in range(3):
@@ -457,7 +456,7 @@ def made_with(name, **facts):
                     {"name": "sga_cnn", "method": "sga", "epochs": 20, **facts})
 
 
-def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged():
+def test_only_runs_that_differ_only_in_the_seed_are_averaged():
     found = [made_with("a", seed=0), made_with("b", seed=1), made_with("again", seed=1),
              made_with("c", seed=0, epochs=80), made_with("d", seed=5, epochs=80),
              made_with("alone", seed=0, epochs=5), uaps.Uap("foreign", None, torch.zeros(1, 2, 2))]
@@ -471,7 +470,7 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged():
     assert "| sga_cnn epochs=80 | 2 | 20.0 ± 0.0 |" in table
 
 
-def test_runs_of_different_layers_are_not_seeds_of_one_method():
+def test_runs_on_different_layers_are_not_averaged_as_seeds():
     found = [made_with(f"{layer}{seed}", seed=seed, layers=[layer]) for layer in "ab"
              for seed in (0, 1)]
     found += [made_with("c", seed=2, layers=["c"]), made_with("older", seed=3)]

@@ -1,6 +1,4 @@
-"""eval_net.py's curves, saved images and transfer: their cells compared with the attacks called by
-hand.
-"""
+"""eval_net.py's curves, saved images and transfer: cells compared with attacks called by hand."""
 
 import csv
 import json
@@ -66,7 +64,7 @@ def filled(found, cells):
 
 # ------------------------------------------------------------------------ curves
 
-def test_a_curve_is_the_attack_at_every_radius_on_what_is_left(images, s, monkeypatch):
+def test_a_curve_runs_the_attack_at_every_radius_on_the_surviving_images(images, s, monkeypatch):
     apgd = partial(attacks.apgd, steps=8)
     monkeypatch.setattr(curves, "apgd", apgd)
     monkeypatch.setattr(curves, "FAB_STEPS", 4)
@@ -113,7 +111,7 @@ def test_a_random_defence_has_no_curve_of_fab(images, s):
         "APGD-CE, adaptive", "APGD-CE, naive"}
 
 
-def test_behind_a_defence_there_are_two_curves(images, s):
+def test_a_defended_network_has_an_adaptive_and_a_naive_curve(images, s):
     net = network("a", nn.Sequential(nn.Identity(), toy()), "gcm")
     found = curves.attackers(net, s)
     assert set(found) == {"adaptive", "naive"}
@@ -135,7 +133,7 @@ def test_rounded_images_are_levels_inside_the_ball(images, norm, eps):
     assert found.dtype == torch.uint8
     assert (balls.norm_of(moved, norm) <= 255 * eps * (1 + 1e-6)).all()
     assert (moved - 255 * (x_adv.double() - x.double())).abs().max() < 1
-    if norm == "linf":  # the nearest levels that are inside
+    if norm == "linf":  # the nearest levels inside
         wanted = np.clip(np.rint(255 * (x_adv - x).double().numpy()), -8, 8)
         assert (moved.numpy() == wanted).all() and moved.abs().max() == 8
     else:
@@ -149,7 +147,7 @@ def test_images_are_rounded_on_the_cpu_as_some_gpus_have_no_float64():
     assert (saved.rounded_inside(OnGpu(), OnGpu(), 0.1, "linf") == 128).all()
 
 
-def test_saved_images_are_measured_again_and_as_from_images(images, s):
+def test_saved_images_are_measured_after_saving_and_again_by_from_images(images, s):
     net, attack = network("a/b"), measure.Attack("PGD (5)", "linf", 0.06, partial(
         attacks.pgd, eps=0.06, steps=5))
     cells = clean_cells([net], images, s)
@@ -224,14 +222,14 @@ SAVING = ("eval_net.py", "--model_name", "mlp", "--num_images", 100, "--device",
 
 @pytest.fixture
 def weights(tmp_path):
-    """a.pth and b.pth: two networks of one name."""
+    """a.pth and b.pth: two networks with the same name."""
     for seed, name in enumerate("ab"):
         state = trainable("mlp", kind="digits", seed=seed)[1].state_dict()
         save_pth(tmp_path / f"{name}.pth", state)
 
 
 def held(folder):
-    """{file: what it holds} of a folder of saved images."""
+    """{file: content} of a folder of saved images."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -266,7 +264,7 @@ def test_images_of_another_command_are_refused_or_replaced(run_here, refused, we
 
 @pytest.mark.parametrize("lost", ["elsewhere", "folder", "one image", "images.csv",
                                   "nothing"])
-def test_images_that_are_not_all_there_are_made_again(run_here, weights, tmp_path, lost):
+def test_missing_saved_images_are_made_again(run_here, weights, tmp_path, lost):
     command = (*SAVING, "--weights", "a.pth", "--save", "a")
     said = run_here(*command).stdout
     folder, table = tmp_path / "kept/mlp/FGSM", untimed(tmp_path / "a/results.csv")
@@ -313,12 +311,12 @@ def test_saved_images_that_do_not_fit_are_refused_before_any_attack(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the script may catch it."""
+    """Stands for SIGKILL: the script must not catch it."""
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-def test_a_killed_cell_goes_on_only_where_its_images_are(run_here, weights, tmp_path, monkeypatch,
-                                                         deleted):
+def test_a_killed_cell_resumes_only_if_its_images_still_exist(run_here, weights, tmp_path,
+                                                              monkeypatch, deleted):
     command, folder = (*SAVING, "--weights", "a.pth"), tmp_path / "kept/mlp/FGSM"
     real, saves = (saved.Kept.finish, saved.Kept.__call__), []
 
@@ -342,7 +340,7 @@ def test_a_killed_cell_goes_on_only_where_its_images_are(run_here, weights, tmp_
 # ------------------------------------------------------------------------ transfer
 
 @pytest.mark.parametrize("diverse", [False, True])
-def test_a_transfer_is_the_sources_images_on_the_target(diverse, images, s):
+def test_a_transfer_measures_the_sources_images_on_the_target(diverse, images, s):
     s.diverse, nets = diverse, [network("a"), network("b", toy(seed=1))]
     cells = clean_cells(nets, images, s)
     filled(transfer.missing_cells(nets, attacks.mim, lambda _: images, cells, s, Progress()), cells)
@@ -362,7 +360,7 @@ def test_a_transfer_is_the_sources_images_on_the_target(diverse, images, s):
                                            Progress()))
 
 
-def test_networks_that_take_other_images_have_no_transfer_table(s):
+def test_networks_with_different_geometries_have_no_transfer_table(s):
     s.transfer, nets = True, [network("a"), network("b")]
     transfer.check(nets, s)
     nets[1].target.geometry = paper_geometry(9)
@@ -370,7 +368,7 @@ def test_networks_that_take_other_images_have_no_transfer_table(s):
         transfer.check(nets, s)
 
 
-def test_blurred_gradients_are_those_of_a_loop():
+def test_blurred_gradients_equal_those_of_a_loop():
     g = torch.randn(2, 3, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     line = np.exp(-np.linspace(-3, 3, 5) ** 2 / 2)
     kernel = np.outer(line, line) / np.outer(line, line).sum()
@@ -379,7 +377,7 @@ def test_blurred_gradients_are_those_of_a_loop():
     assert blurred(g, 5).numpy() == pytest.approx(wanted)
 
 
-def test_diverse_inputs_change_about_so_many_images():
+def test_diverse_inputs_change_about_the_given_share_of_images():
     seen, x = [], torch.ones(400, 1, 20, 20)
     model = Diverse(lambda z: seen.append(z) or z.flatten(1), 0.3)
     with telling(chances(400)):

@@ -55,7 +55,7 @@ def digits(split, n):
 
 @pytest.fixture(scope="module")
 def weights():
-    """{name: state dict} of networks that were trained on digits for a moment."""
+    """{name: state dict} of networks trained briefly on digits."""
     images, found = digits("train", 600), {}
     x, y = to_float(images.pixels), images.labels
     for name, steps in (("mlp", 40), ("cnn_bn", 60)):
@@ -78,7 +78,7 @@ def network(weights):
 
 
 def save_run(folder, facts, state):
-    """What a training script leaves in its folder."""
+    """Write what a training script leaves in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_pth(folder / f"{facts['name']}.pth", state)
     save_json(folder / f"{facts['name']}.json", facts)
@@ -87,7 +87,7 @@ def save_run(folder, facts, state):
 
 @pytest.fixture
 def leave(tmp_path, weights):
-    """leave(folder, facts, **changed): a finished run of these facts."""
+    """leave(folder, facts, **changed): write a finished run with these facts."""
     def make(folder, facts, state=None, **changed):
         facts = {**facts, **changed}
         return save_run(tmp_path / folder, facts, state or weights[facts["model_name"]])
@@ -101,7 +101,7 @@ def two_operations(monkeypatch):
 
 # --------------------------------------------------------------- the figures, naively
 
-def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, tmp_path):
+def test_the_cells_equal_those_of_the_attacks_called_one_by_one(run_here, leave, tmp_path):
     folder = leave("run", FREE)
     done = run_here("eval_net.py", "--runs", "run", "--num_images", 40, *FEW[2:], "--seed", 3,
                     "--save", "out")
@@ -126,7 +126,7 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
         assert found[f"free8 | {name}"]["after"] == left[name].long().tolist(), name
         assert found[f"free8 | {name}"]["before"] == before.long().tolist()
         assert found[f"free8 | {name}"]["gradients"] == report["gradients"], name
-    assert len({int(right.sum()) for right in left.values()}) == 4  # the comparison says something
+    assert len({int(right.sum()) for right in left.values()}) == 4  # the comparison is not trivial
     x_adv, alive = x[before], torch.ones(int(before.sum())).bool()
     for k, (attack, settings) in enumerate((
             (attacks.apgd, {}), (attacks.apgd, {"loss": "dlr_targeted"}),
@@ -156,7 +156,7 @@ def test_the_cells_are_those_of_the_attacks_called_one_by_one(run_here, leave, t
 
 
 @pytest.mark.slow
-def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
+def test_the_accuracy_under_a_corruption_equals_that_of_a_plain_loop(network):
     operations = {name: augment.OPS[name] for name in TWO}
     images, model = open_images("digits", split="test").prepared(28, 130), network
     found, *others = (measure.accuracy_cell(model, images, operations, batch_size=size, workers=0,
@@ -169,7 +169,7 @@ def test_the_accuracy_under_a_corruption_is_that_of_a_plain_loop(network):
             z = x[None] if name == "clean" else augment.OPS[name](x[None], generator=own)
             right[name] += int(model(z).argmax()) == int(y)
     assert found == {"n": 130, "right": right} and others == [found, found]
-    assert len(set(right.values())) > 1  # the comparison says something
+    assert len(set(right.values())) > 1  # the comparison is not trivial
 
 
 def test_the_mean_over_the_corruptions_leaves_out_the_clean_images():
@@ -202,7 +202,7 @@ def test_the_strongest_attack_works_with_two_and_three_classes():
             name for name in report if isinstance(report[name], dict))
 
 
-def test_networks_whose_strongest_attacks_differ_have_a_column_each():
+def test_networks_whose_strongest_attacks_differ_have_separate_columns():
     cell = {"n": 4, "draws": 1, "before": [1, 1, 1, 0], "after": [1, 0, 0, 0], "seconds": 1.0}
     clean = share(3, 4)
     head, _, *lines = report_nets.main_table([
@@ -216,18 +216,18 @@ def test_networks_whose_strongest_attacks_differ_have_a_column_each():
         ["25.0 (4.6-69.9)", "-", "1 |"], ["-", "25.0 (4.6-69.9)", "1 |"]]
 
 
-def test_corruptions_repair_images_and_are_adv_acc_attacks_are_robust_acc():
+def test_corruptions_are_reported_as_adv_acc_and_attacks_as_robust_acc():
     cell = {"n": 4, "draws": 1, "before": [1, 1, 0, 0], "after": [1, 0, 0, 0], "seconds": 1.0}
     net = report_nets.Measured("a", {}, None, share(2, 4), {"FGSM": cell},
                                {"clean": share(2, 4), "fog": share(3, 4)}, {})
     assert [(row["metric"], row["under"], row["k"]) for row in report_nets.csv_rows([net])] == [
         ("clean_acc", "none", 2), ("robust_acc", "FGSM", 1), ("attack_robustness", "FGSM", 1),
-        ("adv_acc", "fog", 3)]  # and not the clean images, in one forward pass, a second time
+        ("adv_acc", "fog", 3)]  # the clean images are not listed a second time
     assert "Accuracy under each operation, %, in one forward pass each" in report_nets.tables([net])
 
 
-def test_below_the_table_stands_what_the_attacks_returned_and_beside_it_what_they_took(
-        run_here, leave, tmp_path):
+def test_the_table_shows_the_audit_of_the_attacks_below_and_their_seconds_beside(run_here, leave,
+                                                                                 tmp_path):
     leave("free", FREE)
     leave("pgd", FREE, name="pgd_mlp", method="pgd")
     command = ("eval_net.py", "--runs", "free", "pgd", *FEW, "--attacks", "fgsm", "pgd20",
@@ -298,8 +298,8 @@ def test_a_network_behind_gcm_is_attacked_by_the_adaptive_attacker(run_here, lea
     assert "defended behind GCM w=1e+20" in done.stdout
 
 
-def test_a_network_by_name_is_measured_behind_the_defence_of_the_flag(run_here, leave, tmp_path):
-    """The same cells as of a run whose own defence that is."""
+def test_a_network_by_name_is_measured_behind_the_defence_given_by_flag(run_here, leave, tmp_path):
+    """The cells equal those of a run that has this defence itself."""
     folder = leave("run", STAGE, defense="gcm+resizepad", low=12)
     attacked = (*FEW, "--attacks", "fgsm", "--eps", 0.1, "--draws", 2)
     by_name = run_here("eval_net.py", "--model_name", "cnn_bn", "--weights",
@@ -313,7 +313,7 @@ def test_a_network_by_name_is_measured_behind_the_defence_of_the_flag(run_here, 
         assert found[f"cnn_bn | {cell}"]["after"] == wanted[f"run | {cell}"]["after"]
 
 
-def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, tmp_path):
+def test_a_network_is_measured_behind_its_defence_with_all_draws(run_here, leave, tmp_path):
     folder = leave("run", STAGE, defense="resizepad", low=12)
     done = run_here("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "--draws", 3,
                     "--seed", 5, "--save", "out")
@@ -331,7 +331,7 @@ def test_a_network_is_measured_behind_its_defence_in_all_draws(run_here, leave, 
     assert "adaptive (EOT of 3)" in done.stdout and "always to the end" in done.stdout
 
 
-def test_images_never_leave_early_where_the_network_is_random():
+def test_images_never_leave_early_if_the_network_is_random():
     for draws in (0, 3):
         found = eval_net.attacks_in("linf", 0.1, 5, 10, draws)
         assert {found[name].run.keywords["stop_early"] for name in ("pgd20", "pgd50x10", "cw50")
@@ -402,7 +402,7 @@ def test_changes_by_chance_are_shown_for_a_random_defence(run_here, leave, tmp_p
 
 # -------------------------------------------------------------------------- tables
 
-def test_adversarially_trained_runs_stand_in_one_table(run_here, leave, tmp_path):
+def test_adversarially_trained_runs_share_one_table(run_here, leave, tmp_path):
     leave("natural", FREE, name="natural_mlp", method="natural", seconds=120.0)
     leave("eight", FREE)
     leave("quarter", FREE, alpha=0.025)
@@ -439,7 +439,7 @@ def test_names_of_runs_tell_box_from_ball_and_seeds_apart(leave, tmp_path):
         "pgd"]
 
 
-def test_the_training_times_of_other_devices_are_not_compared(run_here, leave):
+def test_training_times_on_different_devices_are_not_compared(run_here, leave):
     leave("eight", FREE)
     leave("pgd", FREE, name="pgd_mlp", method="pgd", device="cuda")
     done = run_here("eval_net.py", "--runs", "eight", "pgd", *FEW, "--attacks", "fgsm", "pgd20")
@@ -459,14 +459,14 @@ def columns(name="free8", eps=8 / 255, **changed):
 @pytest.mark.parametrize("other", [
     {"model_name": "cnn_bn"}, {"eps": 4 / 255}, {"weight_steps": 8000}, {"kind": "mnist"},
     {"name": "free8 (box)"}, {"given_images": 500}, {"name": "pgd", "method": "pgd", "steps": 10}])
-def test_the_papers_figures_stand_only_beside_networks_trained_as_its_own(other):
+def test_the_papers_figures_are_shown_only_beside_networks_trained_as_in_the_paper(other):
     lines = report_nets.main_table([columns(), columns(**other)]).splitlines()
     assert lines[0].endswith("| s | paper: clean | paper: PGD-20-10 | paper: minutes |")
     assert lines[2].endswith("| 85.96 | 46.33 | 785 |") and lines[3].endswith("| - | - | - |")
     assert "paper" not in report_nets.main_table([columns(**other)])
 
 
-def test_the_claims_name_the_papers_figures_on_cifar10_alone():
+def test_the_claims_name_the_papers_figures_on_cifar10_only():
     def said(kind):
         return report_nets.claims([columns("natural", kind=kind), columns("free8", kind=kind),
                                    columns("pgd", kind=kind)])
@@ -474,8 +474,8 @@ def test_the_claims_name_the_papers_figures_on_cifar10_alone():
     assert "paper" not in said("mnist") and "free8 compared with pgd-7" in said("mnist")
 
 
-def test_on_cifar10_no_figure_of_the_paper_stands_beside_another_network(
-        run_here, leave, tmp_path, picture):
+def test_no_figure_of_the_paper_is_shown_beside_another_network_on_cifar10(run_here, leave,
+                                                                           tmp_path, picture):
     for k, name in enumerate(("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
                               "horse", "ship", "truck")):
         picture(tmp_path / "tiny" / "test" / name / "a.png", 32, 32, seed=k)
@@ -491,8 +491,8 @@ def test_on_cifar10_no_figure_of_the_paper_stands_beside_another_network(
     assert lines[0].endswith("| FGSM | s |") and "paper" not in done.stdout
 
 
-def test_the_challenges_runs_stand_in_one_table_with_their_robustness(
-        run_here, leave, tmp_path, two_operations):
+def test_the_challenges_runs_share_one_table_with_their_robustness(run_here, leave, tmp_path,
+                                                                   two_operations):
     leave("stage1", STAGE)
     leave("stage2", STAGE, name="stage2_cnn_bn", stage=2, defense="gcm+resizepad", w_fgsm=1.0,
           augment=["rain", "fog"])
@@ -544,7 +544,7 @@ def test_the_challenges_runs_stand_in_one_table_with_their_robustness(
         assert "AR, " not in done.stdout and "; AR: " not in done.stdout
 
 
-def test_runs_of_all_trainings_and_their_missing_columns(run_here, leave):
+def test_runs_of_all_trainings_share_one_table_with_dashes_for_missing_values(run_here, leave):
     leave("one/seed0", SHEET, name="fgs")
     leave("stage1", STAGE)
     leave("free", FREE)
@@ -573,7 +573,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(run_here, leave, tmp_pat
     ("free_at.py", ("--model_name", "mlp", "--method", "natural", "--epochs", 1), "natural"),
     ("train_gcm.py", ("--batch_size", 40, "--epochs", 1, "--augment", "none"), "run"),
     ("fgsm_mnist.py", ("--epochs", 1, "--eval_images", 5, "--queries", 2), "run/seed0")])
-def test_what_each_training_leaves_can_be_measured(run_here, tmp_path, script, flags, name):
+def test_what_each_training_script_writes_can_be_measured(run_here, tmp_path, script, flags, name):
     made = run_here(script, "--num_images", 100, *flags, "--device", "cpu", "--save", "run")
     assert made.returncode == 0, made.stderr
     done = run_here("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "--save", "out")
@@ -593,8 +593,7 @@ def test_a_folder_stands_for_its_perturbations_and_not_for_its_networks(run_here
 
 # ------------------------------------------------------------- which images, which network
 
-def test_a_network_of_train_gcm_is_tested_on_images_that_were_held_out(
-        run_here, leave, tmp_path, picture):
+def test_a_network_of_train_gcm_is_tested_on_held_out_images(run_here, leave, tmp_path, picture):
     for k in range(3):
         for i in range(6):
             picture(tmp_path / "images" / f"c{k}" / f"{i}.png", 32, 32, seed=10 * k + i)
@@ -643,7 +642,7 @@ def test_a_network_is_never_tested_on_its_training_images(
     refused(run_here("eval_uap.py", *by_name), said)
 
 
-def test_a_network_is_told_apart_from_the_folder_that_it_was_not_trained_on(tmp_path, picture):
+def test_only_images_outside_the_training_set_are_left_for_any_pair_of_folders(tmp_path, picture):
     for part in ("train", "val", "flat", "alone/train"):
         for k in range(3):
             for i in range(2):
@@ -664,7 +663,7 @@ def test_a_network_is_told_apart_from_the_folder_that_it_was_not_trained_on(tmp_
             assert n == 0, (trained, tested)
         else:
             assert (len(images), note) == (n, ""), (trained, tested)
-        held = facts | {"hold_out": 0.34, "given_images": None}  # of every third image the second
+        held = facts | {"hold_out": 0.34, "given_images": None}  # the second of every three images
         images, note = finished.unseen_by(held, tested, "data")
         here = n == 0 or trained == str(tmp_path / "gone")
         assert (len(images), note) == ((2, "held out of the training images") if here else (n, "")
@@ -676,7 +675,7 @@ def test_a_network_is_told_apart_from_the_folder_that_it_was_not_trained_on(tmp_
         assert n or note == "without those that a network was trained on"
 
 
-def test_networks_that_are_no_runs_are_tested_on_what_is_left_for_the_runs(tmp_path, picture):
+def test_networks_without_a_run_are_tested_on_the_images_left_for_the_runs(tmp_path, picture):
     for k in range(3):
         for i in range(2):
             picture(tmp_path / "flat" / f"c{k}" / f"{i}.png", 32, 32, seed=k + i)
@@ -690,7 +689,7 @@ def test_networks_that_are_no_runs_are_tested_on_what_is_left_for_the_runs(tmp_p
         finished.images_for([("other", other, *where), ("ours", facts, *where)])
 
 
-def test_the_notes_of_all_networks_are_said_once(monkeypatch):
+def test_each_note_of_the_networks_is_given_once(monkeypatch):
     images = open_images("digits", split="test")
     monkeypatch.setattr(finished, "unseen_by", lambda facts, *_: (images, facts["said"]))
     networks = [(name, {"data_dir": name, "said": said}, name, "data") for name, said in (
@@ -712,7 +711,7 @@ def test_the_data_is_looked_for_where_the_training_found_it():
     assert eval_net.where(flat, own) == ("flat", "data", "b.txt", "imagenet")
 
 
-def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here, tmp_path, picture):
+def test_a_torchvision_network_by_name_is_attacked_on_class_folders(run_here, tmp_path, picture):
     for k, wnid in enumerate(("n01440764", "n02504458")):
         picture(tmp_path / "val" / wnid / "a.png", seed=k)
     (tmp_path / "val" / "n01440764" / "broken.png").write_text("no image")
@@ -732,7 +731,7 @@ def test_a_network_of_torchvision_by_name_is_attacked_on_class_folders(run_here,
         assert cells(tmp_path / "out") == first
 
 
-def test_the_radius_is_that_of_the_training_or_the_data_sets(run_here, leave, tmp_path):
+def test_the_radius_is_that_of_the_training_or_the_data_set(run_here, leave, tmp_path):
     leave("free", FREE)
     leave("sheet", SHEET)
     leave("stage1", STAGE)
@@ -751,16 +750,16 @@ ALL = ("--runs", "free", "stage1", *FEW, "--attacks", "fgsm", "--eps", 0.1, "--c
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the script may catch it."""
+    """Stands for SIGKILL: the script must not catch it."""
 
 
-def test_killed_after_a_cell_the_same_command_gives_the_same_tables(
+def test_a_command_killed_after_a_cell_gives_the_same_tables_when_repeated(
         run_here, leave, tmp_path, monkeypatch, two_operations):
     leave("free", FREE)
     leave("stage1", STAGE, defense="gcm+resizepad", low=20)
     save_pth(tmp_path / "u.pth", 0.1 * torch.randn(1, 28, 28, generator=make_generator(0)))
     monkeypatch.setattr(report_nets.draw, "corruptions", lambda runs: b"")  # slow, not compared
-    monkeypatch.setattr(measure, "time", Namespace(perf_counter=lambda: 0.0))  # of the tables
+    monkeypatch.setattr(measure, "time", Namespace(perf_counter=lambda: 0.0))  # in the tables
     whole = run_here("eval_net.py", *ALL, "--save", "whole")
     assert whole.returncode == 0, whole.stderr
     count = len(cells(tmp_path / "whole"))
@@ -789,8 +788,8 @@ def test_killed_after_a_cell_the_same_command_gives_the_same_tables(
                                                              ).read_bytes(), k
 
 
-def test_other_columns_are_added_to_the_same_folder_also_in_batches_of_another_size(
-        run_here, leave, tmp_path, two_operations):
+def test_new_columns_are_added_to_a_folder_even_with_another_batch_size(run_here, leave, tmp_path,
+                                                                        two_operations):
     leave("free", FREE)
     command = ("--runs", "free", *FEW, "--save", "out")
     assert run_here("eval_net.py", *command, "--attacks", "none", "--corruptions").returncode == 0
@@ -801,7 +800,7 @@ def test_other_columns_are_added_to_the_same_folder_also_in_batches_of_another_s
     assert "; batches of: 7 and 250;" in done.stdout
 
 
-def test_a_network_with_a_note_of_its_own_is_added_to_a_table(run_here, leave, tmp_path):
+def test_a_network_with_its_own_note_can_be_added_to_a_table(run_here, leave, tmp_path):
     leave("free", FREE)
     leave("best", FREE, best_pass=1, validated=9)
     note, flags = "the pass of free8 (best pass) was chosen on 9", (*FEW, "--attacks", "fgsm")
@@ -813,7 +812,7 @@ def test_a_network_with_a_note_of_its_own_is_added_to_a_table(run_here, leave, t
         assert (note in settings["note"]) is (len(cells(tmp_path / "out")) == 4)
 
 
-def test_with_overwrite_everything_is_measured_again(run_here, leave, refused, tmp_path):
+def test_overwrite_measures_everything_again(run_here, leave, refused, tmp_path):
     leave("free", FREE)
     command = ("--runs", "free", *FEW, "--save", "out", "--attacks")
     assert run_here("eval_net.py", *command, "none").returncode == 0
@@ -825,7 +824,7 @@ def test_with_overwrite_everything_is_measured_again(run_here, leave, refused, t
 
 
 @pytest.mark.parametrize("script", ["train_free.sh", "train_gcm.sh"])
-def test_a_training_that_starts_again_is_measured_again(tmp_path, script):
+def test_a_training_started_over_is_measured_again(tmp_path, script):
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> said\n')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "runs").mkdir()
@@ -841,8 +840,8 @@ def test_a_training_that_starts_again_is_measured_again(tmp_path, script):
             assert "gcm.py" in table and ("--overwrite" in table.split()) == again
 
 
-def test_the_tables_of_the_challenge_are_made_again_where_the_network_has_changed(tmp_path):
-    """As by --resume --epochs MORE; a finished training that is started again changes nothing."""
+def test_the_tables_of_the_challenge_are_made_again_if_the_network_has_changed(tmp_path):
+    """As by --resume --epochs MORE; starting a finished training again changes nothing."""
     (tmp_path / "python").write_text(
         '#!/bin/sh\necho "$@" >> said\n'
         'case $1 in *train_gcm.py) mkdir -p runs/challenge/stage$3\n'
@@ -888,9 +887,9 @@ def test_the_tables_of_the_challenge_are_made_with_the_flags_of_its_trainings(tm
     (("--replays=4",), "", "free", ["--method free --replays=4"]),
     (("--recipe", "free"), "2 4", "free2 free4", ["--method free --replays 2 --recipe free",
                                                   "--method free --replays 4 --recipe free"])])
-def test_free_training_has_the_replays_of_the_recipe_unless_some_are_given(tmp_path, flags,
-                                                                           replays, runs, trained):
-    """In a folder with a space in its name; the table is made with the flags that it can have."""
+def test_free_training_uses_the_replays_of_the_recipe_unless_some_are_given(tmp_path, flags,
+                                                                            replays, runs, trained):
+    """In a folder with a space in its name; the table gets only the flags that it accepts."""
     (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" != -c ] || exit 0\n'
                                      'for a; do printf "%s|" "$a"; done >> said; echo >> said\n')
     (tmp_path / "python").chmod(0o755)
@@ -945,8 +944,8 @@ def test_what_cannot_be_read_or_written_is_refused_before_a_network_is_loaded(
     refused(run_here("eval_net.py", *flags, "--save", "file"), "file", "cannot write there")
 
 
-def test_a_table_of_another_radius_network_or_perturbation_is_kept(
-        run_here, leave, refused, tmp_path):
+def test_a_table_of_another_radius_network_or_perturbation_is_refused_and_kept(run_here, leave,
+                                                                               refused, tmp_path):
     leave("free", FREE)
     save_pth(tmp_path / "u.pth", torch.zeros(1, 28, 28))
     command = ("--runs", "free", *FEW, "--attacks", "fgsm", "--uaps", "u.pth", "--save", "out")
@@ -999,8 +998,8 @@ def test_a_table_of_another_radius_network_or_perturbation_is_kept(
     (("--data_dir", "own_images", "--model_name", "squeezenet1_1", "--weights", "random"),
      ("--data_dir own_images", "2 classes", "n01440764")),
     (("--eps", 8), ("outside (0, 1]",)), (("--draws", 0), ("at least 1",))], ids=str)
-def test_bad_input_is_one_line_and_nothing_is_measured(run_here, refused, wrong, tmp_path, flags,
-                                                       words):
+def test_bad_input_gives_one_line_and_nothing_is_measured(run_here, refused, wrong, tmp_path, flags,
+                                                          words):
     for path in wrong.iterdir():
         (tmp_path / path.name).symlink_to(path)
     few = FEW[2:] if "--num_images" in flags else FEW
@@ -1010,7 +1009,7 @@ def test_bad_input_is_one_line_and_nothing_is_measured(run_here, refused, wrong,
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory, weights):
-    """A folder with what the bad input names."""
+    """A folder with the files that the bad input names."""
     top = tmp_path_factory.mktemp("wrong")
 
     def leave(folder, facts, **changed):
@@ -1053,7 +1052,7 @@ NONSENSE_STAGE = [
 @pytest.mark.parametrize(("facts", "key", "value"), [
     *((FREE, *pair) for pair in NONSENSE), *((STAGE, *pair) for pair in NONSENSE_STAGE)],
     ids=lambda value: "" if isinstance(value, dict) else str(value))
-def test_nonsense_in_name_json_is_named(facts, key, value):
+def test_nonsense_in_name_json_is_reported_with_its_key(facts, key, value):
     with pytest.raises(UserError, match=f"NAME.json: {key} is "):
         finished.checked({**facts, key: value}, "NAME.json")
 
@@ -1062,8 +1061,8 @@ def test_nonsense_in_name_json_is_named(facts, key, value):
     (FREE, "eps", 8, ("free8_mlp.json", "eps is 8", "train again")),
     (FREE, "model_name", "mlp9", ("mlp9", "did you mean mlp?")),
     (STAGE, "classes", ["0", "1"], ("10 classes", "of the network (2)"))])
-def test_nonsense_is_one_line_for_the_user(run_here, leave, refused, weights, facts, key, value,
-                                           words):
+def test_nonsense_gives_the_user_one_line(run_here, leave, refused, weights, facts, key, value,
+                                          words):
     leave("run", facts, **{key: value}, state=weights[facts["model_name"]])
     refused(run_here("eval_net.py", "--runs", "run", *FEW), *words)
 
@@ -1079,7 +1078,7 @@ def test_a_missing_fact_is_named(run_here, leave, refused, tmp_path, key):
     ("{", ("not JSON",)), ("\xff\x00", ("not JSON",)), ("[1]", ("does not say",)),
     ("3", ("does not say",)), ("{}", ("does not say how the network was trained",)),
     ('{"model_name": "mlp", "kind": "digits"}', ("does not say",))])
-def test_a_name_json_that_is_none_is_one_line(run_here, leave, refused, tmp_path, text, words):
+def test_an_invalid_name_json_gives_one_line(run_here, leave, refused, tmp_path, text, words):
     folder = leave("run", FREE)
     (folder / "free8_mlp.json").write_bytes(text.encode("latin-1"))
     refused(run_here("eval_net.py", "--runs", "run/free8_mlp.pth", *FEW), "free8_mlp.json", *words)
@@ -1089,7 +1088,7 @@ def test_a_name_json_that_is_none_is_one_line(run_here, leave, refused, tmp_path
     "model,row\n", "model,row,attack\nmlp,a,worst case\n",
     "row,attack,attack_robustness\nvanilla,worst case,many\n", "\x00",
     "model,row,attack,seconds,attack_robustness\nmlp,a,fgsm,1.0,1\nmlp,a,worst case,1.0,many\n"])
-def test_a_broken_robustness_table_is_one_line(run_here, leave, refused, tmp_path, text):
+def test_a_broken_robustness_table_gives_one_line(run_here, leave, refused, tmp_path, text):
     folder = leave("stage1", STAGE)
     (folder / "gcm").mkdir()
     (folder / "gcm" / "results.csv").write_text(text)
@@ -1106,13 +1105,13 @@ def test_a_broken_robustness_table_is_one_line(run_here, leave, refused, tmp_pat
             assert "AR, " not in done.stdout
 
 
-def test_every_fact_that_is_needed_has_a_check():
+def test_every_required_fact_has_a_check():
     assert {key for keys in finished.NEEDED.values() for key in keys} <= finished.VALID.keys()
     assert all(finished.VALID[key](value) for facts in (FREE, STAGE, SHEET)
                for key, value in facts.items() if key in finished.VALID)
 
 
-def test_the_command_runs_in_a_process_of_its_own(run_script, leave, tmp_path):
+def test_the_command_runs_in_a_separate_process(run_script, leave, tmp_path):
     leave("run", FREE)
     done = run_script("eval_net.py", "--runs", "run", *FEW, "--attacks", "fgsm", "strongest_quick")
     assert done.returncode == 0, done.stderr

@@ -69,7 +69,7 @@ def test_the_joint_step_takes_two_backward_passes_and_not_three(monkeypatch):
 
 
 def exercise(*flags, train="fgs"):
-    """The training of these flags on ten digits, on which no epoch has run yet."""
+    """The training for these flags on ten digits, before its first epoch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fgsm_mnist.py", "--num_images", "10", "--train", train,
                                     *flags])
@@ -82,7 +82,7 @@ def test_sgd_takes_the_step_of_the_sheet_along_the_sum_of_both_gradients():
     x, y = fgsm_mnist.batch(training.images, torch.arange(6), CPU)
     before = [p.detach().clone() for p in training.model.parameters()]
     x_adv = fgsm(training.model, x, y, eps=0.1)
-    for k in range(2):  # the second step shows that nothing of the first is left, as momentum
+    for k in range(2):  # the second step shows that the first leaves nothing, such as momentum
         if k:
             x_adv = fgsm(training.model, x, y, eps=0.1)
         params = list(training.model.parameters())
@@ -114,7 +114,7 @@ def test_adam_gets_the_sum_of_both_gradients():
 
 
 @pytest.mark.parametrize("name", ["clean", "noise", "fgs", "fgv"])
-def test_what_train_names_is_added_to_the_clean_batch(name):
+def test_each_choice_of_train_adds_its_images_to_the_clean_batch(name):
     training = exercise("--alpha_fgs", "0.1", "--alpha_fgv", "0.2", train=name)
     x, seen = torch.rand(4, 1, 28, 28), []
     g = torch.randn(x.shape)
@@ -128,26 +128,26 @@ def test_what_train_names_is_added_to_the_clean_batch(name):
         return
     assert torch.equal(training.adversary(x, g), wanted)
     assert torch.equal(training.generator.get_state(), state) is (name != "noise")
-    training.adversary = lambda x, g: seen.append(g) or x  # it is what a step uses
+    training.adversary = lambda x, g: seen.append(g) or x  # this is what a step uses
     training.step(x, torch.tensor([0, 1, 2, 3]))
     assert seen[0].shape == x.shape
 
 
 @pytest.mark.parametrize(("train", "label"), [("clean", "true"), ("noise", "true"),
                                               ("fgs", "predicted"), ("fgv", "predicted")])
-def test_the_predicted_label_is_left_out_where_nothing_is_attacked(train, label, capsys):
+def test_the_predicted_label_is_ignored_if_nothing_is_attacked(train, label, capsys):
     training = exercise("--label", "predicted", train=train)
     assert training.s.label == label
     assert ("left out" in capsys.readouterr().out) is (label == "true")
 
 
-def test_without_lr_each_optimiser_has_its_own():
+def test_each_optimiser_has_its_own_default_lr():
     assert exercise().s.lr == 0.001
     assert exercise("--optimizer", "sgd").s.lr == 0.05
     assert exercise("--optimizer", "sgd", "--lr", "0").s.lr == 0
 
 
-def test_the_curve_has_pgd_40_on_its_own_images_and_draws_nothing_from_the_training(tmp_path):
+def test_the_curve_measures_pgd_40_on_its_own_images_and_leaves_the_rng_alone(tmp_path):
     """The same figure as after the training, and the same network with and without it."""
     training = exercise(train="clean")
     training.model.eval()
@@ -160,7 +160,7 @@ def test_the_curve_has_pgd_40_on_its_own_images_and_draws_nothing_from_the_train
     assert torch.equal(state, training.generator.get_state())
 
 
-def test_the_curve_is_that_of_the_network_in_evaluation_mode():
+def test_the_curve_measures_the_network_in_evaluation_mode():
     training = exercise("--batch_norm")
     training.watched = training.test.prepared(training.test.size, 20)
     training.model.train()
@@ -171,7 +171,7 @@ def test_the_curve_is_that_of_the_network_in_evaluation_mode():
         **fgsm_mnist.stronger(training.model, training.watched, training.s, CPU, "pgd40")}.items()}
 
 
-def test_with_the_predicted_label_the_attack_does_not_know_the_true_one():
+def test_an_attack_on_the_predicted_label_does_not_use_the_true_one():
     model, x = toy(torch.float64).requires_grad_(True), pictures(4, torch.float64)
     seen = {}
     predicted = model(x).argmax(1)
@@ -217,7 +217,7 @@ class Ramp(nn.Module):
         return torch.cat([-z, z], 1)
 
 
-def test_the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else():
+def test_the_adversarial_accuracy_counts_only_images_classified_correctly_before():
     """Five pixels: right and far, right and near (two), wrong (two); a step of 0.2 moves them."""
     pixels = torch.tensor([255, 140, 120, 200, 10], dtype=torch.uint8).view(5, 1, 1, 1)
     labels = torch.tensor([1, 1, 0, 0, 1])  # the last two are wrong before
@@ -234,7 +234,7 @@ def test_the_adversarial_accuracy_counts_what_was_right_before_and_nothing_else(
         assert (found[f"{name}_adv_acc"]["k"], found[f"{name}_adv_acc"]["n"]) == (k, 5)
 
 
-def test_images_that_an_attack_repairs_count_for_its_accuracy_over_all_images():
+def test_images_that_an_attack_corrects_count_in_its_accuracy_over_all_images():
     """A network whose slope points the wrong way near one half: the wrong image becomes right."""
     class Reads(nn.Module):
         def forward(self, x):
@@ -251,7 +251,7 @@ def test_images_that_an_attack_repairs_count_for_its_accuracy_over_all_images():
     assert found["fgs_adv_acc"] == share(3, 3)
 
 
-def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
+def test_the_accuracies_equal_those_of_the_attacks_one_image_at_a_time():
     images = load(open_images("digits", split="test").prepared(28, 30), workers=0)
     model = models.freeze(models.trainable("lenet_bn", kind="digits", seed=3))
     found = fgsm_mnist.accuracies(model, images, strengths(0.1, 0.3), CPU)
@@ -267,7 +267,7 @@ def test_the_accuracies_are_those_of_the_attacks_one_image_at_a_time():
 
 
 def test_the_strongest_attack_of_the_exercise_is_that_of_all_scripts():
-    """Plain DLR in place of its APGD-T fools an image less."""
+    """Plain DLR in place of its APGD-T fools one image fewer."""
     class Twelve(SimpleNamespace):
         def __len__(self):
             return 12
@@ -297,7 +297,7 @@ def test_suspicious_figures_are_reported():
                           named)) == 3
 
 
-def test_the_table_names_the_protocol_and_what_is_suspicious():
+def test_the_table_names_the_protocol_and_suspicious_figures():
     facts = {"variation": "fgs", "kind": "mnist", "epochs": 3, "alpha_fgs": 0.3, "alpha_fgv": 0.6,
              "label": "true", "num_images": 60000, "test_images": 1000, "attacked": 1000,
              "device": "cpu", "strongest_quick": "APGD-CE + APGD-T + Square 1000",
@@ -313,7 +313,7 @@ def test_the_table_names_the_protocol_and_what_is_suspicious():
     assert "| PGD-40 | APGD-CE + APGD-T + Square 1000 | s |" in text
 
 
-def test_a_log_that_was_begun_by_an_older_version_is_read(tmp_path):
+def test_a_log_begun_by_an_older_version_can_be_read(tmp_path):
     (tmp_path / "log.csv").write_text("epoch,clean,fgs_adv_acc\n1,0.5,\n2,0.75,0.25\n")
     assert _read_log(tmp_path) == [{"epoch": 1, "clean": 0.5},
                                    {"epoch": 2, "clean": 0.75, "fgs_adv_acc": 0.25}]
@@ -339,18 +339,18 @@ def rows(path):
 
 
 def command(folder, *flags):
-    """fgsm_mnist.py with these flags, in this process. -> what it prints"""
+    """Run fgsm_mnist.py with these flags, in this process. -> what it prints"""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["fgsm_mnist.py", *map(str, (*SMALL, *flags))])
         fgsm_mnist.main(fgsm_mnist.get_args())
-    gc.collect()  # the locks of its folders go with it
+    gc.collect()  # frees the locks on its folders
     return said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a run in runs/digits_fgs (two seeds), by a process of its own, and in clean."""
+    """A folder with runs in runs/digits_fgs (two seeds, in a separate process) and in clean."""
     folder = tmp_path_factory.mktemp("exercise")
     done = subprocess.run(
         [sys.executable, str(SRC / "fgsm_mnist.py"), *map(str, SMALL), "--seeds", "2"],
@@ -362,7 +362,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_whole_command_on_digits(finished):
+def test_the_files_of_the_whole_command_on_digits_agree(finished):
     folder = finished / "runs" / "digits_fgs"
     log = rows(folder / "seed0" / "log.csv")
     assert [row["epoch"] for row in log] == ["1", "2"]
@@ -415,7 +415,7 @@ def test_every_variation_resumes_to_the_same_bytes(finished, tmp_path, flags):
     real, calls = fgsm_mnist.ExerciseTraining.one_pass, []
 
     class Killed(BaseException):
-        """Stands for SIGKILL: nothing of the script may catch it."""
+        """Stands for SIGKILL: the script must not catch it."""
 
     def killing(self, bar):
         if calls:
@@ -475,7 +475,7 @@ def test_the_summary_puts_variations_into_one_table(run_here, refused, finished,
         assert 0 <= one.pop("fgs_adv_acc")["value"] <= 1 and one.pop("fgv_adv_acc")
     assert saved["facts"].pop("optimizer") == "adam, lr 0.001"
     assert saved["facts"].pop("strongest_quick") == "APGD-CE + APGD-T + Square 5"
-    (weak / "results.json").write_text(  # of a run before it was noted, by its older name
+    (weak / "results.json").write_text(  # of a run before it was recorded, by its older name
         json.dumps(saved).replace('"strongest_quick"', '"strongest"'))
     assert "| APGD-CE + APGD-DLR + Square |" in run_here("fgsm_mnist.py", "--summary", weak).stdout
     refused(run_here("fgsm_mnist.py", "--summary", clean, weak),
@@ -493,7 +493,7 @@ def test_the_shell_script_takes_a_folder_with_a_space_in_its_name(tmp_path):
     assert line.endswith("--summary|a b/clean|a b/fgs|a b/clean_bn|a b/fgs_bn|--save|a b|")
 
 
-def test_the_table_of_fifty_epochs_has_the_seeds_that_are_there(tmp_path):
+def test_the_table_of_fifty_epochs_has_the_seeds_that_exist(tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> said\n')
     (tmp_path / "python").chmod(0o755)
     for name in ("clean/seed0", "clean_bn/seed0", "clean_bn/seed10"):
@@ -512,7 +512,7 @@ def test_the_table_of_fifty_epochs_has_the_seeds_that_are_there(tmp_path):
     (("--data_dir", "nowhere"), ("nowhere",)), (("--num_images", 1), ("two at least",)),
     (("--batch_size", 1), ("--batch_size",)), (("--optimizer", "lion"), ("invalid choice",)),
     (("--curve_images", -1), ("--curve_images",))], ids=str)
-def test_bad_input_is_one_line(run_here, refused, flags, words):
+def test_bad_input_gives_one_line(run_here, refused, flags, words):
     refused(run_here("fgsm_mnist.py", *SMALL, *flags), *words)
 
 
@@ -522,6 +522,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run_here, refused, monkeypatc
     refused(run_here("fgsm_mnist.py", *SMALL), "epoch 1", "--lr")
 
 
-def test_a_checkpoint_of_other_flags_is_refused(run_here, refused, finished):
+def test_a_checkpoint_made_with_other_flags_is_refused(run_here, refused, finished):
     refused(run_here("fgsm_mnist.py", *SMALL, "--save", finished / "runs" / "digits_fgs",
                      "--batch_norm", "--resume"), "--batch_norm")

@@ -28,7 +28,7 @@ from utils.attack.fab import to_plane
 NORMS = ("linf", "l2", "l1")
 
 
-# ------------------------------------------------------------------------ on a plane
+# ------------------------------------------------------------------------ onto a plane
 
 def plane_by_bisection(z, w, need, norm):
     """The smallest d with w.d = need and 0 <= z + d <= 1, or the corner that comes nearest."""
@@ -38,7 +38,7 @@ def plane_by_bisection(z, w, need, norm):
         return corner
     if norm == "l2":
         return nearest_linear(w, z, need)
-    if norm == "l1":  # the best coordinate first, as far as the box goes
+    if norm == "l1":  # largest weight first, as far as the box allows
         d = np.zeros_like(z)
         for i in np.argsort(-np.abs(w))[:np.count_nonzero(w)]:
             d[i] = np.sign(w[i]) * min(abs(corner[i]), (need - w @ d) / abs(w[i]))
@@ -52,7 +52,7 @@ def plane_by_bisection(z, w, need, norm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_projection_on_a_plane_is_that_of_a_bisection(norm, dtype):
+def test_the_projection_onto_a_plane_equals_that_of_a_bisection(norm, dtype):
     """Pixels at 0 and 1, gradients that are partly zero, planes on both sides, near and too far."""
     z, g = pictures(24, dtype=dtype), random_weight(24, 192, dtype=dtype).view(24, 3, 8, 8)
     g[:, 0, 0] = 0
@@ -80,7 +80,7 @@ def nearest_of(weight, x, y, norm):
 @pytest.mark.parametrize("classes", [2, K])
 @pytest.mark.parametrize("images", [greys, pictures])
 @pytest.mark.parametrize("norm", NORMS)
-def test_on_a_linear_network_it_finds_the_nearest_image(norm, images, classes):
+def test_fab_finds_the_nearest_image_of_a_linear_network(norm, images, classes):
     """Within half a percent, and none nearer than possible."""
     weight = random_weight(classes, 192)
     model, x = linear(weight), images(10)
@@ -92,7 +92,7 @@ def test_on_a_linear_network_it_finds_the_nearest_image(norm, images, classes):
     assert (found <= best * 1.005).all()
 
 
-def test_with_a_radius_it_succeeds_where_the_nearest_image_is_inside():
+def test_fab_with_a_radius_succeeds_where_the_nearest_image_is_inside():
     weight = random_weight(K, 192)
     model, x = linear(weight), pictures(20)
     y = predicted(model, x)
@@ -105,15 +105,15 @@ def test_with_a_radius_it_succeeds_where_the_nearest_image_is_inside():
 
 
 def test_images_within_the_radius_leave_the_batch():
-    """Each of these is, after a step or two."""
+    """All of these are, after a step or two."""
     model, x, report = Watched(toy()), pictures(6), {}
     y = predicted(model, x)
     assert attacks.fab(model, x, y, eps=0.3, steps=30, targets=1, report=report)[1].all()
     assert len(model.points) <= 3 and report["gradients"] == sum(map(len, model.points))
 
 
-def test_towards_a_target_it_finds_the_nearest_image_of_that_class():
-    """Of two classes: of more, other borders may lie in between."""
+def test_targeted_fab_finds_the_nearest_image_of_the_target_class():
+    """With two classes: with more, other boundaries may lie in between."""
     weight = random_weight(2, 192)
     model, x = linear(weight), pictures(8)
     y = predicted(model, x)
@@ -126,7 +126,7 @@ def test_towards_a_target_it_finds_the_nearest_image_of_that_class():
     assert success.all() and (predicted(model, x_adv) == goal).all()
 
 
-def test_images_that_are_fooled_already_are_not_changed():
+def test_images_that_are_already_fooled_are_not_changed():
     model, x = toy(), pictures(4)
     y = predicted(model, x)
     y[1] = (y[1] + 1) % K
@@ -137,7 +137,7 @@ def test_images_that_are_fooled_already_are_not_changed():
 # ------------------------------------------------------------------------ image by image
 
 def naive_fab(model, x, y, norm, steps, targets):
-    """Alg. 1 towards one class after the other, and every point that was looked at; float64."""
+    """Alg. 1 towards each class in turn, and every point that it visits; float64."""
     points, found = [], []
     for image, label in zip(x, y.tolist(), strict=True):
         best = (np.inf, image)
@@ -167,7 +167,7 @@ def naive_fab(model, x, y, norm, steps, targets):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_fab_is_that_of_its_paper_image_by_image(norm, monkeypatch):
+def test_fab_follows_its_paper_image_by_image(norm, monkeypatch):
     monkeypatch.setattr("utils.attack.fab.SEARCHES", 0)
     model, x = Watched(toy(torch.float64)), pictures(3, torch.float64)
     y = predicted(model, x)
@@ -212,7 +212,7 @@ def test_restarts_begin_at_half_of_the_smallest_norm_or_radius(eps):
 # ------------------------------------------------------------------------ another library
 
 def their_norms(model, x, y, norm, steps, targets):
-    """Of pyautoattack's FAB, without the radius at which it would stop."""
+    """Norms of pyautoattack's FAB, without the radius at which it would stop."""
     attack = library("pyautoattack.fab_pt").FABAttack_PT(
         model, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], n_iter=steps, eps=1.0,
         targeted=True)
@@ -228,8 +228,8 @@ def their_norms(model, x, y, norm, steps, targets):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
-def test_its_median_norm_is_no_larger_than_that_of_pyautoattack(norm):
-    """At the same steps and classes; 3 % are allowed."""
+def test_the_median_norm_is_no_larger_than_that_of_pyautoattack(norm):
+    """With the same steps and classes; 3 % are allowed."""
     model, x, y = digits(24)
     theirs = their_norms(model, x, y, norm, 20, 3)
     x_adv, success = attacks.fab(model, x, y, norm=norm, steps=20, targets=3)

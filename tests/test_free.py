@@ -61,11 +61,11 @@ def trained(passes=2, **changed):
 
 
 def train(*flags):
-    """free_at.py with these flags, in this process."""
+    """Run free_at.py with these flags, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["free_at.py", *map(str, flags)])
         free_at.main(free_at.get_args())
-    gc.collect()  # the lock of the run folder goes with the objects of the run
+    gc.collect()  # frees the lock on the run folder
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def finished(tmp_path_factory):
 
 # ------------------------------------------------------------------ the methods
 
-def test_free_is_algorithm_1_written_naively():
+def test_free_equals_algorithm_1_written_naively():
     """Weights and delta after two minibatches, the gradients taken one at a time."""
     x, m, eps, alpha, lr, mu = pictures(6, torch.float64), 3, 0.2, 0.15, 0.05, 0.9
     y = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -89,7 +89,7 @@ def test_free_is_algorithm_1_written_naively():
     optimizer, delta = torch.optim.SGD(ours.parameters(), lr, mu), torch.zeros_like(x)
     naive_delta = torch.zeros_like(x)
     velocity = [torch.zeros_like(p) for p in theirs.parameters()]
-    for part in (slice(0, 6), slice(2, 6)):  # the second is smaller: the first rows of delta
+    for part in (slice(0, 6), slice(2, 6)):  # the second uses the first rows of delta
         images, labels = x[part], y[part]
 
         def step(z, labels):
@@ -137,8 +137,8 @@ def test_delta_is_kept_from_minibatch_to_minibatch_within_the_radius():
 def replayed(box, m=4, eps=0.3, alpha=0.3):
     """Free training on two minibatches of images k/255 with a black and a white edge.
 
-    -> for every replay x + delta before its step, x + delta after it, and which pixels of delta
-    stayed although the gradient of the network's input asks for another value that is allowed
+    -> for every replay: x + delta before its step, x + delta after it, and which pixels of delta
+    did not move although the gradient of the network's input asks for another allowed value
     """
     model, delta, found = toy().requires_grad_(True), torch.zeros(6, 3, 8, 8), []
     for seed in range(2):
@@ -196,7 +196,7 @@ def test_the_budget_is_counted_in_weight_steps(method, m, epochs, passes):
     assert training.total == passes * 3 * (m if method == "free" else 1)
 
 
-def test_the_schedules():
+def test_the_schedules_follow_their_definitions():
     assert [recipes.rate(k, 80, "step", 7) for k in (0, 39, 40, 59, 60, 79)] == [
         1, 1, 0.1, 0.1, 0.01, 0.01]
     assert [recipes.rate(k, 70, "thirds", 7) for k in (0, 29, 30, 49, 50, 69)] == [  # 3, 5 passes
@@ -221,7 +221,7 @@ def test_fast_takes_one_step_from_a_random_point():
 
 
 def test_fast_moves_black_pixels_whatever_their_start():
-    """Where the start is cut off, fast_adversarial's order still has a gradient."""
+    """Where the start is clipped, fast_adversarial's order still has a gradient."""
     model, y = toy(torch.float64), torch.tensor([1])
     black = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
     u = torch.rand(black.shape, dtype=torch.float64)
@@ -244,12 +244,12 @@ def test_weight_steps_are_taken_on_adversarial_images_within_the_radius(method, 
         assert (near <= 0.1 + 1e-6).all() and (near > 0.05).all()
 
 
-def test_bf16_training_is_float32_training_but_for_rounding():
+def test_bf16_training_equals_float32_training_up_to_rounding():
     (exact, _), (rounded, _) = trained(), trained(amp="bf16")
     assert 0 < (exact - rounded).abs().max() < 0.1
 
 
-def test_crops_and_mirrors_are_those_of_a_loop():
+def test_crops_and_mirrors_equal_those_of_a_loop():
     x = torch.randint(0, 256, (5, 3, 12, 11), dtype=torch.uint8)
     u = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
     u[:, 0] = torch.tensor([0.0, 0.999999, 0.4])
@@ -274,7 +274,7 @@ def photographs(tmp_path, picture):
     return tmp_path / "net"
 
 
-def test_crops_are_those_of_torchvision_with_the_seed_that_is_given(photographs, monkeypatch):
+def test_crops_equal_those_of_torchvision_with_the_given_seed(photographs, monkeypatch):
     images = open_images(photographs, split="train").prepared(32, None)
     plan = [[(0, 5), (4, 6)], [(0, 7)]]
     found = list(random_crops(images, plan, workers=0))
@@ -301,7 +301,7 @@ def test_crops_are_those_of_torchvision_with_the_seed_that_is_given(photographs,
 
 
 class Batch:
-    """Stands for a minibatch in the memory of the CPU, pinned by the loader or not."""
+    """Stands for a minibatch on the CPU, pinned by the loader or not."""
     device = torch.device("cpu")
 
     def __init__(self, pinned):
@@ -340,7 +340,7 @@ def test_crops_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, photo
     assert all(x.sent == ["pinned here"] * (device == "cuda" and not pinned) + sent for x in made)
 
 
-def test_minibatches_are_where_they_are_wanted():
+def test_minibatches_are_on_the_requested_device():
     images = load(open_images("digits", split="train").prepared(28, 20), workers=0)
     for device in ("cpu", "meta"):
         for _, _, x in passes.one_pass(images, 5, torch.Generator(), Team(), vary=True, smallest=1,
@@ -395,7 +395,7 @@ def network_of(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_a_network_that_every_script_takes_its_facts_and_its_curve(finished, method):
+def test_a_run_writes_a_network_that_can_be_loaded_its_facts_and_its_curve(finished, method):
     folder, name = finished(method), {"free": "free2_mlp"}.get(method, f"{method}_mlp")
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
         f"{name}.pth", f"{name}.json", f"{name}_best.pth", f"{name}_best.json", "log.csv",
@@ -427,8 +427,8 @@ TINY = ("--model_name", "cnn_bn", "--epochs", 1, "--replays", 1, "--batch_size",
 
 @pytest.mark.parametrize(("flags", "n", "held"), [
     ((), 60, 6), (("--num_images", 40, "--hold_out", 0.25), 40, 10)])
-def test_without_a_test_split_a_run_is_measured_on_images_that_it_did_not_see(
-        run_here, tmp_path, airplanes, flags, n, held):
+def test_without_a_test_split_a_run_is_measured_on_unseen_images(run_here, tmp_path, airplanes,
+                                                                 flags, n, held):
     folder = airplanes("sixty", 6)
     made = run_here("free_at.py", *TINY, "--data_dir", folder, *flags)
     assert made.returncode == 0, made.stderr
@@ -450,7 +450,7 @@ def test_without_a_test_split_a_run_is_measured_on_images_that_it_did_not_see(
     assert f"n: {held} test images (held out of the training images)" in by_name.stdout
 
 
-def test_a_run_on_train_is_tested_on_what_is_beside_it(run_here, tmp_path, airplanes):
+def test_a_run_on_train_is_tested_on_the_test_folder_beside_it(run_here, tmp_path, airplanes):
     airplanes("both/train", 2)
     test = airplanes("both/test", 3)
     made = run_here("free_at.py", *TINY, "--data_dir", "both/train")
@@ -461,20 +461,20 @@ def test_a_run_on_train_is_tested_on_what_is_beside_it(run_here, tmp_path, airpl
     assert (tested.root.resolve(), len(tested), note) == (test.resolve(), 30, "")
 
 
-def test_test_images_that_cannot_be_read_yet_do_not_stop_a_training(run_here, tmp_path, airplanes):
+def test_test_images_that_are_missing_do_not_stop_a_training(run_here, tmp_path, airplanes):
     airplanes("both/train", 2)
     (tmp_path / "both" / "val").mkdir()
     made = run_here("free_at.py", *TINY, "--data_dir", "both")
     assert made.returncode == 0 and "held out" not in made.stdout, made.stderr
 
 
-def test_a_share_of_no_image_is_refused(run_here, refused, airplanes):
+def test_a_held_out_share_of_no_images_is_refused(run_here, refused, airplanes):
     refused(run_here("free_at.py", *TINY, "--data_dir", airplanes("ten", 1), "--hold_out", 0.01),
             "no test split", "--hold_out 0.01", "none of 10")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the script may catch it."""
+    """Stands for SIGKILL: the script must not catch it."""
 
 
 @pytest.mark.parametrize("method", ["free", "fast", "pgd"])
@@ -501,7 +501,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(run_here, tmp_path, monkeypatch,
         [row[k] for k in keys] for row in rows(whole / "log.csv")]
 
 
-# What two processes do in one launch; arguments: src, a list of methods, a list of flags.
+# Run by two processes in one launch; arguments: src, a list of methods, a list of flags.
 TOGETHER = """
 import copy, gc, json, sys, traceback
 import torch
@@ -600,7 +600,7 @@ SHARED_STEPS = ("--model_name", "mlp", "--num_images", 135, "--batch_size", 50, 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Folder of what two processes left: a run of each method, and one that was resumed."""
+    """The folder of two processes: a run of each method, and one that was resumed."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "together.py").write_text(TOGETHER)
     (folder / "unused.py").write_text(UNUSED)
@@ -615,7 +615,7 @@ def together(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_make_the_network_of_one(finished, together, method):
+def test_two_processes_train_the_same_network_as_one(finished, together, method):
     paths = [network_of(folder) for folder in (finished(method, SHARED_STEPS), together / method)]
     one, two = (torch.load(path, weights_only=True) for path in paths)
     start = models.trainable("mlp", kind="digits")[1].state_dict()
@@ -627,13 +627,13 @@ def test_two_processes_make_the_network_of_one(finished, together, method):
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_network_with_layers_that_take_no_part(together):
+def test_two_processes_train_a_network_with_unused_layers(together):
     saved = torch.load(network_of(together / "unused"), weights_only=True)
     assert "never.weight" in saved and saved["1.weight"].shape == (10, 784)
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_weights_that_take_no_part_are_noticed_and_the_modes_are_kept(used):
+def test_unused_weights_are_detected_and_the_modes_are_kept(used):
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
     if not used:
         net.add_module("never", nn.Linear(2, 3))
@@ -654,7 +654,7 @@ def test_two_processes_resume_with_the_delta_of_both(together):
 
 
 @pytest.mark.slow
-def test_batch_statistics_of_two_processes_are_those_of_the_joint_batch(together):
+def test_batch_statistics_of_two_processes_equal_those_of_the_joint_batch(together):
     for rank in range(2):
         assert (together / f"batch_norm_{rank}.txt").read_text() == "the same"
 
@@ -674,7 +674,7 @@ def test_several_processes_refuse_a_batch_norm_that_does_more_than_torchs(device
     assert not {type(layer) for layer in joint} & {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 
-def test_the_guard_ends_with_the_better_weights(run_here, tmp_path, monkeypatch):
+def test_the_guard_ends_the_run_with_the_better_weights(run_here, tmp_path, monkeypatch):
     values, weights = iter([0.5, 0.6, 0.1, 0.9]), []
 
     def probe(self):
@@ -701,7 +701,7 @@ def test_the_guard_ends_with_the_better_weights(run_here, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "run" / "fast_mlp.json").read_text()) == facts
 
 
-def test_the_guard_can_warn_alone_or_be_off(run_here, tmp_path, monkeypatch):
+def test_the_guard_can_only_warn_or_be_off(run_here, tmp_path, monkeypatch):
     values = iter([0.5, 0.1, 0.2, 0.3])
     monkeypatch.setattr(free_at.FreeTraining, "probe", lambda self: next(values))
     done = run_here("free_at.py", *SMALL, "--method", "fast", "--guard", "warn", "--save", "warn")
@@ -714,7 +714,7 @@ def test_the_guard_can_warn_alone_or_be_off(run_here, tmp_path, monkeypatch):
     assert done.returncode == 0 and "warning" not in done.stdout
 
 
-def test_training_starts_from_weights_that_are_given(run_here, tmp_path, finished):
+def test_training_starts_from_given_weights(run_here, tmp_path, finished):
     first = network_of(finished("natural"))
     done = run_here("free_at.py", *SMALL, "--method", "natural", "--pretrained", first, "--lr", 0,
                     "--save", "second")
@@ -726,7 +726,7 @@ def test_training_starts_from_weights_that_are_given(run_here, tmp_path, finishe
     assert not all(torch.equal(a[k], start[k]) for k in a)
 
 
-def test_a_last_minibatch_of_one_image_is_left_out_and_counted_so(run_here, tmp_path):
+def test_a_last_minibatch_of_one_image_is_left_out_and_not_counted(run_here, tmp_path):
     flags = (*SMALL, "--model_name", "lenet_bn", "--num_images", 65, "--batch_size", 32)
     done = run_here("free_at.py", *flags, "--method", "natural", "--save", "run")
     assert done.returncode == 0, done.stderr
@@ -734,7 +734,7 @@ def test_a_last_minibatch_of_one_image_is_left_out_and_counted_so(run_here, tmp_
     assert rows(tmp_path / "run" / "log.csv")[-1]["weight_steps"] == "8"
 
 
-def test_a_number_of_passes_that_was_rounded_up_is_printed_so(run_here):
+def test_a_rounded_up_number_of_passes_is_marked_in_the_output(run_here):
     done = run_here("free_at.py", *SMALL, "--replays", 3, "--save", "run")
     assert "2 passes (rounded up), 18 weight steps" in done.stdout
 
@@ -748,8 +748,8 @@ def test_a_number_of_passes_that_was_rounded_up_is_printed_so(run_here):
     (("--num_images", 1), ("1 training images", "two at least")),
     (("--pretrained", "nowhere.pth"), ("--pretrained nowhere.pth",)),
     (("--evaluate", "run"), ("--evaluate",))], ids=str)
-def test_bad_input_is_one_line_before_anything_is_trained(run_here, refused, tmp_path, flags,
-                                                          words):
+def test_bad_input_gives_one_line_before_anything_is_trained(run_here, refused, tmp_path, flags,
+                                                             words):
     refused(run_here("free_at.py", *SMALL, *flags), *words)
     assert not list(tmp_path.rglob("checkpoint.pth"))
 

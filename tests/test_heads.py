@@ -43,7 +43,7 @@ def naive(head, x):
 
 
 @pytest.mark.parametrize(("classes", "queries"), [(5, 100), (7, 3)])
-def test_ml_decoder_is_attention_written_naively(classes, queries):
+def test_ml_decoder_equals_attention_written_naively(classes, queries):
     torch.manual_seed(0)
     head = MLDecoder(6, classes, queries=queries, width=8, hidden=10, attention_heads=2).double()
     torch.nn.init.normal_(head.bias)

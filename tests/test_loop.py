@@ -1,4 +1,4 @@
-"""The one loop of epochs: what it leaves, how it resumes, when it refuses to go on."""
+"""The one loop over epochs: what it writes, how it resumes, when it refuses to go on."""
 
 import csv
 import gc
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Walk(Trainer):
-    """A weight that takes a random step an epoch; `losses` may replace what it reports."""
+    """A weight that takes random steps in each epoch; `losses` may replace what it reports."""
 
     def __init__(self, team=None, losses=(), **keep):
         self.layer, self.generator = nn.Linear(1, 1, bias=False), torch.Generator().manual_seed(5)
@@ -49,7 +49,7 @@ def folder(tmp_path):
     return RunFolder(tmp_path / "run")
 
 
-def test_every_epoch_leaves_a_row_a_printed_line_and_a_checkpoint(folder, capsys):
+def test_every_epoch_writes_a_row_a_printed_line_and_a_checkpoint(folder, capsys):
     walk = Walk()
     loop(walk, 3, folder, {"seed": 0})
     lines = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_a_run_stopped_after_any_epoch_resumes_to_the_same_weights_and_rows(tmp_
     for epochs in (1, 2, 4):
         part = RunFolder(tmp_path / f"part{epochs}")
         loop(Walk(), epochs, part, {})
-        (part / "log.csv").unlink()  # as a kill between the checkpoint and the log leaves it
+        (part / "log.csv").unlink()  # as after a kill between the checkpoint and the log
         again = Walk()
         again.resume(part.load_checkpoint({}, resume=True, overwrite=False), part)
         again.measured = epochs
@@ -78,7 +78,7 @@ def test_a_run_stopped_after_any_epoch_resumes_to_the_same_weights_and_rows(tmp_
         assert rows(part) == rows(RunFolder(tmp_path / "whole"))
 
 
-def test_a_trainer_leaves_memory_with_its_last_name(folder):
+def test_a_trainer_is_freed_with_its_last_reference(folder):
     walk = Walk()
     loop(walk, 1, folder, {}, minutes=10)
     gone = weakref.ref(walk)
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(folder, loss):
     assert len(load_pth(folder / "checkpoint.pth")["rows"]) == len(rows(folder)) == 1
 
 
-def test_a_weight_that_is_not_finite_stops_too(folder):
+def test_a_weight_that_is_not_finite_also_stops_the_run(folder):
     walk = Walk(losses=[1.0, 1.0])
     loop(walk, 1, folder, {})
     walk.layer.weight.data.fill_(float("nan"))
@@ -126,7 +126,7 @@ def test_a_trainer_that_stops_ends_the_loop_and_stays_stopped(folder):
     assert len(again.rows) == 2
 
 
-def test_only_the_first_process_writes_and_all_of_them_make_the_state(folder, capsys):
+def test_only_the_first_process_writes_but_every_process_collects_the_state(folder, capsys):
     second = Walk(team=Team(rank=1, size=2))
     asked = []
     second.state = lambda: asked.append(1)
@@ -141,7 +141,7 @@ def test_without_a_folder_nothing_is_written_or_printed(tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
-def test_a_new_run_removes_what_an_overwritten_one_left(folder):
+def test_a_new_run_removes_the_checkpoint_of_an_overwritten_one(folder):
     for name in ("checkpoint.pth", "mine.txt"):
         (folder / name).write_text("old")
     Walk(team=Team(rank=1, size=2)).resume(None, folder)

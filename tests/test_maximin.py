@@ -22,7 +22,7 @@ LOSS = make_loss("ce", 9.0, None)
 
 
 def network(dtype=torch.float64):
-    """Frozen, in eval mode, with BatchNorm and a weight that takes no part."""
+    """Frozen, in eval mode, with BatchNorm and an unused weight."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(),
@@ -73,7 +73,7 @@ def ours(model, x, y, delta, share, parts=(N,), augment=None):
 
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.2])
 @pytest.mark.parametrize("parts", [(N,), (4, 3)], ids=str)
-def test_it_is_that_of_the_published_loop_in_any_chunks(world, share, parts):
+def test_the_gradient_equals_that_of_the_published_loop_in_any_chunks(world, share, parts):
     model, x, y, delta = world
     loss, g = ours(*world, share, parts)
     naive_loss, naive_g = naive(*world, share)
@@ -93,7 +93,7 @@ def test_images_are_warped_before_they_are_moved(world):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_the_network_is_as_before_to_the_last_bit(amp, fails):
+def test_the_network_is_restored_to_the_last_bit(amp, fails):
     model = Fast(network(torch.float32), amp, "contiguous")
     before = copy.deepcopy(model.state_dict())
     x = torch.rand((N, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
@@ -118,7 +118,7 @@ def test_the_network_is_as_before_to_the_last_bit(amp, fails):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_both_moves_make_the_network_surer_and_stay_within_their_radii(world):
+def test_both_moves_make_the_network_more_confident_and_stay_within_their_radii(world):
     model, x, y, _ = world
     kept = [p.clone() for p in model.parameters()]
     with maximin._surer_weights(model, x, y, 0.5, [torch.arange(N)]):
@@ -133,7 +133,7 @@ def test_both_moves_make_the_network_surer_and_stay_within_their_radii(world):
 
 
 def test_two_epochs_equal_those_of_the_naive_oracle_and_both_radii_grow(monkeypatch):
-    monkeypatch.setattr(maximin, "RHO", RHO / 50)  # in float32 larger radii end anywhere
+    monkeypatch.setattr(maximin, "RHO", RHO / 50)  # with larger radii float32 is chaotic
     monkeypatch.setattr(maximin, "RADIUS", 25.0 / 50)
     model = network(torch.float32)
     pixels = torch.randint(0, 256, (N, 3, SIDE, SIDE), dtype=torch.uint8,
@@ -152,7 +152,7 @@ def test_two_epochs_equal_those_of_the_naive_oracle_and_both_radii_grow(monkeypa
             steps += 1
             delta, v = adam_step(delta, total, v, eps=s.eps, alpha=s.alpha, step=steps)
     near = (training.delta.double() - delta).abs() < 2e-4  # of steps of 1e-2
-    assert near.float().mean() > 0.95  # a gradient near zero has the sign that float32 gives it
+    assert near.float().mean() > 0.95  # float32 rounding decides the sign of gradients near zero
     assert (delta.abs() > 0.009).float().mean() > 0.5
 
 
@@ -161,7 +161,7 @@ class Bar:
         pass
 
 
-def test_a_run_says_how_many_gradients_it_took_and_at_which_rate(run_here, tmp_path):
+def test_a_run_records_its_number_of_gradients_and_its_rate(run_here, tmp_path):
     flags = ("--data_dir", "digits", "--num_images", 20, "--model_name", "mlp", "--method", "dm",
              "--epochs", 2, "--batch_size", 8, "--device", "cpu", "--save", "run")
     done = run_here("train_sga.py", *flags)

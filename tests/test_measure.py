@@ -23,14 +23,14 @@ CPU = torch.device("cpu")
 
 
 class Scripted(nn.Module):
-    """Predicts the class that the first pixel, times 255, gives."""
+    """Predicts the class given by the first pixel times 255."""
 
     def forward(self, x):
         return nn.functional.one_hot((x[:, 0, 0, 0] * 255).round().long() % 4, 4).float()
 
 
 class Coin(nn.Module):
-    """Right at every second forward pass, from the second on."""
+    """Right in every second forward pass, from the second on."""
 
     def __init__(self):
         super().__init__()
@@ -77,8 +77,8 @@ def moving(by, norm="linf", eps=0.5, seen=None):
 
 @pytest.mark.parametrize("name", ["pgd_linf", "strongest_quick"])
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_cell_depends_neither_on_the_batch_size_nor_on_the_images_beside(name, size):
-    """Behind a random defence, by an attack that averages and from which images leave."""
+def test_a_cell_depends_neither_on_the_batch_size_nor_on_the_other_images(name, size):
+    """Behind a random defence, under an attack that averages and that fooled images leave."""
     model = nn.Sequential(ResizePad(5, 8), toy())
 
     def found(images, chance, batch_size):
@@ -113,7 +113,7 @@ def test_draws_before_and_after_an_attack_are_independent():
     assert len(set(torch.cat(seen).tolist())) == 3 * (2 + 1 + 2)
 
 
-def test_attack_robustness_by_hand():
+def test_attack_robustness_equals_that_counted_by_hand():
     """7 images, 5 right (labels 0 1 2 3 1), of which the odd ones are fooled: 2 of 5 stay right."""
     tried = []
     found = cell(moving(1, seen=tried), Listed([0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 3, 1, 0]))
@@ -139,7 +139,7 @@ def test_figures_of_a_random_network_are_means_over_its_draws():
     assert 0 <= low < 1 / 3 < high <= 1
 
 
-def test_draws_that_an_attack_repairs_do_not_count_as_robust():
+def test_draws_that_an_attack_corrects_do_not_count_as_robust():
     """Right in one of four draws before, in all four after: robust_acc is at most clean_acc."""
     shares = figures({"n": 2, "draws": 4, "before": [1, 4], "after": [4, 4]})
     assert [shares[name]["value"] for name in ("clean_acc", "robust_acc", "attack_robustness")] == [
@@ -170,7 +170,7 @@ def test_the_worst_case_is_taken_image_by_image_and_not_from_the_averages():
 
 # ----------------------------------------------------------------- the attacks
 
-def test_radii_are_those_of_robustart_at_224_pixels_and_as_much_per_pixel_at_other_sizes(
+def test_radii_equal_those_of_robustart_at_224_pixels_and_scale_per_pixel_at_other_sizes(
         tmp_path, picture):
     picture(tmp_path / "val" / "n01440764" / "a.jpg")
     photos = open_images(str(tmp_path / "val"), split="test")
@@ -187,7 +187,7 @@ def test_radii_are_those_of_robustart_at_224_pixels_and_as_much_per_pixel_at_oth
     assert small["l1"] == pytest.approx(51000 * 0.2 * part)
 
 
-def test_pgd_takes_the_twenty_steps_of_three_fortieths_of_eps_of_robustart():
+def test_pgd_takes_robustarts_twenty_steps_of_three_fortieths_of_eps():
     found = robustart_attacks({"linf": 8 / 255, "l2": 8.0, "l1": 1600.0}, 100)
     for name, alpha in (("pgd_linf", 0.6 / 255), ("pgd_l2", 0.6), ("pgd_l1", 120.0),
                         ("cw_pgd_l2", 0.6)):
@@ -230,7 +230,7 @@ def test_images_of_cw_count_only_within_the_radius():
 
 
 def test_the_float32_network_judges_the_search_of_cw_if_gradients_are_in_bf16():
-    """Which ends on the border of the bf16 copy, where the float32 network often is still right."""
+    """It would end at the boundary of the bf16 copy, where float32 is often still right."""
     net = toy()
     images = Listed([0] * 32, [0] * 32)
     images.pixels = (pictures(32) * 255).to(torch.uint8)
@@ -248,7 +248,7 @@ def test_the_float32_network_judges_the_search_of_cw_if_gradients_are_in_bf16():
 # ------------------------------------------------------------------- the audit
 
 class Grid:
-    """Images of every grey level in memory."""
+    """Random 8-bit images in memory."""
     pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6) % 5
@@ -274,8 +274,7 @@ def test_the_losses_of_a_cell_are_the_means_over_its_images_at_every_step():
 
 
 @pytest.mark.parametrize(("follow", "stop_early"), [(False, False), (True, True)])
-def test_a_cell_has_no_losses_where_they_are_not_wanted_or_images_left_the_attack(
-        follow, stop_early):
+def test_a_cell_has_no_losses_if_they_are_not_wanted_or_images_left_the_attack(follow, stop_early):
     model = toy()
     attack = Attack("", "linf", 0.5, partial(pgd, eps=0.5, alpha=0.1, steps=9,
                                              stop_early=stop_early), follow)
@@ -284,7 +283,7 @@ def test_a_cell_has_no_losses_where_they_are_not_wanted_or_images_left_the_attac
     assert 0 in found["after"] and not {"losses", "ascent"} & found.keys()
 
 
-def test_only_pgd_in_linf_is_followed_and_only_where_no_image_leaves_it():
+def test_only_pgd_in_linf_is_followed_and_only_if_no_image_leaves_it():
     for stop_early in (False, True):
         for draws in (0, 1, 3):
             found = robustart_attacks({"linf": 0.1, "l2": 1.0, "l1": 1.0}, 1,
@@ -316,9 +315,9 @@ def test_a_model_agrees_with_itself_and_not_at_all_with_its_negative():
     assert turned["agree"] == 0
 
 
-def test_images_without_a_gradient_say_nothing_of_its_direction_or_length():
+def test_images_without_a_gradient_are_ignored_for_direction_and_length():
     class Blind(nn.Module):
-        """Twice toy(), without a gradient for the images that `hidden` says."""
+        """Twice toy(), without a gradient for the images that `hidden` selects."""
 
         def __init__(self, hidden):
             super().__init__()
@@ -407,7 +406,7 @@ def test_two_signs_give_the_verdict_gradient_masking():
     assert audit.verdict(lines) == "gradient masking"
 
 
-def test_directions_are_no_sign_if_the_forward_pass_differs():
+def test_gradient_directions_are_not_judged_if_the_forward_pass_differs():
     line, = [line for line in lines_of({"twin": {"agree": 0.5, "changed": 0.02}})
              if line["sign"] == "gradients point in other directions"]
     assert line["flagged"] is None

@@ -1,12 +1,12 @@
 """No step of an attack reads a value back from the device, which would empty a GPU's queue.
 
-Counted on the CPU, treated as a device that is not free to ask. Waits of one step on a toy network
-while no image is fooled, numbers that are copied to the device included:
+Counted on the CPU, treated as a device where reading a value back is not free. Waits per step on a
+toy network while no image is fooled, including copies of numbers to the device:
 
                              until d6ea1e3    now
     bim, mim, pgd linf       3                0
     pgd l2, l1               5, 6.6 to 9      0
-    apgd linf, l2, l1        4, 9 to 13, 7    0; fooled images are looked for after ever more steps
+    apgd linf, l2, l1        4, 9 to 13, 7    0; fooled images are looked for ever more rarely
     square linf, l2          5, 8             0; likewise
     fab linf, l2, l1         -                0; likewise
     sga, spgd, adam          0                0
@@ -34,7 +34,7 @@ from utils.measure import Attack, UapCounts, in_ball
 
 @pytest.fixture
 def far(monkeypatch):
-    """The CPU as a device that is not free to ask."""
+    """Treat the CPU as a device where reading a value back is not free."""
     monkeypatch.setattr(waits, "FREE", ())
 
 
@@ -57,7 +57,7 @@ X = torch.arange(6.0).view(2, 3)
     lambda: X.long().flatten().bincount(), lambda: X.clone().__setitem__(torch.arange(2), 1.0)],
     ids=["bool", "int", "item", "tolist", "nonzero", "equal", "mask", "column mask", "mask set",
          "numpy", "cpu", "tensor", "new_tensor", "unique", "bincount", "number set"])
-def test_the_counter_sees_what_waits(wait):
+def test_the_counter_sees_operations_that_wait(wait):
     assert counted(wait).total >= 1
 
 
@@ -67,7 +67,7 @@ def test_the_counter_sees_what_waits(wait):
     lambda: X.new_zeros(3), lambda: X.sort(1).values.gather(1, X.long().clamp_max(2)),
     lambda: X.clone().masked_fill_(X > 1, 0), lambda: X[:, 0].to(torch.float64)], ids=[
     "arithmetic", "index", "argmax", "where", "put", "zeros", "gather", "fill", "to"])
-def test_the_counter_lets_pass_what_does_not(work):
+def test_the_counter_ignores_operations_that_do_not_wait(work):
     assert not counted(work).seen
 
 
@@ -75,7 +75,7 @@ def test_the_counter_lets_pass_what_does_not(work):
 
 @pytest.fixture(scope="module")
 def world():
-    """A model, images and their labels, of which image 2 is misclassified from the start."""
+    """A model, images and labels; image 2 is misclassified from the start."""
     model, x = toy(), pictures(N)
     y = predicted(model, x)
     y[2] = (y[2] + 1) % K
@@ -91,14 +91,14 @@ del MOVING["cw_l2"], MOVING["strongest_quick"]
 
 
 def per_step(run, few, more=5):
-    """Waits of one of the steps that run(few + more) takes more than run(few)."""
+    """Waits per extra step of run(few + more) over run(few)."""
     first, second = counted(run, few), counted(run, few + more)
     return {name: (second.seen[name] - first.seen[name]) / more
             for name in second.seen if second.seen[name] != first.seen[name]}
 
 
 def stepping(name, world):
-    """run(steps), so that no image is fooled on the way."""
+    """-> run(steps), in which no image is fooled"""
     model, x, y = world[0], greys(3), predicted(world[0], greys(3))
     counts = "queries" if "queries" in MOVING[name].options else "steps"
     small = {"eps": 1e-3} if counts == "queries" or name.startswith(("apgd", "fab")) else {}
@@ -110,7 +110,7 @@ def stepping(name, world):
 
 @pytest.mark.parametrize("name", MOVING)
 def test_no_step_of_an_attack_waits(name, world, far, monkeypatch):
-    """But where fooled images are looked for, which is tested below."""
+    """Except where fooled images are looked for, which is tested below."""
     for module in (utils.attack.apgd, utils.attack.fab, utils.attack.square):
         monkeypatch.setattr(module, "due", lambda t, x: False)
     assert per_step(stepping(name, world), few=2) == {}
@@ -141,8 +141,8 @@ def test_no_inner_step_of_sga_no_chunk_of_spgd_and_no_step_of_adam_waits(method,
     run(1), run(6)
 
 
-def test_an_attack_whose_images_leave_asks_rarely(world, far):
-    """100 steps look 22 times for fooled images; before that they were looked for in each."""
+def test_an_attack_that_drops_fooled_images_looks_for_them_rarely(world, far):
+    """100 steps look for fooled images 22 times; once they looked in each."""
     some = CASES["apgd linf ce"]
     assert counted(some, *world, steps=100, eps=0.03).total <= 50
     assert counted(CASES["square linf"], *world, queries=300, eps=0.03).total <= 60
@@ -162,7 +162,7 @@ def test_on_a_cpu_images_leave_at_once():
 # ------------------------------------------------------------------------ the same results
 
 class OneByOne(nn.Module):
-    """What it makes of an image does not depend, to the last bit, on how many others there are."""
+    """The output for an image does not depend on the batch size, to the last bit."""
 
     def __init__(self, model):
         super().__init__()
@@ -174,7 +174,7 @@ class OneByOne(nn.Module):
 
 
 def same(a, b):
-    """Of tensors, numbers and dicts of them."""
+    """Equality of tensors, numbers, lists and dicts of them."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -183,8 +183,7 @@ def same(a, b):
 
 
 def unasked(name, strong, world, monkeypatch, replace=()):
-    """The images and the report are those of asking at each step; `replace`: what is then patched.
-    """
+    """Images and report equal those of asking at each step; `replace`: patches when not asking."""
     model, (_, x, y) = OneByOne(world[0]), world
     more = {key: strong * value for key, value in CASES[name].options.items()
             if key in ("eps", "alpha")}
@@ -227,7 +226,7 @@ def test_fooled_images_leave_the_batch_all_the_same(name, world, far):
 
 
 def both(monkeypatch, function, *args):
-    """With and without asking."""
+    """The results with and without asking."""
     for free in (("cpu",), ()):
         monkeypatch.setattr(waits, "FREE", free)
         yield function(*args)
@@ -236,7 +235,7 @@ def both(monkeypatch, function, *args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_projections_in_a_fixed_number_of_rounds_are_the_same(norm, dtype, monkeypatch):
-    """To the last bit, also where some images are in the ball already and others are not."""
+    """To the last bit, even if some images are already in the ball and others are not."""
     g = torch.Generator().manual_seed(0)
     for x in (pictures(12, dtype), greys(12, dtype)):
         for eps in (0.0, 0.3, 1.0, 3.0):
@@ -247,13 +246,13 @@ def test_projections_in_a_fixed_number_of_rounds_are_the_same(norm, dtype, monke
 
 @pytest.mark.parametrize("heavy", [1, 3])
 @pytest.mark.parametrize("norm", ["l2", "l1"])
-def test_where_the_rounds_do_not_suffice_the_projection_fills_the_ball(norm, heavy, far):
+def test_if_the_rounds_do_not_suffice_the_projection_still_fills_the_ball(norm, heavy, far):
     """From far away, and from entries of very different sizes."""
     x, g = pictures(12), torch.Generator().manual_seed(0)
     for spread in (5.0, 50.0, 1e3):
         delta = spread * torch.randn(x.shape, generator=g)
         delta = delta.sign() * delta.abs() ** heavy
-        whole = torch.where(delta > 0, 1 - x, x)  # as far as the box goes
+        whole = torch.where(delta > 0, 1 - x, x)  # as far as the box allows
         for part in (0.01, 0.3, 0.9):
             eps = part * balls.norm_of(whole, norm).min().item()
             found = balls.project(delta, x, eps, norm)
@@ -286,7 +285,7 @@ class Breaks(nn.Module):
 @pytest.mark.parametrize("name", [
     "bim", "mim", "cw_l2", "pgd linf sign exact", "pgd l2 normalized exact", "pgd l1 sparse exact",
     "apgd linf ce", "apgd l2 dlr", "apgd l1 ce", "fab linf", "square linf", "square l2"])
-def test_what_breaks_on_the_way_is_refused_in_the_same_line(name, kind, monkeypatch):
+def test_what_breaks_on_the_way_is_refused_with_the_same_line(name, kind, monkeypatch):
     """And no image becomes NaN until then."""
     if kind == "gradient" and not CASES[name].gradients:
         pytest.skip("it takes no gradient")
@@ -308,14 +307,14 @@ def test_what_breaks_on_the_way_is_refused_in_the_same_line(name, kind, monkeypa
 @pytest.mark.parametrize("name", [
     "bim", "cw_l2", "apgd l2 dlr_targeted", "square linf", "worst_case"])
 @pytest.mark.parametrize("shift", [K, -K])
-def test_labels_are_looked_at_before_they_are_used_as_indices(name, shift, world, far):
+def test_labels_are_checked_before_they_are_used_as_indices(name, shift, world, far):
     model, x, y = world
     with pytest.raises(UserError, match="labels go from"):
         CASES[name](model, x, y + shift)
 
 
-def test_a_gradient_alone_is_looked_at_at_once(world, far):
-    """As the audit takes it, and the training attack of train_gcm.py: nothing calls fill()."""
+def test_a_single_gradient_is_checked_at_once(world, far):
+    """As in the audit and the training attack of train_gcm.py: nothing calls fill()."""
     model, x, y = world
     broken = nn.Sequential(nn.Identity(), model)
     broken[0].register_forward_hook(lambda *parts: parts[2] + ((parts[2] - parts[2]) * x).sqrt())
@@ -325,7 +324,7 @@ def test_a_gradient_alone_is_looked_at_at_once(world, far):
 
 # ------------------------------------------------------------------------ what is measured
 
-def test_what_a_batch_counts_is_read_back_once(world):
+def test_the_counts_of_a_batch_are_read_back_once(world):
     model, x, y = world
     audit = {"largest": 0.0, "outside": 0}
     one = Attack("", "l2", 1.0, None)

@@ -36,7 +36,7 @@ PUBLISHED = {  # data and --recipe: images, weight steps, passes, {weight step: 
 
 
 def named(kind, n):
-    """n images of one kind in name alone."""
+    """n images of one kind in name only."""
     names, labels = ("x",) * n, torch.zeros(n, dtype=torch.int64)
     if kind in ("imagenet", "folder"):
         classes = imagenet_classes() if kind == "imagenet" else ("ape", "bee")
@@ -48,7 +48,7 @@ def named(kind, n):
 
 @pytest.fixture
 def settle(monkeypatch):
-    """settle(kind, n, *flags): settings and training of these flags on n images of this kind."""
+    """settle(kind, n, *flags): settings and images for these flags, on n images of this kind."""
     def make(kind, n, *flags):
         images = named(kind, n)
         monkeypatch.setattr(sys, "argv", ["free_at.py", "--data_dir", kind, "--amp", "off",
@@ -95,7 +95,7 @@ def test_the_settings_are_the_published_ones(settle, kind, recipe, wanted):
     assert {flag: getattr(s, flag) for flag in wanted} == wanted
 
 
-def test_a_flag_that_is_typed_wins_over_the_recipe(settle):
+def test_a_flag_overrides_the_recipe(settle):
     s, _ = settle("cifar10", 1000, "--recipe", "free", "--replays", 2, "--lr", 0.0, "--schedule",
                   "triangle", "--decay", "all", "--clip_delta", "box", "--eps", "4/255",
                   "--model_name", "cnn_bn", "--epochs", 3, "--batch_size", 50, "--shift", 0)
@@ -109,7 +109,7 @@ def test_a_flag_that_is_typed_wins_over_the_recipe(settle):
     assert (s.weight_steps, s.epochs) == (9, None)
 
 
-def test_without_a_recipe_the_presets_are_as_before(settle):
+def test_without_a_recipe_the_presets_are_used(settle):
     s, _ = settle("cifar10", 1000)
     assert (s.method, s.replays, s.clip_delta, s.steps, s.schedule, s.decay, s.weight_steps,
             s.epochs, s.lr, s.weight_decay, s.model_name, s.shift) == (
@@ -119,7 +119,7 @@ def test_without_a_recipe_the_presets_are_as_before(settle):
         assert s.alpha == pytest.approx(alpha)
 
 
-def test_the_step_of_pgd_grows_with_a_radius_that_is_typed(settle):
+def test_the_step_of_pgd_scales_with_a_given_radius(settle):
     for kind, eps, alpha in (("cifar10", 4 / 255, 1 / 255), ("imagenet", 8 / 255, 2 / 255)):
         s, _ = settle(kind, 1000, "--method", "pgd", "--eps", eps)
         assert s.alpha == pytest.approx(alpha)
@@ -132,7 +132,7 @@ def test_the_step_of_pgd_grows_with_a_radius_that_is_typed(settle):
 
 
 @pytest.mark.parametrize(("kind", "flags"), [("folder", ()), ("cifar10", ("--augment", "off"))])
-def test_a_shift_that_nothing_would_do_is_refused(settle, kind, flags):
+def test_a_shift_that_would_have_no_effect_is_refused(settle, kind, flags):
     with pytest.raises(UserError, match="--shift 2: only CIFAR"):
         settle(kind, 1000, "--shift", 2, *flags)
 
@@ -148,7 +148,7 @@ def test_cifar100_has_the_preset_of_cifar10_and_class_folders_that_of_imagenet_o
     assert own.lr / own.batch_size == net.lr / net.batch_size
 
 
-def test_the_size_of_photographs_is_the_one_that_is_typed(settle):
+def test_photographs_have_the_given_size(settle):
     for kind in ("folder", "imagenet"):
         s, images = settle(kind, 1000, "--image_size", 64, "--model_name", "preact_resnet18")
         assert (s.image_size, images.geometry) == (64, paper_geometry(64))
@@ -160,12 +160,12 @@ def test_the_size_of_photographs_is_the_one_that_is_typed(settle):
     (("--recipe", "trades"), ("trades", "fast_adversarial")),
     (("--epochs", 2, "--weight_steps", 5), ("--epochs 2 --weight_steps 5", "one of the two"))],
     ids=str)
-def test_a_recipe_without_meaning_is_one_line(run_here, refused, tmp_path, flags, words):
+def test_a_meaningless_recipe_gives_one_line(run_here, refused, tmp_path, flags, words):
     refused(run_here("free_at.py", "--num_images", 50, *flags), *words)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_mistake_in_the_training_images_is_no_missing_test_split(settle, monkeypatch):
+def test_an_error_in_the_training_images_is_not_taken_for_a_missing_test_split(settle, monkeypatch):
     _, images = settle("imagenet", 1000)
 
     def broken(*args):
@@ -210,7 +210,7 @@ def lrs(monkeypatch):
     return found
 
 
-def test_thirds_are_those_of_the_passes_over_the_images(run_here, lrs):
+def test_the_thirds_schedule_counts_passes_over_the_images(run_here, lrs):
     done = run_here("free_at.py", "--num_images", 96, "--batch_size", 32, "--replays", 2, "--lr",
                     0.01, "--epochs", 9, "--schedule", "thirds", "--guard", "off", "--device",
                     "cpu", "--save", "run")
@@ -222,7 +222,7 @@ def test_thirds_are_those_of_the_passes_over_the_images(run_here, lrs):
 @pytest.mark.parametrize(("steps", "words"), [
     (4, "1 pass, 4 weight steps"), (8, "2 passes, 8 weight steps"),
     (5, "2 passes (rounded up), 5 weight steps")])
-def test_only_passes_that_are_not_whole_are_called_rounded_up(run_here, steps, words):
+def test_only_an_incomplete_last_pass_is_called_rounded_up(run_here, steps, words):
     done = run_here("free_at.py", "--num_images", 64, "--batch_size", 32, "--replays", 2,
                     "--weight_steps", steps, "--guard", "off", "--device", "cpu", "--save", "run")
     assert done.returncode == 0 and words in done.stdout, done.stderr
@@ -240,7 +240,7 @@ def test_a_run_ends_at_its_weight_steps_in_the_middle_of_a_pass(run_here, tmp_pa
     assert (facts["weight_steps"], facts["epochs"], facts["recipe"]) == (18, None, None)
 
 
-def test_crops_move_as_far_as_they_are_told_to(tmp_path):
+def test_crops_move_by_up_to_the_given_shift(tmp_path):
     images = named("cifar10", 400)
     ramp = torch.arange(1, 33, dtype=torch.uint8).expand(3, 32, 32)
     images = images.select(torch.arange(400))
@@ -345,7 +345,7 @@ def naive_unit(unit, x, first):
 
 @pytest.mark.parametrize(("cin", "cout", "stride", "first"), [
     (4, 8, 1, True), (4, 8, 2, False), (6, 6, 1, False)])
-def test_a_unit_of_the_wide_network_is_tensorflows(cin, cout, stride, first):
+def test_a_unit_of_the_wide_network_equals_tensorflows(cin, cout, stride, first):
     torch.manual_seed(0)
     unit = WideUnit(cin, cout, stride, first).double()
     for layer in (unit.bn1, unit.bn2):
@@ -359,7 +359,7 @@ def test_a_unit_of_the_wide_network_is_tensorflows(cin, cout, stride, first):
         assert np.allclose(one.numpy(), naive_unit(unit, image.numpy(), first), rtol=0, atol=1e-10)
 
 
-def test_shapes_and_parameters_of_the_wide_network():
+def test_the_wide_network_has_the_published_shapes_and_parameters():
     net = models.trainable("wrn_32_10", kind="cifar10")[1]
     kernels, norms, cin = 9 * 3 * 16, 0, 16
     for width in (160, 320, 640):

@@ -76,7 +76,7 @@ leave(team)
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Folder of what two processes left."""
+    """The folder with the files of two processes."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "together.py").write_text(TOGETHER)
     jobs = {name: [str(flag) for flag in flags] for name, flags in JOBS.items()}
@@ -89,7 +89,7 @@ def together(tmp_path_factory):
 
 
 def left(folder):
-    """The perturbation, the image list, and log.csv without what a clock measures."""
+    """The perturbation, the image list, and log.csv without timings."""
     path, = (path for path in folder.glob("*.pth") if path.stem != "checkpoint")
     assert load_pth(path).abs().max() > 0.1
     with open(folder / "log.csv", newline="") as file:
@@ -100,7 +100,7 @@ def left(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "seeds"])
-def test_two_processes_make_the_bytes_of_one(name, together, run_here, tmp_path):
+def test_two_processes_give_the_same_bytes_as_one(name, together, run_here, tmp_path):
     done = run_here("train_sga.py", *JOBS[name], "--save", name)
     assert done.returncode == 0, done.stderr
     assert left(tmp_path / name) == left(together / name)
@@ -109,7 +109,8 @@ def test_two_processes_make_the_bytes_of_one(name, together, run_here, tmp_path)
 
 
 @pytest.mark.slow
-def test_processes_share_seeds_and_each_is_the_run_of_that_seed(together, run_here, tmp_path):
+def test_processes_share_the_seeds_and_each_result_is_that_of_its_seed(together, run_here,
+                                                                       tmp_path):
     found = [left(together / "seeds" / f"seed{k}") for k in range(3)]
     assert len({delta for _, delta, *_ in found}) == 3
     flags = JOBS["seeds"][:-1]
@@ -120,7 +121,7 @@ def test_processes_share_seeds_and_each_is_the_run_of_that_seed(together, run_he
     assert facts["seed"] == 2
 
 
-def test_one_process_makes_several_seeds_in_turn(run_here, tmp_path):
+def test_one_process_runs_several_seeds_in_turn(run_here, tmp_path):
     done = run_here("train_sga.py", "--model_name", "mlp", *TINY, "--epochs", 1, "--seed", "4,7",
                     "--save", "out")
     assert done.returncode == 0, done.stderr
@@ -132,7 +133,7 @@ def test_one_process_makes_several_seeds_in_turn(run_here, tmp_path):
     assert (tmp_path / "out/seed8").exists()
 
 
-def test_one_command_makes_surrogates_and_targets_each_as_alone(run_here, tmp_path):
+def test_one_command_covers_surrogates_and_targets_each_as_if_alone(run_here, tmp_path):
     flags = (*TINY, "--loss", "logit")
     done = run_here("train_sga.py", "--model_name", "mlp", "cnn,mlp", *flags, "--target", "3,5",
                     "--save", "out")
@@ -162,7 +163,7 @@ def test_processes_share_the_perturbations_of_a_command():
 # ------------------------------------------------------------------ what is shared
 
 class Part(Team):
-    """One of several processes, which knows what all of them have, or None."""
+    """One of several processes; `everything`: what all of them have, or None."""
     everything = None
 
     def all(self, x):
@@ -171,7 +172,7 @@ class Part(Team):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
-def test_each_process_does_its_works_and_all_get_all_in_order(count):
+def test_each_process_does_its_work_and_all_get_all_results_in_order(count):
     delta, done, parts = torch.zeros(1, 2, 2, 2), [], []
 
     def work(k):
@@ -191,7 +192,7 @@ def test_each_process_does_its_works_and_all_get_all_in_order(count):
         assert all(map(torch.equal, one, other))
 
 
-def test_a_process_without_images_takes_part_all_the_same():
+def test_a_process_without_images_still_takes_part():
     x = torch.zeros(60, 1, 2, 2, dtype=torch.uint8)  # two blocks
 
     class Others(Team):
@@ -208,7 +209,7 @@ def test_a_process_without_images_takes_part_all_the_same():
     (["a"], "dm", 2, "2 processes for one perturbation on 1 surrogate"),
     (["a", "b"], "sga", 3, "3 processes for one perturbation on 2 surrogate"),
     (["a", "b"], "spgd", 3, "3 processes for one perturbation on 2 surrogate")])
-def test_what_processes_cannot_share_is_refused(names, method, size, words):
+def test_work_that_processes_cannot_share_is_refused(names, method, size, words):
     s = settled(type("Args", (), {})(), seed=[3], target=None, model_name=names, method=method)
     with pytest.raises(UserError, match=words):
         sga_team.jobs_of([(s, None, [])], Team(0, size))

@@ -1,5 +1,5 @@
-"""Losses that compare a network's outputs with those for the clean image, the layer that they are
-of, presets: beside an oracle that goes image by image, without hooks, and normalises by hand.
+"""Losses that compare a network's outputs with those for the clean image, their layer, presets:
+against an oracle that goes image by image, without hooks, and normalises by hand.
 """
 
 import json
@@ -37,8 +37,8 @@ LAYER = 3  # of toy(): the first linear layer
 
 
 def naive_comparison(models, x, delta, cut_at):
-    """Mean of -<a, b> / |a||b| over images and models, and its gradient; a, b: what the first
-    `cut_at` layers of a model give for image + delta and for the image, one image at a time.
+    """Mean of -<a, b> / |a||b| over images and models, and its gradient; a, b: outputs of
+    the first `cut_at` layers of a model for image + delta and for the image, image by image.
     """
     total, value = torch.zeros_like(delta), 0.0
     for model in map(trainable, models):
@@ -93,7 +93,7 @@ def test_the_cosine_of_logits_or_features_equals_the_naive_oracle(world, cut_at,
     assert float(value) == pytest.approx(naive_value, rel=1e-6)
 
 
-def test_outputs_that_are_given_are_those_that_would_be_computed(world):
+def test_given_outputs_equal_those_that_would_be_computed(world):
     nets, x, delta = world
     clean = [net(x) for net in nets]
     for aggregate in (sga.sga_gradient, sga.spgd_gradient):
@@ -138,7 +138,7 @@ def test_two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle(augment)
     s = options(loss="cosine", augment=augment, momentum=0.5)
     net = toy(dtype=torch.float32)
     training = training_of(s, [net], pictures())
-    # at delta = 0 the gradient of the cosine is zero but for rounding: both start beside it
+    # at delta = 0 the gradient of the cosine is zero up to rounding: both start beside it
     start = torch.full_like(training.delta, ALPHA)
     training.delta = start
     for _ in range(2):
@@ -155,7 +155,7 @@ def test_two_epochs_of_a_comparing_loss_equal_those_of_the_naive_oracle(augment)
 
 
 @pytest.mark.parametrize("method", ["sga", "spgd"])
-def test_a_perturbation_leaves_zero_where_the_gradient_is_zero_but_for_rounding(method):
+def test_a_perturbation_leaves_zero_where_the_gradient_is_zero_up_to_rounding(method):
     training = training_of(options(loss="cosine", method=method), [toy(dtype=torch.float32)],
                            pictures())
     losses = [training.one_pass(Bar())["loss"] for _ in range(3)]
@@ -165,7 +165,7 @@ def test_a_perturbation_leaves_zero_where_the_gradient_is_zero_but_for_rounding(
 # ------------------------------------------------------------------------ forward passes
 
 class Counting(nn.Module):
-    """A network that counts the images that it has seen."""
+    """A network that counts the images that it sees."""
 
     def __init__(self, net):
         super().__init__()
@@ -177,7 +177,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize(("augment", "passes"), [(False, 1 + 4), (True, 4 + 4)])
-def test_clean_outputs_are_computed_once_a_batch_where_images_are_not_warped(augment, passes):
+def test_clean_outputs_are_computed_once_per_batch_if_images_are_not_warped(augment, passes):
     """K = 4 uses of each of 12 images, in batches and minibatches that leave no rest."""
     s = options(loss="cosine", augment=augment, batch_size=6, minibatch=3)
     training = training_of(s, [toy(dtype=torch.float32)], pictures())
@@ -187,7 +187,7 @@ def test_clean_outputs_are_computed_once_a_batch_where_images_are_not_warped(aug
     assert counting.seen == passes * 12
 
 
-def test_through_a_random_defence_both_sides_draw_the_same_and_each_step_draws_anew(monkeypatch):
+def test_behind_a_random_defence_both_sides_draw_the_same_and_each_step_draws_anew(monkeypatch):
     drawn, real = [], ResizePad.draw
     monkeypatch.setattr(ResizePad, "draw", lambda self, x: drawn.append(real(self, x)) or drawn[-1])
     x = pictures(8).float() / 255
@@ -281,7 +281,7 @@ def test_the_last_feature_map_of_torchvision_networks_is_found(name):
     assert feature_layer(net, torch.rand(2, 3, 224, 224, device="meta")) == FOUND[name]
 
 
-def test_a_layer_that_does_not_fit_is_one_line():
+def test_a_layer_that_does_not_fit_gives_one_line():
     x = torch.rand(2, 1, 28, 28)
     mlp, cnn = build_small("mlp", 1, 28), build_small("cnn", 1, 28)
     with pytest.raises(UserError, match="no feature map before its classifier; type --layer"):
@@ -314,7 +314,7 @@ CASES = {  # flags: augment, momentum, loss, batch_size
 
 
 @pytest.mark.parametrize("flags", CASES, ids=" ".join(["{}"]).format)
-def test_a_preset_sets_what_is_not_typed(monkeypatch, flags):
+def test_a_preset_sets_the_flags_that_are_not_typed(monkeypatch, flags):
     s = settled(monkeypatch, *flags)
     assert (s.augment, s.momentum, s.loss, s.batch_size) == CASES[flags]
 
@@ -322,7 +322,7 @@ def test_a_preset_sets_what_is_not_typed(monkeypatch, flags):
 @pytest.mark.parametrize("method", ["spgd", "adam"])
 def test_methods_without_inner_steps_take_any_batch_size(monkeypatch, method):
     s = settled(monkeypatch, "--method", method, "--batch_size", 8)
-    assert (s.minibatch, s.iter) == (10, 4)  # as older runs have them, which go on with --resume
+    assert (s.minibatch, s.iter) == (10, 4)  # as in older runs, which can be resumed
     s = settled(monkeypatch, "--batch_size", 8, "--minibatch", 5, "--iter", 2)
     assert (s.minibatch, s.iter) == (5, 2)
 
@@ -340,7 +340,7 @@ def test_the_logged_fooling_ratio_is_computed_in_the_precision_of_the_gradients(
     monkeypatch.setattr(sga_run, "fooled", lambda training, models, index: used.extend(models) or [{
         "fooling_ratio": {"value": 0.5}}])
     training.after()
-    assert [behind.model for behind in used] == training.fast  # in halves where memory runs out
+    assert [behind.model for behind in used] == training.fast  # in halves if memory runs out
 
 
 def test_the_facts_name_the_layer_and_count_the_gradients(run_here, tmp_path):
