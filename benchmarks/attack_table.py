@@ -42,7 +42,7 @@ from utils.attack.chance import numbered
 from utils.cli import Parser, at_least, run_script
 from utils.data import default_workers, load, open_images
 from utils.errors import UserError
-from utils.measure import COUNTED, Attack, figures, run_cell, times_right_on, worst_of
+from utils.measure import COUNTED, Attack, count_right_on, figures, run_cell, worst_of
 from utils.models import describe_weights, input_size, load_model
 from utils.report import csv_columns, markdown, percent, protocol
 from utils.run import (
@@ -242,7 +242,7 @@ def prepare(args, device):
         if size not in in_memory:
             in_memory[size] = load(images.prepared(size, args.num_images), workers=args.workers)
         sized = in_memory[size]
-        right = times_right_on(model, sized, draws=1, batch_size=args.batch_size, device=device,
+        right = count_right_on(model, sized, draws=1, batch_size=args.batch_size, device=device,
                                chance=numbered(args.seed, len(sized)))
         if not right.any():
             raise UserError(f"{name} gets none of these images right: nothing to attack; type "

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import attacks
 from utils import curves, data, finished, measure, predictions, report_nets, run, transfer, uaps
-from utils.cells import Progress, at_hand
+from utils.cells import Progress, decode_once
 from utils.cli import Parser, at_least, fraction, run_script
 from utils.errors import UserError
 from utils.saved import check_folders, made_with
@@ -199,7 +199,7 @@ def main(args):
     wanted = depends(s, about, images, note, networks, perturbations) | team.from_first(
         lambda: made_with(s.from_images, networks))
     settings, done = team.from_first(lambda: folder.load_cells(wanted, overwrite=s.overwrite))
-    ready = cache(lambda at: at_hand(
+    ready = cache(lambda at: decode_once(
         data.cached(images.prepared(at, None), s.cache, workers=s.workers), workers=s.workers,
         team=team))
     check_folders(networks, ready, s, team)

@@ -184,7 +184,7 @@ def stronger(model, images, s, device, only=None):
         "strongest_quick": partial(attacks.strongest_quick, eps=eps, queries=s.queries)}
     same = {"draws": 1, "batch_size": EVAL_BATCH, "device": device,
             "chance": numbered(0, len(images))}
-    before, found = measure.times_right_on(model, images, **same), {}
+    before, found = measure.count_right_on(model, images, **same), {}
     for name, run in runs.items() if only is None else [(only, runs[only])]:
         cell = measure.run_cell(measure.Attack(name, "linf", eps, run), model, model, images,
                                 before, **same, desc=name)

@@ -247,7 +247,7 @@ def get_args():
         "of the passes; onecycle: up for 40 %%, down to 0; triangle: up for half; None: step")
     add("--augment", choices=("auto", "off"), default="auto", help="auto: random crops and flips, "
         "except for digits and mnist")
-    add("--shift", type=at_least(0, high=32), help="largest shift of CIFAR-10's random crops, in "
+    add("--shift", type=at_least(0, high=32), help="largest shift of CIFAR's random crops, in "
         "pixels; None: 4")
     add("--hold_out", type=at_least(0.001, float, 0.5), default=0.1, help="share of the images "
         "held out for eval_net.py where there is no test split")

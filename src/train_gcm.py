@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 import attacks
 from utils import challenge, data, models, nets, passes, precision, run
 from utils.attack import core
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.augment import PRESETS, augment
 from utils.cli import TRAINING, Parser, at_least, names, run_script
 from utils.defenses import adaptive, defend
@@ -151,7 +151,7 @@ class ChallengeTraining(Trainer):
                 own = attacks.Chance(seed, index)
                 x = augment(x, s.chances, generator=own.fold(AUGMENTED))
                 y = precision.moved(self.images.labels[index], self.device)
-                with telling(own.fold(DEFENDED).to(self.device)):
+                with drawing_from(own.fold(DEFENDED).to(self.device)):
                     self.sums += self.step(data.to_float(x), y, joint)
                 bar.update()
         loss, right, clean, count = self.team.total(self.sums.tolist())
@@ -188,7 +188,7 @@ class ChallengeTraining(Trainer):
             own, x = attacks.Chance(self.s.seed, mine[index]), data.to_float(x)
             y = held.labels[index].to(self.device)
             augmented = augment(x, PRESETS["released"], generator=own.fold(AUGMENTED))
-            with telling(own.fold(DEFENDED).to(self.device)):
+            with drawing_from(own.fold(DEFENDED).to(self.device)):
                 right = [int((defended(z).argmax(1) == y).sum()) for z in (x, augmented)]
             return torch.tensor([*right, len(y)])
         right = torch.zeros(3, dtype=torch.long)

@@ -12,7 +12,7 @@
     python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
 
 The loss is maximised. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt
-and checkpoint.pth in its folder. A killed run continues with --resume and ends in the same bytes.
+and checkpoint.pth in its folder. A killed run continues with --resume, on a CPU to the same bytes.
 """
 
 from argparse import BooleanOptionalAction

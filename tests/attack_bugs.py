@@ -12,7 +12,7 @@ from dataclasses import dataclass
 ATTACKS, CORE, BALLS = "attacks.py", "utils/attack/core.py", "utils/attack/balls.py"
 APGD, SQUARE = "utils/attack/apgd.py", "utils/attack/square.py"
 FAB, SEVERAL = "utils/attack/fab.py", "utils/attack/several.py"
-CHANCE, TELLING = "utils/attack/chance.py", "utils/attack/telling.py"
+CHANCE, TELLING = "utils/attack/chance.py", "utils/attack/random_layers.py"
 DEFENSES, CELLS, AUDIT = "utils/defenses.py", "utils/measure.py", "utils/audit.py"
 GCM = "gcm.py"
 FREE, SHEET, PASSES = "free_at.py", "fgsm_mnist.py", "utils/passes.py"
@@ -334,7 +334,7 @@ BUGS = [
         "near = near.clamp(-most, most)", "pass",
         (extra("rounded_images_are_levels_inside_the_ball[greys-linf-0.03490196078431373]"),)),
     Bug("saved images are measured before they are saved", CELLS,
-        "right8 = times_right(model, x8, y", "right8 = times_right(model, x, y",
+        "right8 = count_right(model, x8, y", "right8 = count_right(model, x, y",
         (extra("saved_images_are_measured_after_saving_and_again_by_from_images"),)),
     Bug("saved images are measured on the clean ones", "utils/saved.py",
         "found[k] = read_png(path, found[k]).to(x.device)", "read_png(path, found[k])",
@@ -366,11 +366,11 @@ BUGS = [
         (layer("a_random_layer_told_of_its_images_draws_the_same_for_each_in_any_batch_and_order"
                ),)),
     Bug("an attack does not say which images are left", CORE,
-        "with passing(index):", "with passing(slice(None)):",
+        "with rows_passing(index):", "with rows_passing(slice(None)):",
         (rule("a_random_layer_gives_an_image_the_same_draws_alone_and_in_a_batch_that_others_leave"
               "[pgd stop_early]"),)),
     Bug("an attacker knows the draws of the evaluation", CORE,
-        "telling(own.fold(LAYERS))", "telling(own)",
+        "drawing_from(own.fold(LAYERS))", "drawing_from(own)",
         (layer("an_attacker_does_not_know_the_draws_that_judge_its_images"),)),
     Bug("images are judged by the draws that they were attacked with", CELLS,
         "(model, x_adv, y, draws, own.fold(AFTER", "(model, x_adv, y, draws, own.fold(ATTACK",
@@ -606,7 +606,7 @@ BUGS = [
         "if (test.root, test.names) != (train.root, train.names):", "if False:",
         (stage("a_network_is_tested_on_the_test_split_if_there_is_one"),)),
     Bug("accuracy under an augmentation of the plain image", CELLS,
-        "times_right(model, z, y, 1", "times_right(model, x, y, 1",
+        "count_right(model, z, y, 1", "count_right(model, x, y, 1",
         (network("the_accuracy_under_a_corruption_equals_that_of_a_plain_loop"),)),
     Bug("queries that are learnt away", HEADS,
         "q = self.norm_query(q + self.dropout(q))", "q = self.norm_query(q)",

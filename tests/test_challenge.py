@@ -26,7 +26,7 @@ from tqdm import tqdm
 import train_gcm
 from attacks import fgsm
 from utils import challenge, data, finished, loop
-from utils.attack.telling import told
+from utils.attack.random_layers import chance_for
 from utils.augment import PRESETS
 from utils.challenge import Drawn, draw_once, number_of_terms, settle
 from utils.data import hold_out, open_images, to_float, unseen
@@ -402,7 +402,7 @@ def test_augmentations_and_mixing_use_different_random_numbers(monkeypatch, tmp_
     monkeypatch.setattr(train_gcm, "augment", lambda x, chances, *, generator: (
         drawn.add(generator.seed) or real(x, chances, generator=generator)))
     monkeypatch.setattr(training, "step", lambda x, y, joint: drawn.update(
-        [torch.initial_seed(), told(x, None).seed]) or torch.ones(4))
+        [torch.initial_seed(), chance_for(x, None).seed]) or torch.ones(4))
     for _ in range(2):
         training.one_pass(tqdm(disable=True))
     assert len(drawn) == 6  # three in each pass, including the defence's
@@ -415,7 +415,7 @@ def test_an_image_is_augmented_alike_by_any_number_of_processes(monkeypatch, tmp
         training.team, found = OneOf(*team), []
         training.generator.manual_seed(4)
         monkeypatch.setattr(training, "step", lambda x, y, joint: found.append(
-            (x, told(x, None).words(2))) or torch.ones(4))
+            (x, chance_for(x, None).words(2))) or torch.ones(4))
         training.one_pass(tqdm(disable=True))
         return found
     for one, *parts in zip(seen(0, 1), seen(0, 2), seen(1, 2), strict=True):

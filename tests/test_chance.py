@@ -12,7 +12,7 @@ import attacks
 from attack_toys import chances, operations, pictures, toy
 from utils.attack import balls, square
 from utils.attack.chance import WORD, Chance, below, chance_of, philox
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.defenses import ResizePad
 from utils.errors import UserError
 
@@ -270,7 +270,7 @@ def test_a_random_layer_does_not_loop_over_images():
     layer, counts = ResizePad(20, 24), []
     for n in (1, 50):
         x = torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(n))
-        with telling(chances(n)):
+        with drawing_from(chances(n)):
             counts.append(operations(lambda x=x: layer(x)))
     assert counts[0] == counts[1]
 

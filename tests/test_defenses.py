@@ -12,7 +12,7 @@ from attack_toys import chances, pictures, predicted, toy
 from attacks import apgd, bim, cw_l2, fgsm, mim, pgd, square
 from utils.attack.adaptive import bpda, draws_of, eot
 from utils.attack.core import LAYERS
-from utils.attack.telling import passing, telling, told
+from utils.attack.random_layers import chance_for, drawing_from, rows_passing
 from utils.defenses import (
     DEFENSES,
     GradientConcealment,
@@ -246,7 +246,7 @@ def test_the_gradient_of_an_adaptive_attacker_is_the_mean_over_many_forward_pass
     x_adv = pgd(seen, x, y, norm="l2", eps=0.5, alpha=0.3, steps=1, random_start=False,
                 generator=chances(4, 7))
     layer, z = ResizePad(5, 8), x.clone().requires_grad_()
-    with telling(chances(4, 7).fold(LAYERS)):
+    with drawing_from(chances(4, 7).fold(LAYERS)):
         loss = sum(F.cross_entropy(model(layer(z)), y, reduction="sum") for _ in range(draws))
     g, = torch.autograd.grad(loss, z)
     step = 0.3 * g / g.flatten(1).norm(dim=1)[:, None, None, None]
@@ -258,13 +258,13 @@ def test_a_random_layer_told_of_its_images_draws_the_same_for_each_in_any_batch_
     x, layer, own = pictures(3), ResizePad(5, 8), chances(9, 4)[[8, 2, 5]]
     passes = [[0, 1, 2], [2, 0], [1, 2], [2, 1, 0]]
     found = {0: [], 1: [], 2: []}
-    with telling(own):
+    with drawing_from(own):
         for rows in passes:
-            with passing(torch.tensor(rows)):
+            with rows_passing(torch.tensor(rows)):
                 for i, image in zip(rows, layer(x[rows]), strict=True):
                     found[i].append(image)
     for i, images in found.items():
-        with telling(own[i:i + 1]):
+        with drawing_from(own[i:i + 1]):
             alone = [layer(x[i:i + 1])[0] for _ in images]
         torch.testing.assert_close(torch.stack(images), torch.stack(alone), rtol=0, atol=1e-6)
         assert not torch.equal(alone[0], alone[1])
@@ -272,23 +272,23 @@ def test_a_random_layer_told_of_its_images_draws_the_same_for_each_in_any_batch_
 
 def test_a_random_layer_draws_from_its_generator_if_it_is_not_told_of_its_images():
     x, layer, twin = pictures(3), ResizePad(5, 8, seeded(1)), ResizePad(5, 8, seeded(1))
-    with telling(chances(2)):  # not for these three
+    with drawing_from(chances(2)):  # not for these three
         first = layer(x)
-    with passing([0]):
+    with rows_passing([0]):
         assert torch.equal(first, twin(x)) and torch.equal(layer(x), twin(x))
-    with telling(chances(3)):
-        with telling(chances(3, 1)):
+    with drawing_from(chances(3)):
+        with drawing_from(chances(3, 1)):
             inner = layer(x)
         outer = layer(x)
     for seed, seen in ((0, outer), (1, inner)):
-        with telling(chances(3, seed)):
+        with drawing_from(chances(3, seed)):
             assert torch.equal(layer(x), seen)
     assert torch.equal(layer(x), twin(x)) and not torch.equal(inner, outer)
 
 
 def test_two_calls_of_a_random_layer_draw_differently():
     layer, x = ResizePad(1, 24), torch.ones(1, 1, 24, 24)
-    with telling(chances(1)):
+    with drawing_from(chances(1)):
         assert not torch.equal(layer(x), layer(x))
 
 
@@ -298,12 +298,12 @@ def test_an_attacker_does_not_know_the_draws_that_judge_its_images():
 
     class Note(nn.Module):
         def forward(self, x):
-            seen.append(told(x, None).words(2))
+            seen.append(chance_for(x, None).words(2))
             return toy()(x)
     model = Note()
     y = torch.arange(4)
     fgsm(model, x, y, eps=0.1, generator=chances(4))
-    with telling(chances(4)):
+    with drawing_from(chances(4)):
         model(x)
     assert not (seen[0][:, None] == seen[1][None]).any()
 

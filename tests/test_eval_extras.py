@@ -19,7 +19,7 @@ from utils import curves, measure, saved, tested, transfer
 from utils.attack import balls
 from utils.attack.chance import numbered
 from utils.attack.diverse import Diverse, blurred
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.cells import Progress
 from utils.data import to_float
 from utils.defenses import GradientConcealment, ResizePad
@@ -380,7 +380,7 @@ def test_blurred_gradients_equal_those_of_a_loop():
 def test_diverse_inputs_change_about_the_given_share_of_images():
     seen, x = [], torch.ones(400, 1, 20, 20)
     model = Diverse(lambda z: seen.append(z) or z.flatten(1), 0.3)
-    with telling(chances(400)):
+    with drawing_from(chances(400)):
         model(x)
     changed = (seen[0] != x).flatten(1).any(1).sum().item()
     places = sum((ResizePad(18, 20).draw(x)[0] < 20).tolist()) / 400  # others keep their size

@@ -17,7 +17,7 @@ import attacks
 import eval_net
 from attack_toys import chances, pictures, toy
 from utils import augment, finished, measure, report_nets
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.data import load, open_images, to_float
 from utils.defenses import defend
 from utils.errors import UserError
@@ -322,7 +322,7 @@ def test_a_network_is_measured_behind_its_defence_with_all_draws(run_here, leave
     model = defend(core, "resizepad", size=28, low=12)
     images = digits("test", 20)
     x, y = to_float(images.pixels), images.labels
-    with telling(chances(20, 5).fold(measure.BEFORE)):
+    with drawing_from(chances(20, 5).fold(measure.BEFORE)):
         right = sum((model(x).argmax(1) == y).long() for _ in range(3))
     found = cells(tmp_path / "out")
     assert found["run | clean"]["before"] == right.tolist() and found["run | clean"]["draws"] == 3

@@ -149,13 +149,13 @@ def test_each_attack_has_the_radius_of_its_norm_and_square_names_its_queries(run
 
 
 def test_images_made_with_bf16_gradients_are_measured_in_float32(run_here, tmp_path, monkeypatch):
-    measured, real = [], measure.times_right
+    measured, real = [], measure.count_right
 
     def watched(model, x, y, draws, chance):
         right = real(model, x, y, draws, chance)
         measured.append((model(x), x, y, right))
         return right
-    monkeypatch.setattr(measure, "times_right", watched)
+    monkeypatch.setattr(measure, "count_right", watched)
     done = run_here("gcm.py", *FEW, "--attacks", "fgsm", "--defense", "none", "--amp", "bf16")
     assert "; gradients: bf16; measured in: float32;" in done.stdout, done.stderr
     (_, x, y, _), (logits, x_adv, y_adv, right) = measured

@@ -13,11 +13,11 @@ from attack_toys import K, chances, pictures, predicted, toy
 from attacks import pgd
 from gcm import Cell, cw_within, measure_cell, radii, robustart_attacks
 from utils import audit
-from utils.attack.telling import told
+from utils.attack.random_layers import chance_for
 from utils.data import open_images
 from utils.defended import Network
 from utils.defenses import GradientConcealment, ResizePad, adaptive
-from utils.measure import Attack, figures, in_ball, run_cell, times_right_on, worst_of
+from utils.measure import Attack, count_right_on, figures, in_ball, run_cell, worst_of
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ class Listed:
 def cell(attack, images, model=None, draws=1, batch_size=2, seen=None):
     model = model or Scripted()
     same = {"draws": draws, "batch_size": batch_size, "chance": chances(len(images)), "device": CPU}
-    before = times_right_on(model, images, **same)
+    before = count_right_on(model, images, **same)
     return run_cell(attack, seen or model, model, images, before, **same, desc="")
 
 
@@ -83,7 +83,7 @@ def test_a_cell_depends_neither_on_the_batch_size_nor_on_the_other_images(name, 
 
     def found(images, chance, batch_size):
         same = {"draws": 3, "batch_size": batch_size, "chance": chance, "device": CPU}
-        before = times_right_on(model, images, **same)
+        before = count_right_on(model, images, **same)
         attack = robustart_attacks({"linf": 0.03, "l2": 1.0, "l1": 1.0}, 20, K)[name]
         return run_cell(attack, adaptive(model, 2), model, images, before, **same, desc="")
     images = Grid()
@@ -103,7 +103,7 @@ def test_draws_before_and_after_an_attack_are_independent():
 
     class Note(nn.Module):
         def forward(self, x):
-            seen.append(told(x, None).words(1)[:, 0])
+            seen.append(chance_for(x, None).words(1)[:, 0])
             return Scripted()(x)
 
     def run(model, x, y, *, generator, report):

@@ -23,7 +23,7 @@ from PIL import Image
 from utils import cells, measure, models
 from utils.attack.chance import numbered
 from utils.cache import cached
-from utils.cells import Progress, added, at_hand, shared
+from utils.cells import Progress, added, decode_once, shared
 from utils.data import open_images
 from utils.errors import UserError
 from utils.nets import build_small
@@ -534,14 +534,14 @@ def photographs(tmp_path, picture):
 @pytest.mark.parametrize("limit", ["list", "disk"])
 def test_a_short_list_is_decoded_once_and_a_long_one_is_only_checked(
         photographs, size, limit, monkeypatch, capsys):
-    small = together(size, lambda team: at_hand(photographs, workers=0, team=team))
+    small = together(size, lambda team: decode_once(photographs, workers=0, team=team))
     assert "are too many" not in capsys.readouterr().out
     if limit == "list":
         monkeypatch.setattr(cells, "KEPT", 11 * 3 * 32 * 32)
     else:  # a process too many
         monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(
             1, 1, size * 12 * 3 * 32 * 32 - 1))
-    long = together(size, lambda team: at_hand(photographs, workers=0, team=team))
+    long = together(size, lambda team: decode_once(photographs, workers=0, team=team))
     assert "12 images of 32 pixels are too many" in capsys.readouterr().out
     wanted = [name for name in photographs.names if "05" not in name]
     for images in (*small, *long):
@@ -562,14 +562,14 @@ def test_only_the_first_of_several_processes_names_broken_files(photographs, tmp
     if how == "cached":
         photographs = cached(photographs, tmp_path / "cache", workers=0)
     capsys.readouterr()
-    found = together(size, lambda team: at_hand(photographs, workers=0, team=team))
+    found = together(size, lambda team: decode_once(photographs, workers=0, team=team))
     assert [images.skipped for images in found] == [("n01440764/05.png",)] * size
     assert capsys.readouterr().err.count("05.png: cannot be decoded, skipped") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_decoded_images_are_mapped_from_a_file_without_a_name(photographs):
-    images = at_hand(photographs, workers=0, team=Team())
+    images = decode_once(photographs, workers=0, team=Team())
     at = images.pixels.data_ptr()
     found = [line for line in Path("/proc/self/maps").read_text().splitlines()
              if int(line.split("-")[0], 16) <= at < int(line.split("-")[1].split()[0], 16)]
@@ -592,16 +592,16 @@ def test_a_streamed_list_gives_the_cells_of_one_in_memory_and_never_holds_more_t
         made.append(weakref.ref(x))
         most[0] = max(most[0], sum(batch() is not None for batch in made))
         return good, x
-    small = at_hand(photographs, workers=0, team=Team())
+    small = decode_once(photographs, workers=0, team=Team())
     monkeypatch.setattr(cells, "KEPT", 0)
     monkeypatch.setattr(cells, "stack", tracked)
-    streamed = at_hand(photographs, workers=0, team=Team())
+    streamed = decode_once(photographs, workers=0, team=Team())
     attack = measure.Attack("", "linf", 0.1, lambda model, x, y, generator, report: (
         x + 0.1 * generator.uniform(*x.shape[1:])).clamp(0, 1))
     found = []
     for images in (small, streamed):
         same = {"draws": 1, "batch_size": 2, "chance": numbered(0, len(images)), "device": CPU}
-        before = measure.times_right_on(Mean(), images, **same)
+        before = measure.count_right_on(Mean(), images, **same)
         before[::2] = 1
         cell = measure.run_cell(attack, Mean(), Mean(), images, before, **same, desc="")
         found.append(cell | {"seconds": 0})

@@ -11,7 +11,7 @@ import torch
 from utils.attack.balls import norm_of
 from utils.attack.chance import chance_of
 from utils.attack.core import Tally, cross_entropy, forward, gradient
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.cells import Progress
 from utils.data import to_float
 
@@ -49,7 +49,7 @@ def twin_differences(model, twin, images, chance, batch_size, device, *, workers
     """
     def compared(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
-        with telling(chance_of(chance[index], x)):
+        with drawing_from(chance_of(chance[index], x)):
             with torch.no_grad():
                 ours, theirs = forward(model, x, y), forward(twin, x, y)
             g, h = (gradient(each, x, y, cross_entropy, Tally(x), slice(None))[2]

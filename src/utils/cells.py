@@ -87,7 +87,7 @@ def _worked(wanted, index, x, work):
     return broken, None if x is None else work(index, x)
 
 
-def at_hand(images, *, workers, team):
+def decode_once(images, *, workers, team):
     """The same list without broken files: all pixels mapped from a temporary file, or, if they
     exceed KEPT or the free space, checked once and decoded again in every pass. The processes
     share this work.

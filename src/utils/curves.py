@@ -67,7 +67,7 @@ def norm_cell(net, images, before, s, progress):
         own = chance[index]
         x_adv, found = fab(adaptive(net.defended, s.draws), x, y, steps=FAB_STEPS, targets=targets,
                            generator=own.fold(measure.ATTACK))
-        right = measure.times_right(net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER))
+        right = measure.count_right(net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER))
         size = norm_of(x_adv - x, "linf").cpu()
         return {"norms": [value if ok else None for value, ok in zip(
             size.tolist(), (found.cpu() & (right == 0)).tolist(), strict=True)]}

@@ -9,12 +9,12 @@ from torch import nn
 from utils import finished
 from utils.attack.chance import numbered
 from utils.audit import twin_differences
-from utils.cells import at_hand
+from utils.cells import decode_once
 from utils.data import PRESETS, Images, cached, opened
 from utils.defenses import defend, is_random
 from utils.errors import UserError
 from utils.halving import Halving
-from utils.measure import times_right_on
+from utils.measure import count_right_on
 from utils.models import targets_of
 from utils.precision import Fast, layout_for, placed
 from utils.run import digest
@@ -61,7 +61,7 @@ class Network:
     def right(self, defense, w, progress):
         """Number of correct draws for each clean image behind the defence: (N,) int64."""
         if (defense, w) not in self.before:
-            self.before[defense, w] = times_right_on(
+            self.before[defense, w] = count_right_on(
                 self.behind(defense, w), self.images, draws=self.draws(defense),
                 batch_size=self.s.batch_size, chance=self.chance, device=self.device,
                 workers=self.s.workers, progress=progress, cell=self.cell_of("clean", defense, w))
@@ -127,8 +127,8 @@ def open_networks(s, images, device):
         model = target.load(images, data_dir=s.data_dir, data_root=s.data_root, device=device)
         if target.geometry not in in_memory:
             shown = images.prepared(target.geometry, s.num_images)
-            in_memory[target.geometry] = at_hand(cached(shown, s.cache, workers=s.workers),
-                                                 workers=s.workers, team=s.team)
+            in_memory[target.geometry] = decode_once(
+                cached(shown, s.cache, workers=s.workers), workers=s.workers, team=s.team)
         found[target.name] = Network(target.name, model, in_memory[target.geometry], target.size,
                                      s, device)
     return found

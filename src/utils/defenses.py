@@ -16,7 +16,7 @@ from torch import nn
 
 from utils.attack.adaptive import bpda, eot
 from utils.attack.chance import below
-from utils.attack.telling import told
+from utils.attack.random_layers import chance_for
 from utils.errors import UserError
 from utils.run import make_generator
 
@@ -55,7 +55,7 @@ class ResizePad(nn.Module):
     """(N, C, H, W) -> (N, C, size, size): scaled to a side from low to size, on a black square.
 
     Side and place are drawn anew for every image at every call. Attacks and evaluations say which
-    images they pass (utils/attack/telling.py), so that an image's draws do not depend on the
+    images they pass (utils/attack/random_layers.py), so that an image's draws do not depend on the
     others; otherwise every call takes a seed from `generator` (a CPU torch.Generator; None: its
     own, seed 0). Bilinear without antialiasing, like F.interpolate; differentiable. UserError
     unless 1 <= low <= size.
@@ -73,7 +73,7 @@ class ResizePad(nn.Module):
 
     def draw(self, x):
         """Sides, tops and lefts, each (n,) int64, for images x (n, ...)."""
-        one, *two = told(x, self.generator).words(3).unbind(1)
+        one, *two = chance_for(x, self.generator).words(3).unbind(1)
         side = self.low + below(one, self.size - self.low + 1)
         return side, *(below(word, self.size - side + 1) for word in two)
 

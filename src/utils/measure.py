@@ -26,7 +26,7 @@ import torch
 
 from utils.attack.balls import norm_of
 from utils.attack.chance import Chance, chance_of
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.audit import ascents
 from utils.cells import Progress
 from utils.data import to_float
@@ -64,7 +64,7 @@ def predictions(models, pixels, device, *, delta=None, chance=None, batch_size=5
         x = to_float(pixels[index].to(device))
         if delta is not None:
             x = (x + delta.to(device)).clamp_(0, 1)
-        with nullcontext() if chance is None else telling(chance_of(chance[index], x)):
+        with nullcontext() if chance is None else drawing_from(chance_of(chance[index], x)):
             found.append(torch.stack([model(x).argmax(1) for model in models]).cpu())
     return torch.cat(found, 1)
 
@@ -86,22 +86,22 @@ class Attack:
 
 
 @torch.no_grad()
-def times_right(model, x, y, draws, chance):
+def count_right(model, x, y, draws, chance):
     """Number of forward passes, out of `draws`, in which the model classifies x (n, C, H, W) as y.
     -> (n,) int64, on the CPU
     """
-    with telling(chance_of(chance, x)):
+    with drawing_from(chance_of(chance, x)):
         return sum((model(x).argmax(1) == y).long() for _ in range(draws)).cpu()
 
 
-def times_right_on(model, images, *, draws, batch_size, chance, device, workers=0, progress=None,
+def count_right_on(model, images, *, draws, batch_size, chance, device, workers=0, progress=None,
                    cell=None):
-    """times_right of all images before an attack: (N,). progress: from utils/cells.py, saves how
+    """count_right of all images before an attack: (N,). progress: from utils/cells.py, saves how
     far the `cell` has got.
     """
     def counted(index, x):
         x, y = to_float(x.to(device, non_blocking=True)), images.labels[index].to(device)
-        return {"right": times_right(model, x, y, draws, chance[index].fold(BEFORE)).tolist()}
+        return {"right": count_right(model, x, y, draws, chance[index].fold(BEFORE)).tolist()}
     return torch.tensor((progress or Progress()).count(
         images, torch.arange(len(images)), counted, batch_size=batch_size, cell=cell,
         workers=workers, desc="clean")["right"])
@@ -126,11 +126,11 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chan
         synchronize(device)
         seconds = time.perf_counter() - start
         allowed = in_ball(x, x_adv, attack, audit)
-        right = times_right(model, x_adv, y, draws, own.fold(AFTER))
+        right = count_right(model, x_adv, y, draws, own.fold(AFTER))
         eight = {}
         if keep is not None:
             x8 = keep(index, x, x_adv)
-            right8 = times_right(model, x8, y, draws, own.fold(AFTER))
+            right8 = count_right(model, x8, y, draws, own.fold(AFTER))
             eight["after8"] = torch.where(in_ball(x, x8, attack, audit), right8,
                                           before[index]).tolist()
         return {"after": torch.where(allowed, right, before[index]).tolist(), "seconds": seconds,
@@ -185,7 +185,7 @@ def accuracy_cell(model, images, operations, *, batch_size, chance, device, work
         for k, name in enumerate(right):
             own = chance[index].fold(k)
             z = x if name == "clean" else operations[name](x, generator=own.fold(ATTACK))
-            right[name] += int(times_right(model, z, y, 1, own.fold(AFTER)).sum())
+            right[name] += int(count_right(model, z, y, 1, own.fold(AFTER)).sum())
         return {"n": len(y), "right": right}
     return (progress or Progress()).count(
         images, torch.arange(len(images)), counted, batch_size=batch_size, cell=cell,
@@ -254,10 +254,10 @@ def logits_under(model, x, pairs, *, seed, index, again):
     index (n,): positions of the images in the list. Random layers draw the same for every pair.
     """
     own, found = chance_of(Chance(seed, index), x), []
-    with telling(own.fold(BEFORE)):
+    with drawing_from(own.fold(BEFORE)):
         clean, once_more = model(x), model(x) if again else None
     for pair in pairs:
-        with telling(own.fold(AFTER)):
+        with drawing_from(own.fold(AFTER)):
             found.append([None if d is None else model((x + d).clamp_(0, 1)) for d in pair])
     return clean, once_more, found
 

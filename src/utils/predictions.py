@@ -3,7 +3,7 @@
 import torch
 
 from utils.attack.chance import Chance, chance_of
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.cells import Progress
 from utils.data import CIFAR10, DIGITS, cached, open_images, to_float
 from utils.run import save_csv
@@ -43,7 +43,7 @@ def classified(model, images, s, desc, team):
     """
     def top(index, x):
         x = to_float(x.to(s.device, non_blocking=True))
-        with telling(chance_of(Chance(s.seed, index), x)):
+        with drawing_from(chance_of(Chance(s.seed, index), x)):
             found = model(x).softmax(1).max(1)
         return {"index": index.tolist(), "classes": found.indices.tolist(),
                 "shares": found.values.tolist()}

@@ -62,7 +62,7 @@ class Tested:
 
     def clean_cell(self, images, s, progress):
         """The cell without an attack: in how many forward passes each image is right."""
-        before = measure.times_right_on(
+        before = measure.count_right_on(
             self.defended, images, draws=self.draws(s), batch_size=s.batch_size,
             chance=numbered(s.seed, len(images)), device=s.device, workers=s.workers,
             progress=progress, cell=f"{self.name} clean").tolist()

@@ -49,7 +49,7 @@ def source_cells(source, left, mim, images, done, s, progress):
         allowed = measure.in_ball(x, x_adv, attack, audit)
         x_adv[~allowed.to(x.device)] = x[~allowed.to(x.device)]
         audit["zero_gradient"] = int(report["zero_gradient"].sum())
-        return audit | {"after": {key: measure.times_right(
+        return audit | {"after": {key: measure.count_right(
             net.defended, x_adv, y, net.draws(s), own.fold(measure.AFTER)).tolist()
             for key, net in left.items()}}
     found = progress.count(

@@ -57,8 +57,8 @@ class eot(nn.Module):  # noqa: N801  # lower case because it is used like a func
 
     One call is one draw of the model. The attacks average logits, losses and gradients over
     `draws` calls, even if this module is part of another; the mean logits decide which images are
-    fooled. The model must draw anew at every call. Layers that ask utils/attack/telling.py give an
-    image the same draws in any batch; others draw from their own generator.
+    fooled. The model must draw anew at every call. Layers that use utils/attack/random_layers.py
+    give an image the same draws in any batch; others draw from their own generator.
     """
 
     def __init__(self, model, draws):

@@ -18,7 +18,7 @@ from torch import nn
 from utils.attack.adaptive import draws_of
 from utils.attack.balls import column, norm_of
 from utils.attack.chance import chance_of
-from utils.attack.telling import passing, telling
+from utils.attack.random_layers import drawing_from, rows_passing
 from utils.attack.waits import free_to_ask
 from utils.errors import UserError
 from utils.precision import out_of_memory
@@ -47,7 +47,7 @@ def attack(function):
             if not draws:
                 return function(model, x, y, *args, **options)
             own = chance_of(options.get("generator"), x)
-            with telling(own.fold(LAYERS)):
+            with drawing_from(own.fold(LAYERS)):
                 return function(model, x, y, *args, **options | {"generator": own})
     return wrapped
 
@@ -267,7 +267,7 @@ def forward(model, x, y, tally=None, index=slice(None)):
     index: the positions of these images in the batch that the attack was given.
     """
     tally, version = tally or Tally(x), x._version
-    with passing(index):
+    with rows_passing(index):
         try:
             logits, changed = model(x).to(x.dtype), x._version != version
         except RuntimeError as error:

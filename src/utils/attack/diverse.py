@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.attack.balls import column
-from utils.attack.telling import told
+from utils.attack.random_layers import chance_for
 from utils.defenses import ResizePad
 from utils.errors import UserError
 
@@ -35,7 +35,7 @@ class Diverse(nn.Module):
                             "square ones, or diverse=0")
         if size not in self.pad:
             self.pad[size] = ResizePad(max(1, round(SMALLEST * size)), size)
-        moved = told(x, self.pad[size].generator).uniform().to(x) < self.p
+        moved = chance_for(x, self.pad[size].generator).uniform().to(x) < self.p
         return self.model(torch.where(column(moved, x), self.pad[size](x), x))
 
 

@@ -17,8 +17,8 @@ from utils.attack.balls import NORMS
 from utils.attack.chance import chance_of
 from utils.attack.core import attack, forward, margin, measure, one_of, two_or_more
 from utils.attack.fab import fab
+from utils.attack.random_layers import drawing_from, rows_passing
 from utils.attack.square import images_only, square
-from utils.attack.telling import passing, telling
 from utils.errors import UserError
 
 TARGETS, ENOUGH = 9, 4  # of APGD-T, as published; classes that the targeted DLR loss needs
@@ -56,7 +56,7 @@ def _in_turn(model, x, y, attacks, targeted, generator):
         who, one = alive.nonzero()[:, 0], {}
         fooled = alive[who]
         if len(who):
-            with passing(who):
+            with rows_passing(who):
                 x_adv = run(model, x[who], y[who], generator=own[who].fold(k), report=one, **more)
             x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # cw_l2 and fab give a mask too
             fooled = measure(model, x_adv, y[who], margin, targeted, index=who)[1]
@@ -72,7 +72,7 @@ def _in_turn(model, x, y, attacks, targeted, generator):
 
 
 def _classes(model, x, y):
-    with torch.no_grad(), telling(chance_of(None, x[:1])):  # not counted as a draw
+    with torch.no_grad(), drawing_from(chance_of(None, x[:1])):  # not counted as a draw
         return forward(model, x[:1], y[:1]).shape[1]
 
 
@@ -210,7 +210,7 @@ def _parts(classes, norm, eps, version):
 def _changed(model, x, y):
     """How many of the first LOOKED_AT images get different logits in two passes."""
     x, y, draws = x[:LOOKED_AT], y[:LOOKED_AT], chance_of(None, x[:LOOKED_AT])
-    with telling(draws):  # not counted as draws
+    with drawing_from(draws):  # not counted as draws
         one, two = (forward(model, x, y) for _ in range(2))
     return int(((one - two).norm(dim=1) > SAME * one.norm(dim=1)).sum())
 

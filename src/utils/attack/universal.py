@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.attack.telling import telling
+from utils.attack.random_layers import drawing_from
 from utils.errors import UserError
 
 LOSSES = ("ce", "logit", "cosine", "feature")
@@ -71,7 +71,7 @@ def picked(y, index):
 
 def drawing(chance):
     """Context in which random layers draw from `chance`; None: from their own generators."""
-    return nullcontext() if chance is None else telling(chance)
+    return nullcontext() if chance is None else drawing_from(chance)
 
 
 # ------------------------------------------------------------------ the outer step
