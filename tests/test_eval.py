@@ -325,7 +325,7 @@ def truncated(path, content):
 @pytest.mark.parametrize(("name", "write", "words"), [
     ("gone.pth", lambda p: None, "no such file"),
     ("gone.npy", lambda p: None, "no such file"),
-    ("a.txt", lambda p: p.write_text("x"), "no format"),
+    ("a.txt", lambda p: p.write_text("x"), "not a perturbation format"),
     ("a.pth", lambda p: p.write_bytes(b"PK\x03\x04 cut"), "truncated"),
     ("a.pth", lambda p: p.write_bytes(b""), "truncated"),
     ("a.npy", lambda p: truncated(p, DELTA.numpy()), "truncated"),
@@ -365,7 +365,7 @@ def test_a_bad_perturbation_stops_the_script_before_anything_is_measured(
     (("--model_name", "cnm"), "did you mean cnn"),
     (("--model_name", "vgg16"), "no network for digits data"),
     (("--data_dir", "digit"), "did you mean digits"),
-    (("--uaps", "nowhere"), "no format"),
+    (("--uaps", "nowhere"), "not a perturbation format"),
     (("--uaps", "."), "no perturbation for digits images"),
     (("--weights", "a.pth"), "no file a.pth"),
     (("--weights", "V1", "V1", "V1"), "3 given for 1"),
