@@ -148,8 +148,9 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     towards five classes. version: 'plus' runs APGD-CE and APGD-DLR five times, then Square, APGD-T,
     and FAB-T five times; 'rand', for random defences, APGD-CE and APGD-DLR on the mean gradient of
     20 draws or more: a model's own eot is repeated. Fewer classes: as in strongest_quick.
-    The report is worst_case's, with `flat`, plus the totals; `random`, the number of images whose
-    logits differed in two passes; and `flags`, a line for each sign that the result may be wrong.
+    The report is worst_case's, with `flat`, plus the totals; `random`, how many of the first 50
+    images had other logits in a second pass (0 under 'rand'); and `flags`, a line for each sign
+    that the result may be wrong.
     """
     one_of("norm", norm, NORMS)
     one_of("version", version, VERSIONS)
