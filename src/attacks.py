@@ -29,13 +29,13 @@ indices (N,)), which gives an image the same result in any batch of a data set. 
 plain function, modes and eots inside it are not seen.
 
 `report`, a dict, receives what the result alone does not show: `zero_gradient` (N,), True where
-every gradient was zero in every entry (such an image was not attacked and is returned as it
-started); `gradients` and `queries`, their numbers summed over images; and `losses`, one (N,) per
-step, for pgd, bim, fgsm and mim if all images took all steps. Bad input and NaN gradients raise
-UserError. On a GPU, where no step after the first waits for the device (except in cw_l2 and with
-stop_early), an error on the way is raised at the end (utils/attack/waits.py). With too few classes
-for DLR the margin loss takes its place, and K classes give at most K - 1 targets; a one-line
-warning says so.
+every gradient was zero in every entry (such an image was not attacked; its starting point is
+returned); `gradients` and `queries`, how many were taken, summed over images; and `losses`, one
+(N,) per step, for pgd, bim, fgsm and mim if all images took all steps. Bad input and NaN gradients
+raise UserError. On a GPU, where no step after the first waits for the device (except in cw_l2 and
+with stop_early), an error on the way is raised at the end (utils/attack/waits.py). With too few
+classes for DLR the margin loss takes its place, and K classes give at most K - 1 targets; a
+one-line warning says so.
 """
 
 import math
@@ -303,7 +303,7 @@ class _Tanh(Rows):
         u0 = x * (1 - SQUEEZE) + SQUEEZE / 2
         start = torch.atanh(2 * u0 - 1)
         t0, free = start.tanh(), torch.full_like(x, math.inf)
-        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # at the start, the longer side's
+        upwards = torch.where(x < 0.5, t0.nextafter(-free), t0)  # at t0: slope of the longer side
         return cls(x, t0, upwards, (1 - x) / (1 - u0) / 2, x / u0 / 2,
                    torch.where(x == 0, start, -free), torch.where(x == 1, start, free)), start
 

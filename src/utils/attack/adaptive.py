@@ -1,4 +1,4 @@
-"""For adaptive attackers: a substitute for a layer's gradient, and the mean over random draws.
+"""For adaptive attackers: a stand-in for a layer's gradient, and the mean over random draws.
 
 Athalye et al., arXiv:1802.00420.
 """

@@ -41,9 +41,9 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
     loss: 'ce', 'margin', 'dlr', or 'dlr_targeted' and 'margin_targeted', which run once towards
     each of the `targets` most likely wrong classes (with K classes, at most K - 1).
     norm: 'linf', 'l2', or 'l1' with the adaptive sparsity of arXiv:2103.01208.
-    stages: as AutoAttack does in L1, take 30 % of the steps in the ball of radius 3 eps, 30 % in
-    2 eps and the rest in eps, each stage from the projection of the last one's best point; below 4
-    steps, all in eps. Fooled images leave the batch (utils/attack/waits.py); images misclassified
+    stages: as AutoAttack does in L1, take 30 % of the steps with radius 3 eps, 30 % with 2 eps and
+    the rest with eps, each stage from the projection of the previous stage's best point; below 4
+    steps, all with eps. Fooled images leave the batch (utils/attack/waits.py); images misclassified
     from the start are not changed. For 'ce', 'margin' and 'dlr' the report has `flat` (N,): True
     where the attack failed and its loss never rose above that of the clean image.
     """
@@ -74,7 +74,7 @@ def apgd(model, x, y, *, eps, norm="linf", steps=100, loss="ce", restarts=1, tar
 
 
 def _loss(model, x, y, loss, targets, targeted):
-    """loss(logits, y, goal) to climb, and [goal (N,)]: the classes of each run."""
+    """loss(logits, y, goal) to climb, and [goal (N,)], one for each run."""
     if loss not in TOWARDS:
         plain = ascend(loss, targeted)
         return (lambda logits, y, goal: plain(logits, y)), [y]
@@ -106,7 +106,7 @@ class _State(Rows):
     size: torch.Tensor       # step size
     halved: torch.Tensor     # whether it was halved at the last checkpoint
     width: torch.Tensor      # L1: share of the entries that a step moves
-    moved: torch.Tensor      # L1: entries that the best point had changed at the last checkpoint
+    moved: torch.Tensor      # L1: changed entries of the best point at the last checkpoint
     fooled: torch.Tensor     # at the best point; such images only wait to leave the batch
 
     def see(self, f, hit):
@@ -127,7 +127,7 @@ class _State(Rows):
 
 def _start(x, y, goal, start, eps, norm, stages):
     """The state at the start. In L1 the first steps move a fifth of an image's entries; with
-    stages, 1 / 1.5 times as many as the start has changed.
+    stages, 1 / 1.5 times as many as differ between start and image.
     """
     value = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
     nothing, entries = torch.zeros_like(x), x[0].numel()
@@ -227,8 +227,8 @@ def _adapt(s, eps, wanted):
 
 
 def _adapt_l1(s, eps, _):
-    """The next steps move 1 / 1.5 times as many entries as the best point has changed. Where that
-    number has dropped, the step is reset to eps and taken from the best point.
+    """The next steps move 1 / 1.5 times as many entries as differ between best point and image.
+    Where that number has dropped by over 5 %, the step is eps again and starts at the best point.
     """
     x = s.x
     moved = (s.best != x).flatten(1).sum(1).to(s.moved)

@@ -107,7 +107,7 @@ def nearest(x_adv, x, eps, norm, how="exact"):
 
 
 def _inwards(x, delta, eps):
-    """x + delta in [0, 1], rounded towards x where rounding errors leave the L1 ball."""
+    """x + delta in [0, 1], rounded towards x where rounding errors would leave the L1 ball."""
     there = (x + delta).clamp_(0, 1)
     outside = norm_of(there - x, "l1") > eps * (1 + 16 * torch.finfo(x.dtype).eps)
     if free_to_ask(x) and not bool(outside.any()):

@@ -12,7 +12,7 @@
 A number is a function of seed, image, turn and position. The same call gives the same numbers, so
 every use folds in its own constant. An image has the same numbers in any batch, in any order and
 with any number of processes. Numbers are integers until the last step: uniform numbers and signs
-are the same to the last bit on every device, normal ones up to its rounding of log, sin and cos.
+are the same to the last bit on every device, normal ones up to rounding in log, sin and cos.
 """
 
 import math
@@ -30,8 +30,8 @@ WEYL = 0x9E3779B9, 0xBB67AE85           # added to the key in every round
 def philox(counter, key):
     """Four random words from a counter of four (Python ints or int64 tensors) and a key of two.
 
-    Of counter tensors, the first and the third must have the full shape. Products of two words wrap
-    around in int64, but all 64 bits are right.
+    If the counter's words are tensors, the first and the third must have the full shape. Products
+    of two words wrap around in int64, but all 64 bits are right.
     """
     (a, b, c, d), (k, m) = counter, key
     for _ in range(10):

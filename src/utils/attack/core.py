@@ -25,7 +25,7 @@ from utils.precision import out_of_memory
 
 NUMBERS = ("eps", "alpha", "mu", "q", "c", "lr", "confidence", "rho", "p")  # at least 0
 COUNTS = ("steps", "binary_steps", "restarts", "targets", "queries")         # whole, at least 1
-LAYERS = 1 << 32  # the stream of random layers; for their own, attacks fold in small numbers
+LAYERS = 1 << 32  # the stream of random layers; attacks fold in small numbers for theirs
 
 
 def attack(function):
@@ -119,7 +119,7 @@ class Tally:
             _raise_for(int((~fine).sum()), message)
 
     def take(self, g, draws, index, left=None):
-        """Count and check the gradients -> g (n, ...), on a GPU with 0 for images not finite."""
+        """Count and check gradients. -> g (n, ...); on a GPU, 0 for images where not finite."""
         peak, counted = norm_of(g, "linf"), len(g)
         fine = peak.isfinite()
         if not free_to_ask(g):  # the error comes later; until then no image becomes NaN

@@ -43,7 +43,7 @@ from utils.attack.waits import due, free_to_ask
 
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9  # as published
 SEARCHES = 3                           # steps of the final search
-SHORT = 0.999  # unlike the paper: they end just beyond the boundary, on which rounding decides
+SHORT = 0.999  # unlike the paper: steps end just beyond the boundary, on which rounding decides
 
 
 @attack
@@ -51,8 +51,8 @@ def fab(model, x, y, *, norm="linf", eps=math.inf, steps=100, restarts=1, target
         targeted=False, generator=None, report=None):
     """Fast adaptive boundary attack: adversarial images as near to x as it can find, in `norm`.
 
-    Runs start at x, restarts at a random point at half of the smallest norm so far, or of eps if
-    smaller. They go towards each of the `targets` most likely wrong classes (with K classes, at
+    Runs start at x; restarts, at a random point at half of the smallest norm so far (of eps, if
+    smaller). They go towards each of the `targets` most likely wrong classes (with K classes, at
     most K - 1). With eps, only images within it count, and they leave the batch once found
     (utils/attack/waits.py); without, all runs look for smaller norms.
     -> (x_adv, success (N,)); x itself where the attack failed, or where x is fooled already.
@@ -83,14 +83,14 @@ def fab(model, x, y, *, norm="linf", eps=math.inf, steps=100, restarts=1, target
 
 
 def _goals(model, x, y, targets, targeted):
-    """[goal (N,)]: the classes of each run; if targeted, y itself."""
+    """[goal (N,)], one for each run; if targeted, y itself."""
     with torch.no_grad():
         logits = forward(model, x, y)
     return [y] if targeted else likeliest_wrong(logits, y, targets)
 
 
 def _start(x, size, eps, norm, own):
-    """A random point at half of the smallest norm so far, or of eps or the box if smaller."""
+    """A random point at half of the smallest norm so far, of eps or of the box: the least."""
     room = norm_of(torch.maximum(x, 1 - x), norm)
     radius = torch.minimum(size, room).clamp_max(eps) / 2
     return (x + column(radius, x) * unit(random_point(x, 1.0, norm, own), norm)).clamp_(0, 1)

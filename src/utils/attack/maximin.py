@@ -7,7 +7,7 @@ taken at weights and images for which the surrogate is most confident of the lab
     both radii grow with the epochs        share
 
 Unlike the published code, the weights step in eval mode (no dropout, BatchNorm with its running
-statistics), delta starts at zero, x + delta is cut to [0, 1], and Adam has no weight decay.
+statistics), delta starts at zero, x + delta is clipped to [0, 1], and Adam has no weight decay.
 """
 
 import math

@@ -128,7 +128,7 @@ def _targeted_apgd(classes, published, **options):
 
 
 def _less(classes, published):
-    """[number of targets, in words] if fewer than published, else []."""
+    """['4 targets'] if there are fewer (here 4) than published, else []."""
     wrong = classes - 1
     return [f"{wrong} target{'s' * (wrong > 1)}"] * (wrong < published)
 
@@ -149,7 +149,7 @@ def autoattack(model, x, y, *, eps, norm="linf", version="standard", targeted=Fa
     and FAB-T five times; 'rand', for random defences, APGD-CE and APGD-DLR on the mean gradient of
     20 draws or more: a model's own eot is repeated. Fewer classes: as in strongest_quick.
     The report is worst_case's, with `flat`, plus the totals; `random`, how many of the first 50
-    images had other logits in a second pass (0 under 'rand'); and `flags`, a line for each sign
+    images got different logits in a second pass (0 under 'rand'); and `flags`, a line for each sign
     that the result may be wrong.
     """
     one_of("norm", norm, NORMS)

@@ -28,7 +28,7 @@ HILLS = {"l2": 2, "l1": 4}   # a hill is a sum of 1 / k to this power
 @torch.no_grad()
 def square(model, x, y, *, eps, norm="linf", queries=5000, p=0.8, restarts=1, rescale=True,
            targeted=False, generator=None, report=None):
-    """Square attack: change a random square of the image and keep it if the margin grows.
+    """Square attack: change a random square of the image; keep the change if the margin grows.
 
     x (N, C, H, W); p: share of the image that the first squares cover, which shrinks as published
     (Sec. 3, for 10,000 queries; rescale: scaled to `queries`). Fooled images leave the batch, on a

@@ -164,7 +164,7 @@ def feature_layer(net, x, name=None, *, of="this network"):
 
 @torch.no_grad()
 def _dry_run(net, x):
-    """[(name, module, output)] as modules finish, and how many had when the classifier began.
+    """[(name, module, output)] as modules finish, and how many come before the classifier.
 
     The classifier is the last layer with weights; in SqueezeNet that is a convolution.
     """
@@ -218,4 +218,4 @@ def warp(x, maps):
     """Warp every image by its own affine map, reflected at the borders. (N,C,H,W), (N,2,3)"""
     grid = F.affine_grid(maps, x.shape, align_corners=False)
     moved = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    return torch.empty_like(x).copy_(moved)  # grid_sample does not keep x's memory format
+    return torch.empty_like(x).copy_(moved)  # grid_sample does not keep x's memory order
