@@ -1,5 +1,5 @@
-# Sourced by every script. Sets PYTHON to one that has all that the scripts import, and torchrun to
-# the arguments that start PROCESSES processes (empty for one); defines `table`.
+# Sourced by every script. Sets PYTHON to an interpreter that has all that the scripts import, and
+# torchrun to the arguments that start PROCESSES processes (empty for one); defines `table`.
 # PYTHON is the caller's if it has torch, torchvision and the rest; else that of .venv beside src/,
 # made once from requirements.txt: about a minute and 5 GB, or on top of the caller's torch if that
 # is 2.4 or newer and not in a virtual environment.

@@ -5,7 +5,7 @@
     pgd20             PGD-20                          steps of eps / 4, random start, 1706.06083
     pgd50x10          PGD-50-10                       the same, from ten random starts
     cw50              CW-50                           the same on the C&W margin, 1608.04644
-    strongest_quick   APGD-CE + APGD-T + Square 1000  each on images still right, 2003.01690
+    strongest_quick   APGD-CE + APGD-T + Square 1000  each on images not fooled so far, 2003.01690
     autoattack        AutoAttack                      the same in full, with FAB-T and Square 5000
 
     python eval_net.py                                                   # digits, offline

@@ -76,7 +76,7 @@ def examples(models, delta, images, names_of, number, device):
     """A few evenly spaced images (n, C, H, W), before and after; None if none can be decoded.
 
     models {name: network}, names_of {name: its class names}. before, after: classes predicted by
-    the first network; clean, seen: {name: predicted classes} of the first SHOWN, before and after
+    the first network; clean, seen: the same for the first SHOWN, {name: classes}
     """
     chosen = torch.linspace(0, len(images) - 1, min(number, len(images))).long().tolist()
     found = [p for p in (images[i] for i in chosen) if p is not None]

@@ -8,7 +8,7 @@
        theta - eta (g_clean + g_adv) --optimizer sgd; adam, the default, gets the same sum
     5  variations                    --train clean | noise | fgs | fgv, each with --batch_norm
     beyond the sheet                 PGD-40, also after every epoch, and `strongest_quick` of
-                                     attacks.py; warnings of utils/report_mnist.py
+                                     attacks.py; suspicious figures: utils/report_mnist.py
 
     python fgsm_mnist.py --train fgs                                # digits, offline, seconds
     python fgsm_mnist.py --train fgs --data_dir mnist --batch_norm --seeds 3

@@ -59,7 +59,7 @@ def get_args():
         "None: all")
     add("--credit", default="", help="line below the picture of --uaps, to credit the photograph")
     add("--image", type=Path, help="image file for --augmentations; None: a drawn scene")
-    add("--image_size", type=at_least(16, high=2048), default=160, help="its side in pixels")
+    add("--image_size", type=at_least(16, high=2048), default=160, help="image side in pixels")
     parser.shared("seed", seed={"help": "of the augmentations"})
     add("--out", type=Path, help="PNG file to write; None: the usual name in imgs/")
     return parser.parse_args()
@@ -209,7 +209,7 @@ def _results(folder, flag, script):
 def _table(flag, folders, name, command, points):
     """The rows of the CSV file `name` in these folders, one table after another.
 
-    UserError if two have the same `points`, the columns that identify a point of a line.
+    UserError if two rows agree in `points`, the columns that identify a point of a line.
     """
     rows = []
     for folder in folders:

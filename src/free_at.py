@@ -15,7 +15,7 @@
 
 Natural and free training take the same number of weight steps for the same --epochs: free training
 passes over the images ceil(epochs / m) times. A run leaves NAME.pth (the network's state dict,
-which every script takes as --weights), NAME_best.pth (the best pass on images not trained on),
+which every script takes as --weights), NAME_best.pth (of the pass that --validate found best),
 their .json, log.csv, curve.png and checkpoint.pth. A killed run continues with --resume.
 """
 

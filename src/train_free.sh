@@ -12,7 +12,7 @@ MODEL=${MODEL:-}                             # network; empty: the data set's ow
 METHODS=${METHODS:-natural free pgd fast}    # what to train
 REPLAYS=${REPLAYS:-}                         # m of free; several, separated by spaces; empty: 8, or
                                              # that of --recipe or --replays
-RUNS=${RUNS:-runs/free}                      # parent folder of the runs, and of the table
+RUNS=${RUNS:-runs/free}                      # parent folder of the runs; the table is in it too
 EVAL_IMAGES=${EVAL_IMAGES:-}                 # test images to attack; empty: all
 PROCESSES=${PROCESSES:-}                     # processes that share a training, then the images; empty: one
 

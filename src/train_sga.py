@@ -12,7 +12,7 @@
     python train_sga.py --defense gcm --bpda ...    # through a defence, as the adaptive attacker
 
 The loss is maximised. A run leaves NAME.pth, NAME.json, NAME.png, log.csv, curve.png, images.txt
-and checkpoint.pth in its folder. A killed run continues with --resume, on a CPU to the same bytes.
+and checkpoint.pth in its folder. --resume continues a killed run; on a CPU the bytes are the same.
 """
 
 from argparse import BooleanOptionalAction
@@ -57,7 +57,7 @@ def model_gradient(model, x, delta, y, loss, chance=None):
 def input_gradient(models, x, delta, y, chance=None, *, loss, team=ALONE):
     """Mean loss and mean gradient over the models, summed in the models' order.
 
-    y: what model_gradient takes, one for each model. chance: each model makes its own draws.
+    y: what model_gradient takes, one for each model. chance: each model has its own draws from it.
     team: processes that share the models.
     """
     works = [partial(model_gradient, model, x, delta, of_model, loss, chance and chance.fold(k))
@@ -106,7 +106,7 @@ def update(delta, g, v, *, eps, alpha, mu):
 # ------------------------------------------------------------------ the epochs
 
 def index_draws(s, n, generator):
-    """Indices of the n batch images in each step: (M, minibatch) for SGA, else a partition."""
+    """Indices into a batch's n images for each step: SGA (M, minibatch), others a partition."""
     if s.method != "sga":
         return torch.arange(n).split(SPGD_CHUNK)
     size, steps = min(s.minibatch, n), max(1, s.iter * n // s.minibatch)  # Sec. 3.3: K |LB| / |SB|
@@ -249,7 +249,7 @@ def get_args():
     add("--image_size", type=at_least(8), help="side in pixels; None: 224, or that of small images")
     add("--bpda", action="store_true", help="adaptive attacker: gradients skip the gcm layer")
     add("--method", choices=("sga", "spgd", *universal.ADAMS), default="sga", help="spgd: no inner "
-        "pre-search; adam: also Adam steps, not signs, as in FG-UAP; dm: as in DM-UAP")
+        "pre-search; adam: the same with Adam steps, as in FG-UAP; dm: as in DM-UAP")
     add("--preset", choices=tuple(sga_run.PRESET_FLAGS), default="paper", help="sets "
         "--augment, --momentum, --loss and --batch_size where they are not typed: docs/uap.md")
     add("--loss", choices=universal.LOSSES, help="ce: mean min(CE, beta); logit; cosine, feature: "
