@@ -70,7 +70,7 @@ def get_args():
     add("--batch_size", type=at_least(1), default=50, help="images attacked, in one batch")
     add("--turns", type=at_least(1), default=3, help="turns of each; the median counts")
     add("--seed", type=at_least(0), default=0, help="random starts")
-    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory order for ours; auto: "
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory layout of ours; auto: "
         "the faster by timing")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
@@ -226,7 +226,7 @@ def outcome(model, x, y, x_adv):
 def with_ratios(rows, steps):
     """The rows of one attack, each with `ratio`: its speed over the fastest other's in its form.
 
-    steps: forward passes per image in a whole attack; attacks with fewer are no yardstick.
+    steps: forward passes per image in a whole attack; implementations that took fewer do not count.
     """
     def yardstick(row):
         full = [one["seconds"] for one in rows if one["passes"] >= steps

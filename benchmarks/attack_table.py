@@ -74,7 +74,7 @@ def get_args():
     add("--stop_early", action="store_true", help="in ours, fooled images leave PGD")
     add("--batch_size", type=at_least(1), default=50, help="images at a time")
     add("--seed", type=at_least(0), default=0, help="random starts and squares")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--workers", type=at_least(0), default=default_workers(), help="processes that decode")
     add("--save", "--results", type=Path, default=Path("runs/attack_table"), help="output folder")
     return parser.parse_args()

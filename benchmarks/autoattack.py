@@ -44,9 +44,9 @@ def get_args():
     add("--eps", nargs="+", type=positive, help="radius of each of the norms; None: 0.12, 1.5, 12")
     add("--epochs", type=at_least(0), default=15, help="epochs of training against PGD, 10 steps")
     add("--num_images", type=at_least(1), default=200, help="test images, evenly over the classes")
-    add("--seeds", type=at_least(1), default=1, help="runs of either side")
+    add("--seeds", type=at_least(1), default=1, help="runs of each side")
     add("--version", choices=("standard", "plus", "rand"), default="standard", help="variant")
-    add("--results", type=Path, help="JSON file; the table lies beside it as .csv and .md")
+    add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
     return parser.parse_args()
 
 

@@ -43,7 +43,7 @@ def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--cases", type=at_least(1), help="at most this many, spread over the kinds; None: all")
-    add("--results", type=Path, help="JSON file to write; the table lies beside it as .md and .csv")
+    add("--results", type=Path, help="JSON file to write, with .md and .csv beside it")
     return parser.parse_args()
 
 

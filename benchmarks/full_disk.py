@@ -35,7 +35,7 @@ def get_args():
     add("--sizes", type=at_least(1), default=8, help="disk sizes for each command")
     add("--commands", nargs="+", choices=tuple(COMMANDS), default=list(COMMANDS),
         help="which commands")
-    add("--results", type=Path, help="JSON file to write; the table lies beside it as .md and .csv")
+    add("--results", type=Path, help="JSON file to write, with .md and .csv beside it")
     return parser.parse_args()
 
 

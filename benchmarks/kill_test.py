@@ -52,7 +52,7 @@ def get_args():
     add("--commands", nargs="+", choices=tuple(COMMANDS), default=list(COMMANDS),
         help="which commands")
     add("--seed", type=at_least(0), default=0, help="seed of the moments")
-    add("--results", type=Path, help="JSON file to write; the table lies beside it as .md and .csv")
+    add("--results", type=Path, help="JSON file to write, with .md and .csv beside it")
     return parser.parse_args()
 
 

@@ -5,7 +5,7 @@
 
 Runs eval_uap.py, eval_net.py and gcm.py unchanged, on links to a few JPEG files made here, with one
 CPU thread per process. Memory is the anonymous memory of a command plus its decoders, sampled 20
-times a second; mapped files, which the system can reclaim, do not count. Linux. Images/s come from
+times a second; mapped files, which the system can reclaim, do not count. Linux. Images/s comes from
 the extra time that twice as many photographs take. Waits of a step: tests/test_no_waiting.py.
 """
 
@@ -34,12 +34,12 @@ PICTURES = 20  # distinct files; all others are links to them
 def get_args():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--measure", nargs="+", choices=tuple(MEASURES), default=list(MEASURES), help="which")
+    add("--measure", nargs="+", choices=tuple(MEASURES), default=list(MEASURES), help="quantities")
     add("--sizes", type=at_least(10), nargs="+", default=[500, 5000, 50_000], help="numbers of "
         "small images for which memory is measured")
     add("--image_size", type=at_least(16), default=32, help="their side in pixels")
-    add("--photographs", type=at_least(10), default=300, help="of 224 pixels, for speed: the "
-        "time of twice as many minus that of this many")
+    add("--photographs", type=at_least(10), default=300, help="number of them for speed, "
+        "at 224 pixels: the extra time of twice as many")
     add("--model_name", default="squeezenet1_1", help="network that classifies the photographs")
     add("--processes", type=at_least(1), nargs="+", default=[1, 2], help="numbers of processes")
     add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")

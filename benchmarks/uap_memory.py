@@ -29,7 +29,7 @@ def get_args():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--num_images", type=at_least(1), default=10_000, help="photographs")
     parser.add_argument("--layout", choices=("contiguous", "channels_last"),
-                        default="channels_last", help="memory order of the batches")
+                        default="channels_last", help="memory layout of the batches")
     return parser.parse_args()
 
 

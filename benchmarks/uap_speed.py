@@ -48,9 +48,9 @@ def get_args():
     add("--minibatch", type=at_least(1), default=10, help="images of an inner step")
     add("--steps", type=at_least(1), default=4, help="inner steps a turn")
     add("--rounds", type=at_least(1), default=5, help="turns of each; the median counts")
-    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory order of (a), (c) and "
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="memory layout of (a), (c), "
         "(d); auto: the faster by timing")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--results", type=Path, help="JSON file to write, with .csv and .md beside it")
     return parser.parse_args()
 
