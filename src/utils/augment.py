@@ -130,7 +130,7 @@ def augment(x, chances, *, generator):
     """Applies the operations of {name: p} in turn, each to every image with probability p.
 
     Under one Chance, an operation draws the same for an image alone and after other operations.
-    Returns x itself if nothing is chosen. UserError: no such operation, x not images.
+    Returns x itself if nothing is chosen. UserError: unknown operation, x not images.
     """
     numbers = {name: k for k, name in enumerate(OPS)}
     p = torch.zeros(len(OPS))

@@ -69,7 +69,7 @@ def pixels_of(images, parts, *, workers, pinned=False):
 
 def shared(images, parts, work, *, team, workers=0, each=1, pinned=False):
     """Yields (positions that cannot be decoded, work(index, x)) for every batch, in order, in every
-    process; None for work if nothing in a batch can be decoded.
+    process; the result is None if nothing in a batch can be decoded.
 
     parts: tensors of positions; each: batches per process and round; pinned: as in pixels_of.
     """

@@ -38,7 +38,7 @@ def run_script(get_args, main):
     except OSError as error:  # disk full, permission denied: no file is left half-written
         sys.exit(_complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
     except UnicodeEncodeError as error:
-        start, end = error.object[:error.start], error.object[error.start:]  # a line of a list
+        start, end = error.object[:error.start], error.object[error.start:]  # a list: keep one line
         name = ascii(start.rpartition("\n")[2] + end.partition("\n")[0])
         sys.exit(_complain(f"{name}: a name that is not UTF-8; rename the file or folder"))
     except KeyboardInterrupt:

@@ -70,8 +70,8 @@ class Network:
     def recall(self, cells, progress):
         """Reuses the results of finished cells on the clean images.
 
-        cells {Cell: its entry in results.json, or None}. UserError: there are none, and every
-        clean image is misclassified.
+        cells {Cell: its entry in results.json, or None}. UserError: there are none, and this
+        network misclassifies every clean image.
         """
         for cell, counts in cells.items():
             if counts and cell.model == self.name and len(counts.get("before", ())) == len(

@@ -66,8 +66,8 @@ NEEDED = {  # the fact that identifies a script's run: what else it must have
 ORIGIN = ("data_dir", "data_root", "labels", "classes_are", "hold_out", "given_images",
           "validated")  # images
 OPTIONAL = {*ORIGIN, "held_out", "clip_delta", "seed", "w_fgsm_target",  # not in older runs
-            "best_pass",        # not for the last network
-            "head", "classes"}  # for class folders and cifar100
+            "best_pass",        # only for the best network
+            "head", "classes"}  # only for class folders and cifar100
 
 
 # ---------------------------------------------------------------------- finding them

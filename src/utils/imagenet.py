@@ -69,7 +69,7 @@ def is_in_order(names):
 
 
 def _named(text):
-    """Indices of the classes with this name, or the first of several: 'tench, Tinca tinca'."""
+    """Indices of the classes with this name, or with its first part: 'tench, Tinca tinca'."""
     names, first = _by_name(), text.partition(",")[0]
     return names.get(_plain(text.replace(",", " "))) or names.get(_plain(first)) or []
 

@@ -112,7 +112,7 @@ def run_cell(attack, attacker, model, images, before, *, draws, batch_size, chan
     """Run the attack on `attacker` and measure it on `model`, on the images with before (N,) > 0.
 
     progress: from utils/cells.py, saves how far this cell, `desc`, has got. keep(index, x, x_adv):
-    saves images in 8 bit and reads them back (utils/saved.py); their counts are `after8`.
+    rounds images to 8 bits, saves and reads them back (utils/saved.py); their counts are `after8`.
     -> the entry of results.json: before and after as lists of counts, seconds of the attack alone,
     summed over processes, the reports' counts, the largest norm, the number of images outside the
     ball or [0, 1] (they count as not attacked), and the loss at each step if attack.follow.

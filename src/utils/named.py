@@ -84,7 +84,7 @@ def _kept(dataset, root, folder, images, **kwargs):
         data = dataset(root, download=False, **kwargs)
         if images and len(data) != images:
             raise ValueError(f"{len(data)} of {images} images")
-    except Exception as error:  # torchvision's readers raise nearly anything on a damaged file
+    except Exception as error:  # torchvision's readers raise almost anything on a damaged file
         if "not found" in str(error):
             return None
         raise UserError(f"{dataset.__name__} in '{Path(root, folder)}' is damaged "

@@ -25,7 +25,7 @@ def is_row(path):
 def shards(folder, split):
     """The split's shards in a folder, or in data/ in it, as Hugging Face lays them out; sorted.
 
-    All shards, if their names do not tell the splits apart. UserError: only test shards.
+    All shards, if their names do not tell the splits apart. UserError: no training shards.
     """
     found = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
     for starts in SPLITS[split]:

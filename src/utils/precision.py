@@ -60,7 +60,7 @@ def measuring():
 
 def training(device, deterministic):
     """Context for weight steps and for a perturbation's gradients: on a GPU, TF32 and cuDNN's
-    fastest kernels unless `deterministic`. Not yet run on a GPU."""
+    fastest kernels unless `deterministic`. Not run on a GPU."""
     return _computing(QUICK if device.type == "cuda" and not deterministic else EXACT)
 
 
@@ -113,7 +113,7 @@ class Mixed:
         self.scaler.update()
 
     def attack_loss(self, logits, y):
-        """Loss (n,) that sign-gradient attacks maximise under autocast(); a level one in fp16."""
+        """Loss (n,) for sign-gradient attacks under autocast(); in fp16 level_cross_entropy."""
         if self.amp == "fp16":
             return level_cross_entropy(logits, y)
         return F.cross_entropy(logits.float(), y, reduction="none")
@@ -179,7 +179,7 @@ def layout_for(device):
 
 
 def placed(model, device):
-    """The model on the device, in its layout_for."""
+    """The model on the device, in layout_for(device)."""
     return model.to(device, memory_format=LAYOUTS[layout_for(device)])
 
 

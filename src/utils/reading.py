@@ -37,7 +37,7 @@ def read_image(path, *modes):
             with Image.open(opened, formats=FORMATS) as file:
                 image = _eight_bit(file)
                 image = image.convert(image.mode if image.mode in modes else "RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         raise UserError(f"{path}: truncated, or no image ({error})") from None
     if max(image.size) > THINNEST * min(image.size):  # resized, it could fill the memory
         raise UserError(f"{path}: {image.width} x {image.height} pixels; wanted a picture, not a "

@@ -164,8 +164,8 @@ def _columns(counts):
 
 def worst_cases(folder, weights):
     """From the table of gcm.py in a folder: {'AR, row': worst-case attack_robustness}, and images
-    and radii as text; {} and "" if there is no table, {} and None if it is unfinished or not of the
-    network with these `weights`, as models.Target describes them.
+    and radii as text; {} and "" if there is no table; {} and None if it is unfinished, has only
+    naive attackers, or is not of the network with these `weights`, described by models.Target.
     """
     path, beside, found = folder / "results.csv", folder / "results.json", {}
     if not path.is_file():

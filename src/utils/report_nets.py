@@ -130,7 +130,7 @@ class Measured:
 
     @property
     def attacked(self):
-        """Every attack's cell, once: those rounded to 8 bit belong to one of `attacks`."""
+        """Every attack's cell, once: those rounded to 8 bits belong to one of `attacks`."""
         return [*self.attacks.values(), *self.moved.values(),
                 *(cell for cell in self.saved.values() if "after8" not in cell)]
 

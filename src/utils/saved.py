@@ -215,7 +215,8 @@ def made_with(folders, networks):
         for net in networks:
             if about["size"] != net.target.size:
                 raise UserError(f"--from_images {folder}: saved at {about['size']} pixels, but "
-                                f"{net.name} takes {net.target.size}; type its --geometry")
+                                f"{net.name} takes {net.target.size}; give the --geometry that "
+                                "they were saved with")
         if not _is_whole(folder):
             raise UserError(f"--from_images {folder}: not all of its images are there; type the "
                             "command with --save_images again")

@@ -30,10 +30,10 @@ PRESET_FLAGS = {  # --preset: values for flags that are not typed
     "paper": {"augment": False, "loss": "ce", "batch_size": 250},
     "few_images": {"augment": True, "loss": "ce", "batch_size": 250},
     "transfer": {"augment": True, "loss": "feature", "batch_size": 50}}
-INNER = {"minibatch": 10, "iter": 4}  # defaults of sga alone
+INNER = {"minibatch": 10, "iter": 4}  # defaults, for sga only
 MADE_BY = ("method", "model_name", "defense", "bpda", "eps", "alpha", "loss", "beta", "epochs",
            "batch_size", "minibatch", "iter", "momentum", "target", "augment", "seed")
-RATES = {"adam": 0.51, "dm": 2.55}  # alpha / eps, from 0.02 and 0.1 in FG-UAP's and DM-UAP's
+RATES = {"adam": 0.51, "dm": 2.55}  # alpha / eps; FG-UAP's and DM-UAP's scripts: alpha 0.02, 0.1
 WATCHED, PER_IMAGE = 100, 20  # watched images: at most; gradients of an epoch per image
 
 
