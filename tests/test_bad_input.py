@@ -287,7 +287,7 @@ case("--beta inf", (*SGA, "--beta", "inf"), ("--beta", "at most 1e+30"))
 case("--shift beyond the image", (*FREE, "--shift", 33), ("--shift", "at most 32"))
 for chosen in ("phase1,rain", "rain,all"):
     case(f"--augment {chosen}", (*STAGE, "--augment", chosen),
-         (f"--augment {chosen}: ", "stands alone", "names of operations"))
+         (f"--augment {chosen}: ", "cannot be combined", "names of operations"))
 for chosen in ("phase1", "released"):
     case(f"--p beside {chosen}", (*STAGE, "--augment", chosen, "--p", 0.1),
          ("--p 0.1", f"{chosen} has probabilities of its own"))

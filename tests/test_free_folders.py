@@ -201,7 +201,7 @@ def test_the_image_size_defaults_to_that_of_the_weights(own, run_here, tmp_path,
 
 @pytest.mark.parametrize(("flags", "words"), [
     (("--data_dir", "digits", "--image_size", 64), ("--image_size 64", "digits images are 28")),
-    (("--model_name", "mine.py:table"), ("mine.py:table", "no logits")),
+    (("--model_name", "mine.py:table"), ("mine.py:table", "not logits")),
     (("--model_name", "mine.py:fixed"), ("mine.py:fixed", "gives 7 numbers", "wanted 3")),
     (("--model_name", "mine.py:frozen"), ("mine.py:frozen", "no gradient")),
     (("--labels", "gone.txt"), ("--labels gone.txt", "has class folders")),

@@ -100,7 +100,7 @@ def test_a_thousand_names_are_imagenets_only_in_its_order(tmp_path, picture):
 def test_shards_of_several_data_sets_or_for_testing_only_are_refused(tmp_path, picture):
     shard(tmp_path / "test-0.parquet", picture, [0, 1], names=["ant", "bee"])
     assert len(open_images(tmp_path, split="test")) == 2
-    with pytest.raises(UserError, match="for testing alone, such as test-0.parquet"):
+    with pytest.raises(UserError, match="only test shards, such as test-0.parquet"):
         open_images(tmp_path, split="train")
     shard(tmp_path / "test-1.parquet", picture, [0, 1], names=["bee", "cow"])
     with pytest.raises(UserError, match="test-1.parquet: other class names than in test-0"):

@@ -362,10 +362,10 @@ def test_a_file_that_gives_no_network_gives_one_line(factory, tmp_path, monkeypa
 
 
 LOGITS = {
-    "features": ("nn.Conv2d(3, 8, 3)", ["(1, 8, 222, 222)", "no logits", "classifier"]),
+    "features": ("nn.Conv2d(3, 8, 3)", ["(1, 8, 222, 222)", "not logits", "classifier"]),
     "one number": ("nn.Sequential(nn.Flatten(), nn.Linear(150528, 1))", ["(1, 1)"]),
-    "labels": ("Labels()", ["no logits"]),
-    "no batch": ("Squeezed()", ["(1000,)", "no logits"]),
+    "labels": ("Labels()", ["not logits"]),
+    "no batch": ("Squeezed()", ["(1000,)", "not logits"]),
     "pooled features": ("small(2048)", ["gives 2048 numbers", "1000 classes of imagenet"]),
     "a tuple": ("Two()", ["gives tuple", "logits alone"]),
     "hugging face": ("VitForImageClassification()", ["ImageClassifierOutput", ".logits"]),

@@ -78,8 +78,8 @@ def _chances(s, typed):
     groups = {"all": list(OPS), "none": []}
     alone = next((name for name in s.augment if name in (*PRESETS, *groups)), None)
     if alone and len(s.augment) > 1:
-        raise UserError(f"--augment {','.join(s.augment)}: {alone} stands alone; type it alone, or "
-                        "names of operations")
+        raise UserError(f"--augment {','.join(s.augment)}: {alone} cannot be combined; type it "
+                        "alone, or names of operations")
     if alone in PRESETS:
         if typed:
             raise UserError(f"--p {s.p}: --augment {alone} has probabilities of its own; leave out "
@@ -102,7 +102,7 @@ def _check(s, count, held, team):
     if not number_of_terms(s):
         raise UserError(" ".join(f"--{flag} 0" for flag in TERMS) + ": nothing to train on")
     if not held:
-        raise UserError(f"--hold_out {s.hold_out}: none of {count} images; type more")
+        raise UserError(f"--hold_out {s.hold_out}: holds out none of {count} images; type more")
     if s.batch_size > count - held:
         raise UserError(f"--batch_size {s.batch_size}: there are {count - held} training images; "
                         "type a smaller --batch_size")

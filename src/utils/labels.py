@@ -160,8 +160,8 @@ def _in_order(path, lines):
 def devkit_classes(path):
     """{the devkit's id: class index} from meta.mat; UserError if it is from another year."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the ids of the ground truth beside it are in an "
-                        "order of the devkit's own; wanted the devkit's meta.mat there")
+        raise UserError(f"{path}: no such file; the ids of the ground truth beside it are in "
+                        "the devkit's own order; wanted the devkit's meta.mat there")
     try:
         from scipy.io import loadmat  # slow to import, needed for these labels alone
     except ImportError:

@@ -111,8 +111,8 @@ def _same_first_layer(first, norm, path, name):
     if norm and not (isinstance(first, Normalize) and all(
             torch.allclose(a.flatten(), b, atol=1e-3) for a, b in
             zip((first.mean, first.std), norm, strict=True))):
-        raise UserError(f"--pretrained {path}: its normalizer is not that of {name}, with which "
-                        "the trained network would be read again; type other weights, or a "
+        raise UserError(f"--pretrained {path}: its normalizer is not that of {name}, which the "
+                        "trained network would be loaded with; type other weights, or a "
                         "function FILE.py:FUNCTION whose network has this mean and std")
 
 
@@ -309,7 +309,7 @@ def outputs(model, channels, size, device, name="the network"):
                         f"wrap the network in a module that calls it: {hint} (docs/attacks.md)")
     if found.ndim != 2 or len(found) != 1 or not found.is_floating_point() or found.shape[1] < 2:
         raise UserError(f"--model_name {name}: gives {tuple(found.shape)} for one image, which are "
-                        "no logits; wanted (1, number of classes): add the network's classifier")
+                        "not logits; wanted (1, number of classes): add the network's classifier")
     return found.shape[1]
 
 

@@ -33,7 +33,7 @@ def shards(folder, split):
         if chosen:
             return chosen
     if split == "train" and any(path.name.startswith(sum(SPLITS["test"], ())) for path in found):
-        raise UserError(f"{found[0].parent}: shards for testing alone, such as {found[0].name}; "
+        raise UserError(f"{found[0].parent}: only test shards, such as {found[0].name}; "
                         "wanted train*.parquet to train on")
     return found
 

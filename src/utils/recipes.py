@@ -166,5 +166,5 @@ def held_out(images, args):
                          args.labels, args.classes)
     if apart and not len(held):
         raise UserError(f"--data_dir {args.data_dir}: no test split, and --hold_out "
-                        f"{args.hold_out} is none of {len(images)} images; type more")
+                        f"{args.hold_out} holds out none of {len(images)} images; type more")
     return (images.without(held.names), len(held)) if apart else (images, 0)

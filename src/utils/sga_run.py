@@ -130,7 +130,7 @@ def surrogates_of(names, weights, images, image_size=None):
     found = targets_of([names], [weights], (), images, image_size)
     if len(found) < len(names):
         raise UserError(f"--model_name {','.join(names)}: the same network with the same weights "
-                        "twice; type it once, or with other --weights each")
+                        "twice; type it once, or with different --weights")
     sizes = sorted({surrogate.size for surrogate in found})
     if len(sizes) > 1:
         raise UserError(f"--model_name {','.join(names)}: trained for images of {sizes} pixels; "
