@@ -134,7 +134,7 @@ class SgaTraining(Trainer):
         self.watched = sga_run.watched(len(images), sum(self.uses))
 
     def start(self):
-        """Fix, once per run, labels f(x) (S, N), precision and memory order; set delta to zero."""
+        """Fix, once per run, labels f(x) (S, N), precision and memory layout; set delta to zero."""
         s, n = self.s, self.s.minibatch if self.s.method == "sga" else SPGD_CHUNK
         self.labels = sga_team.predicted(self.team, self.measured, self.pixels, self.device,
                                          chance=self.chance.fold(0))  # 1: figures, from 2: passes
@@ -272,7 +272,7 @@ def get_args():
         "parent of their folders; None: runs/DATA_METHOD_MODEL")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="precision of the "
         "gradients; auto: the faster, by timing both; figures are always float32")
-    add("--layout", choices=("auto", *precision.LAYOUTS), default="auto", help="memory order of "
+    add("--layout", choices=("auto", *precision.LAYOUTS), default="auto", help="memory layout of "
         "the images; auto: the faster, by timing both")
     parser.shared(*cli.TRAINING, "cache", seed={"type": cli.numbers, "default": [0], "help":
         "fixes everything random; several, such as 0,1,2: one run each, shared by the processes"})

@@ -205,7 +205,7 @@ def naive_pgd(model, x, y, *, eps, alpha, steps, norm="linf", step="sign", proje
 # ------------------------------------------------------------------ counting operations
 
 class Operations(TorchDispatchMode):
-    """Counts tensor operations, except views, which depend on the memory order."""
+    """Counts tensor operations, except views, which depend on the memory layout."""
 
     def __init__(self):
         super().__init__()

@@ -56,7 +56,7 @@ def test_the_arguments_are_not_written_to_and_need_not_be_kept(recorded):
 @pytest.mark.parametrize("other", [
     batch(4, n=2), (batch(4)[0].double(), *batch(4)[1:]),
     (batch(4)[0].contiguous(memory_format=torch.channels_last), *batch(4)[1:])],
-    ids=["fewer images", "another type", "another memory order"])
+    ids=["fewer images", "another type", "another memory layout"])
 def test_another_shape_is_computed_without_the_graph(other, recorded):
     graphed = graphs.Graphed(gradient)
     graphed(*batch(0))

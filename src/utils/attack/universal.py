@@ -218,4 +218,4 @@ def warp(x, maps):
     """Warp every image by its own affine map, reflected at the borders. (N,C,H,W), (N,2,3)"""
     grid = F.affine_grid(maps, x.shape, align_corners=False)
     moved = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    return torch.empty_like(x).copy_(moved)  # grid_sample does not keep x's memory order
+    return torch.empty_like(x).copy_(moved)  # grid_sample does not keep x's memory layout
