@@ -73,10 +73,10 @@ def onto(net, networks, cells, s):
 
 
 def table(networks, cells, s):
-    """Markdown: a line per source; the diagonal is white-box."""
+    """Markdown: a row per source; the diagonal is white-box."""
     name = "MI-FGSM" + ", DI and TI" * s.diverse
     return (f"\nrobust_acc under transfer, %: {name}, {STEPS} steps of eps/{STEPS}, mu 1; made "
-            "with the network of the line, measured on that of the column\n\n") + markdown(
+            "with the network of the row, measured on that of the column\n\n") + markdown(
         ["made with", *(net.name for net in networks)],
         [[source.name, *(interval(measure.figures(cells[key_of(source, net, s)])["robust_acc"])
                          for net in networks)] for source in networks])
