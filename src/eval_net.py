@@ -85,8 +85,8 @@ def get_args():
     add("--attacks", nargs="+", choices=(*ATTACKS, "none"), help="columns of the table; None: all "
         "but autoattack; in L2 and L1 only those of PGD")
     add("--norm", choices=("linf", "l2", "l1"), default="linf", help="of the attacks and of --eps")
-    add("--eps", type=fraction, help="radius in [0, 1] pixels; None, only in Linf: that of the "
-        "runs' training; for other networks 8/255, on digits and mnist 0.2")
+    add("--eps", type=fraction, help="radius in [0, 1] pixels; None: in Linf that of the runs' "
+        "training, for other networks 8/255, on digits and mnist 0.2; in L2 and L1 none")
     parser.shared("queries")
     add("--eps_curve", action="store_true", help="also robust accuracy at ten radii, from 0 to "
         "where FAB fools every image, or to 4 eps: curve.png, curve.csv")

@@ -92,6 +92,16 @@ def test_every_flag_has_help_and_the_help_can_be_printed(path):
     assert parser.description in " ".join(parser.format_help().split())
 
 
+@pytest.mark.parametrize("path", COMMANDS, ids=ids)
+def test_the_help_shows_defaults_as_they_are_typed_or_in_words(path):
+    parser = parser_of(path)
+    words = " ".join(parser.format_help().split())
+    assert not [one for one in ("None", "default: [", "default: False") if one in words]
+    for action in parser._actions:
+        if isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
+            assert f"(default: {action.default})" in words
+
+
 @pytest.mark.slow
 def test_help_needs_neither_data_nor_a_download(tmp_path):
     done = subprocess.run([sys.executable, str(COMMANDS[0]), "--help"], cwd=tmp_path, check=False,

@@ -51,12 +51,28 @@ def _complain(message):
     return 2
 
 
+class Help(argparse.HelpFormatter):
+    """Help texts with their defaults. Where that is None, the text says after 'None: ' what takes
+    its place.
+    """
+
+    def _get_help_string(self, action):
+        text, default = action.help, action.default
+        if default is None:
+            return text.replace("None: ", "default: ")
+        if default is False or default == argparse.SUPPRESS:
+            return text
+        if isinstance(default, list):
+            default = " ".join(",".join(one) if isinstance(one, list) else str(one)
+                               for one in default)
+        return f"{text} (default: {default})"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults, and reports a bad flag in one line instead of a usage page."""
 
     def __init__(self, description):
-        super().__init__(description=description,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=Help)
 
     def shared(self, *flags, **changed):
         """Adds flags of SHARED by name; changed: {flag: {option of add_argument: value}}."""
