@@ -1,7 +1,7 @@
 #!/bin/sh
 # Natural, free, K-PGD and fast training on the first 20,000 images of MNIST. K-PGD starts from
 # the naturally trained network, because from random weights it stayed at chance for five passes.
-# free8 with each --clip_delta from three seeds.
+# free8 with each --clip_delta from three seeds, over which table.py takes the mean.
 #   sh docs/results/free_mnist/run.sh        from the root of the repository
 set -eu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # as we did
