@@ -30,3 +30,4 @@ train fast --method fast --lr 0.03
     "$RUNS/free8_box_0" "$RUNS/free8_box_1" "$RUNS/free8_box_2" \
     "$RUNS/free8_alpha" "$RUNS/pgd" "$RUNS/fast" --num_images 300 --save "$RUNS" \
     --attacks fgsm pgd20 pgd50x10 cw50 autoattack
+"$PYTHON" docs/results/free_mnist/table.py "$RUNS"
